@@ -1,0 +1,114 @@
+"""The contract every attention backend keeps, and the one law it is tested by.
+
+Letters: `b` batch, `h` heads, `g` key heads (g divides h), `i` queries, `j` keys, `n` tokens, `d` head width,
+`e` value width.
+
+The law of decoding: `extend` over any split of a sequence equals `forward(causal=True)` over the whole of it. Prefill
+and step are therefore the same method, and a backend has one mathematics, whether it trains or decodes.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+State = TypeVar("State")
+Forked = TypeVar("Forked")
+
+
+class Attention(nn.Module, ABC, Generic[State]):
+    """What a model's heads run: `heads` queries over `key_heads` keys and values, built once per layer.
+
+    A backend stands in the config as a factory (`_partial_`) that the model calls with the five arguments below;
+    whatever else a backend takes comes from its yaml.
+    """
+
+    def __init__(self, *, heads: int, key_heads: int, dim_head: int, dim_value: int, layer: int) -> None:
+        super().__init__()
+        if heads % key_heads:
+            raise ValueError(f"heads ({heads}) must be a multiple of key_heads ({key_heads})")
+        self.heads = heads
+        self.key_heads = key_heads
+        self.dim_head = dim_head
+        self.dim_value = dim_value
+        self.layer = layer
+
+    @abstractmethod
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool,
+        mask: Tensor | None = None,
+        segments: Tensor | None = None,
+        log_decay: Tensor | None = None,
+    ) -> Tensor:
+        """Attend over a whole sequence.
+
+        Args:
+            q: `(b, h, i, d)`.
+            k: `(b, g, j, d)`.
+            v: `(b, g, j, e)`.
+            causal: end-aligned: the last query stands at the last key.
+            mask: `(b, j)` bool, True keeps. A masked key is as if absent; a row with no key left gives zeros.
+            segments: `(b, n)` int, contiguous and non-decreasing document ids; a token sees its own document only.
+            log_decay: `(b, g, n)`, at most 0: key j weighs exp(sum of log_decay over j+1..i) at query i. Causal only.
+
+        Returns:
+            `(b, h, i, e)` in the inputs' dtype.
+
+        Raises:
+            ValueError: for what this backend cannot do, naming one that can.
+        """
+
+    @abstractmethod
+    def init_state(self, batch: int, *, max_len: int, device: torch.device, dtype: torch.dtype) -> State:
+        """Return the state of `batch` streams before any token; `max_len` is a hint that sizes caches, not a limit."""
+
+    @abstractmethod
+    def extend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: State,
+        *,
+        mask: Tensor | None = None,
+        log_decay: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """Append n tokens causally: `(b, h, n, d), (b, g, n, d), (b, g, n, e)` -> `(b, h, n, e)` and the next state.
+
+        `mask` is `(b, n)` and `log_decay` `(b, g, n)`, both of the new tokens. May consume `state`: `fork` it first to
+        continue one prefix in two ways.
+        """
+
+    @abstractmethod
+    def read(self, q: Tensor, state: State) -> Tensor:
+        """Attend from `q` `(b, h, i, d)` to all that `state` holds, adding nothing: `(b, h, i, e)`."""
+
+    def redraw(self, step: int) -> None:
+        """Set random projections to those of optimizer step `step`. Most backends draw none."""
+        del step
+
+
+AttentionFactory = Callable[..., Attention[Any]]
+
+
+def fork(state: Forked) -> Forked:
+    """Copy a decoding state, so that one prefix can be continued in several ways.
+
+    Takes any nesting of tensors, numbers, None, tuples, NamedTuples and lists.
+    """
+    copied: Any = state
+    if isinstance(state, Tensor):
+        copied = state.clone()
+    elif isinstance(state, tuple):
+        items = [fork(item) for item in state]
+        copied = type(state)(*items) if hasattr(state, "_fields") else tuple(items)
+    elif isinstance(state, list):
+        copied = [fork(item) for item in state]
+    return copied

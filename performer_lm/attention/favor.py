@@ -1,0 +1,164 @@
+"""FAVOR+: softmax attention estimated by random features, in linear time and with a state of fixed size.
+
+Letters: `b` batch, `h` heads, `g` key heads, `i` queries, `j` keys, `n` tokens, `d` head width, `e` value width,
+`m` features.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from performer_lm.attention.base import Attention
+from performer_lm.attention.feature_maps import AttentionFeatures
+from performer_lm.ops.features import BlockMap
+from performer_lm.ops.linear import LinearState, absorb_keys, causal_linear_attention, empty_state, read_state
+
+
+class FavorAttention(Attention[LinearState]):
+    """Attention by the products of m features per key head: softmax's by random features, or another kernel's.
+
+    Training, prefill and decoding run one causal engine on one state of m (e + 1) sums and m scales per key head,
+    whatever the length (Performers, 2009.14794; the running scale is our own). Later keys never move earlier outputs,
+    no epsilon is added, sums are float32.
+
+    Args:
+        heads: query heads.
+        key_heads: key heads; `heads / key_heads` queries share each.
+        dim_head: `d`.
+        dim_value: `e`.
+        layer: the layer's number, so that projections differ.
+        features: factory of the feature map (`feature_maps.py`, `kernel_maps.py`).
+        num_features: `m`; None lets the map choose, for random features d ln d.
+        seed: of the projections.
+        redraw_interval: optimizer steps between new projections; None never redraws.
+        redraw_until: last step at which they may be redrawn; None sets no end.
+        chunk_size: tokens per block, which trades speed and memory, never the result.
+    """
+
+    def __init__(
+        self,
+        *,
+        heads: int,
+        key_heads: int,
+        dim_head: int,
+        dim_value: int,
+        layer: int,
+        features: Callable[..., AttentionFeatures],
+        num_features: int | None,
+        seed: int,
+        redraw_interval: int | None,
+        redraw_until: int | None,
+        chunk_size: int,
+    ) -> None:
+        super().__init__(heads=heads, key_heads=key_heads, dim_head=dim_head, dim_value=dim_value, layer=layer)
+        if redraw_interval is not None and redraw_interval < 1:
+            raise ValueError(f"redraw_interval must be at least 1 or null, got {redraw_interval}")
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+        self.chunk_size = chunk_size
+        self.redraw_interval, self.redraw_until = redraw_interval, redraw_until
+        self.features = features(
+            heads=heads, key_heads=key_heads, dim_head=dim_head, num_features=num_features, layer=layer, seed=seed
+        )
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool,
+        mask: Tensor | None = None,
+        segments: Tensor | None = None,
+        log_decay: Tensor | None = None,
+    ) -> Tensor:
+        """Attend over a whole sequence, as `Attention.forward` says; without `causal` there are no segments."""
+        if self.training:
+            self.features.observe(q, k, mask)
+        state = self.init_state(k.shape[0], max_len=k.shape[-2], device=k.device, dtype=k.dtype)
+        if causal:
+            queries, keys = q.shape[-2], k.shape[-2]
+            q = pad(q, (0, 0, max(0, keys - queries), 0))[:, :, -keys:] if queries != keys else q
+            out, _ = self._append(q, k, v, state, mask, segments, log_decay)
+            return pad(out[:, :, -queries:], (0, 0, max(0, queries - keys), 0)) if queries != keys else out
+        if log_decay is not None:
+            raise ValueError("log_decay needs causal attention: without an order keys have no age")
+        if segments is not None:
+            raise ValueError("attn=favor keeps segments apart in causal attention only; attn=flash_tiled does in both")
+        q, k, log_gain = self.features.prepare(q, k)
+        query_map, key_map = self.features.maps()
+        state = absorb_keys(k, v, state, key_map=key_map, chunk_size=self.chunk_size, mask=mask, log_gain=log_gain)
+        return read_state(q, state, query_map=query_map, chunk_size=self.chunk_size)
+
+    def _append(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: LinearState,
+        mask: Tensor | None,
+        segments: Tensor | None,
+        log_decay: Tensor | None,
+    ) -> tuple[Tensor, LinearState]:
+        query_map, key_map = self.features.maps()
+        if self.features.signed or not (isinstance(query_map, BlockMap) and isinstance(key_map, BlockMap)):
+            raise ValueError(
+                "these features are signed, so that a causal denominator may vanish: use them with causal=False, or "
+                "take attn/features=positive"
+            )
+        q, k, log_gain = self.features.prepare(q, k)
+        return causal_linear_attention(
+            q,
+            k,
+            v,
+            state,
+            query_map=query_map,
+            key_map=key_map,
+            chunk_size=self.chunk_size,
+            mask=mask,
+            segments=segments,
+            log_decay=log_decay,
+            log_gain=log_gain,
+        )
+
+    def init_state(self, batch: int, *, max_len: int, device: torch.device, dtype: torch.dtype) -> LinearState:
+        """Return the state of no tokens; its size does not depend on `max_len`."""
+        del max_len
+        return empty_state(
+            batch, self.key_heads, self.features.num_features, self.dim_value, device=device, dtype=dtype
+        )
+
+    def extend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: LinearState,
+        *,
+        mask: Tensor | None = None,
+        log_decay: Tensor | None = None,
+    ) -> tuple[Tensor, LinearState]:
+        """Append n tokens; see `Attention.extend`."""
+        return self._append(q, k, v, state, mask, None, log_decay)
+
+    def read(self, q: Tensor, state: LinearState) -> Tensor:
+        """Attend from `(b, h, i, d)` to all that `state` holds."""
+        nothing = q.new_zeros(q.shape[0], self.key_heads, 0, self.dim_head)
+        q, _, _ = self.features.prepare(q, nothing)
+        return read_state(q, state, query_map=self.features.maps()[0], chunk_size=self.chunk_size)
+
+    def redraw(self, step: int) -> None:
+        """Set the projections to those of optimizer step `step`: redraw index step // interval, up to the last step.
+
+        Running averages of the features take in what they have observed since the last call.
+        """
+        self.features.settle()
+        if self.redraw_interval is not None:
+            last = step if self.redraw_until is None else min(step, self.redraw_until)
+            self.features.redraw(last // self.redraw_interval)
+
+    def fix_projections(self) -> None:
+        """Keep the projections as they are from now on, checkpoints included."""
+        self.features.fix()

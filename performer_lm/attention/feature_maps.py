@@ -1,0 +1,244 @@
+"""Feature maps as modules: what FAVOR attention draws, learns or measures around the maps of `ops/features.py`.
+
+Each module owns the constants of one layer and hands the engine two `FeatureMap`s, one for queries and one for keys.
+Vectors arrive unscaled; maps for softmax work on x = q d^-1/4, so that x.y = q.k / sqrt d.
+
+Letters: `b` batch, `h` heads, `g` key heads, `n` tokens, `d` head width, `m` features.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from einops import einsum, rearrange
+from torch import Tensor, nn
+
+from performer_lm.ops.features import Exponential, FeatureMap, optimal_damping
+from performer_lm.ops.projections import default_num_features, draw_projection
+
+
+class Prepared(NamedTuple):
+    """Queries and keys as the maps take them, and what is to be added to the keys' log features."""
+
+    q: Tensor  # (b, h, i, d)
+    k: Tensor  # (b, g, j, d)
+    log_gain: Tensor | None  # (b, g, j)
+
+
+class AttentionFeatures(nn.Module, ABC):
+    """The feature map of one attention layer.
+
+    `num_features` is how many features it gives. A map with `signed` features has weights that may be negative: then
+    outputs are no averages, a denominator may vanish, and causal use is refused.
+    """
+
+    num_features: int
+    signed: bool = False
+
+    def __init__(self, *, key_heads: int, dim_head: int) -> None:
+        super().__init__()
+        self.key_heads, self.dim_head = key_heads, dim_head
+
+    @abstractmethod
+    def maps(self) -> tuple[FeatureMap, FeatureMap]:
+        """Return the maps of queries and of keys, with tensors `(g, ...)`."""
+
+    def prepare(self, q: Tensor, k: Tensor) -> Prepared:
+        """Move queries `(b, h, i, d)` and keys `(b, g, j, d)` to where the maps want them."""
+        return Prepared(q, k, None)
+
+    def observe(self, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
+        """Measure a training batch. What is measured counts from the next `settle` on, never at once."""
+        del q, k, mask
+
+    def settle(self) -> None:
+        """Take in what was observed; to be called between optimizer steps only."""
+
+    def redraw(self, index: int) -> None:
+        """Draw the projections of redraw `index`. Maps without randomness have none."""
+        del index
+
+    def fix(self) -> None:
+        """Keep the projections as they are from now on."""
+
+
+class RandomFeatures(AttentionFeatures):
+    """A map built on a random projection `(g, m, d)`, which checkpoints keep, with (seed, index)."""
+
+    projection: Tensor
+
+    def __init__(
+        self,
+        *,
+        key_heads: int,
+        dim_head: int,
+        num_draws: int,
+        layer: int,
+        seed: int,
+        coupling: str,
+        regularized: bool,
+        learned: bool = False,
+    ) -> None:
+        super().__init__(key_heads=key_heads, dim_head=dim_head)
+        self.layer, self.seed, self.coupling, self.regularized = layer, seed, coupling, regularized
+        self.index, self.fixed = 0, False
+        projection = torch.empty(key_heads, num_draws, dim_head)
+        if learned:
+            self.projection = nn.Parameter(projection)
+        else:
+            self.register_buffer("projection", projection)
+        self._draw()
+
+    @torch.no_grad()
+    def _draw(self) -> None:
+        if self.projection.is_meta:
+            return  # there are no values to set
+        drawn = draw_projection(
+            *self.projection.shape,
+            seed=self.seed,
+            layer=self.layer,
+            index=self.index,
+            coupling=self.coupling,
+            regularized=self.regularized,
+        )
+        self.projection.copy_(drawn)
+
+    def redraw(self, index: int) -> None:
+        """Draw anew unless the projection is that of `index` already, learned or fixed."""
+        if index != self.index and not self.fixed and not isinstance(self.projection, nn.Parameter):
+            self.index = index
+            self._draw()
+
+    def fix(self) -> None:
+        """Keep the projection as it is from now on."""
+        self.fixed = True
+
+    def get_extra_state(self) -> Tensor:
+        """Return (seed, redraw index, whether fixed) for checkpoints."""
+        return torch.tensor([self.seed, self.index, int(self.fixed)], device="cpu")
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take over what `get_extra_state` returned, with the projection that it stands for."""
+        self.seed, self.index, fixed = state.tolist()
+        self.fixed = bool(fixed)
+
+
+class SoftmaxFeatures(RandomFeatures):
+    """The softmax kernel by exp(A |w|^2 + B w.x - |x|^2 / 2): FAVOR+, hyperbolic, FAVOR++ and learned features in one.
+
+    Args:
+        heads: query heads; those of one key head share its projection.
+        key_heads: key heads.
+        dim_head: `d`.
+        num_features: `m`; None takes d ln d.
+        layer: the layer's number.
+        seed: of the projections.
+        coupling: `orthogonal`, `simplex` or `iid` (`draw_projection`).
+        regularized: rows of norm sqrt(d), the kernel SMREG.
+        antithetic: features in pairs of w and -w, from m / 2 draws (hyperbolic: 2009.14794, lemma 1).
+        learned: train the projection, from its first draw on; it is never redrawn.
+        centred: learn constants a, b per key head and map q - a and k - b. With a gain of a.k for the keys that changes
+            no softmax weight, but it shortens what the features see.
+        momentum: of the running average of |x + y|^2 over training batches, from which A follows (FAVOR++, 2205.15317).
+            It starts at 0, where A = 0, moves between optimizer steps only, and is frozen at evaluation. None leaves
+            A = 0, which is FAVOR+.
+
+    Raises:
+        ValueError: for an odd number of antithetic features, or a momentum outside (0, 1].
+    """
+
+    mean_square: Tensor
+    pending: Tensor
+
+    def __init__(
+        self,
+        *,
+        heads: int,
+        key_heads: int,
+        dim_head: int,
+        num_features: int | None,
+        layer: int,
+        seed: int,
+        coupling: str,
+        regularized: bool,
+        antithetic: bool,
+        learned: bool,
+        centred: bool,
+        momentum: float | None,
+    ) -> None:
+        count = count_features(dim_head, num_features, pairs=antithetic)
+        super().__init__(
+            key_heads=key_heads,
+            dim_head=dim_head,
+            num_draws=count // 2 if antithetic else count,
+            layer=layer,
+            seed=seed,
+            coupling=coupling,
+            regularized=regularized,
+            learned=learned,
+        )
+        if momentum is not None and not 0.0 < momentum <= 1.0:
+            raise ValueError(f"momentum must lie in (0, 1] or be null, got {momentum}")
+        self.num_features, self.antithetic, self.momentum = count, antithetic, momentum
+        self.group = heads // key_heads
+        self.centres = nn.Parameter(torch.zeros(2, key_heads, dim_head)) if centred else None
+        if momentum is not None:
+            self.register_buffer("mean_square", torch.zeros(key_heads))
+            self.register_buffer("pending", torch.zeros(2, key_heads), persistent=False)  # sum, count
+
+    def maps(self) -> tuple[FeatureMap, FeatureMap]:
+        """Return the maps. What cancels in a query is left out, and its bias 2 A |w|^2 covers both sides."""
+        rows = self.projection.to(torch.promote_types(self.projection.dtype, torch.float32))
+        rows = torch.cat([rows, -rows], dim=1) if self.antithetic else rows
+        weight, bias = rows * self.dim_head**-0.25, ()
+        if self.momentum is not None:
+            damping = optimal_damping(self.mean_square.to(rows.dtype), self.dim_head)[:, None]
+            weight, bias = (
+                weight * (1.0 - 4.0 * damping[..., None]).sqrt(),
+                (2.0 * damping * rows.square().sum(dim=-1),),
+            )
+        return Exponential((weight, *bias)), Exponential((weight,), norm=0.5 * self.dim_head**-0.5)
+
+    def prepare(self, q: Tensor, k: Tensor) -> Prepared:
+        """Subtract the learned centres, if any, and make up for them in the keys' gain."""
+        if self.centres is None:
+            return Prepared(q, k, None)
+        a, b = self.centres.to(q.dtype)
+        gain = einsum(a, k, "g d, b g j d -> b g j") * self.dim_head**-0.5
+        return Prepared(q - a.repeat_interleave(self.group, dim=0)[:, None], k - b[:, None], gain)
+
+    @torch.no_grad()
+    def observe(self, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
+        """Add one batch's mean of |x + y|^2 to what the next `settle` takes in."""
+        if self.momentum is None:
+            return
+        q, k, _ = self.prepare(q, k)
+        x = rearrange(q, "b (g r) i d -> g d (b r i)", g=self.key_heads).float()
+        y = rearrange(k, "b g j d -> g d b j").float()
+        kept = torch.ones_like(y[0, 0]) if mask is None else mask.to(y.dtype)
+        weight = kept / kept.sum().clamp(min=1.0)
+        y_mean, y_square = (y * weight).sum(dim=(2, 3)), (y.square() * weight).sum(dim=(1, 2, 3))
+        found = x.square().sum(dim=1).mean(dim=-1) + y_square + 2.0 * (x.mean(dim=-1) * y_mean).sum(dim=-1)
+        self.pending += torch.stack([found * self.dim_head**-0.5, torch.ones_like(found)])
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Move the running average by what was observed since the last time."""
+        if self.momentum is None:
+            return
+        total, count = self.pending
+        step = self.momentum * (total / count.clamp(min=1.0) - self.mean_square)
+        self.mean_square += step * (count > 0)
+        self.pending.zero_()
+
+
+def count_features(dim_head: int, num_features: int | None, *, pairs: bool = False) -> int:
+    """Return num_features, or d ln d for None, checked; `pairs` must come out even."""
+    if num_features is None:
+        count = default_num_features(dim_head)
+        return count + count % 2 if pairs else count
+    if num_features < 1:
+        raise ValueError(f"num_features must be at least 1 or null, got {num_features}")
+    if pairs and num_features % 2:
+        raise ValueError(f"features that come in pairs need an even num_features, got {num_features}")
+    return num_features

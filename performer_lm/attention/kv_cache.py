@@ -1,0 +1,112 @@
+"""The decoding state of the softmax backends: every key and value so far, preallocated and grown by doubling.
+
+Letters: `b` batch, `g` key heads, `n` new tokens, `d` head width, `e` value width; `cap` is the room, `length` what of
+it is filled.
+"""
+
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from performer_lm.attention.base import Attention
+
+
+class KVCache(NamedTuple):
+    """Keys, values and what is known of each; the first `length` places are filled, alike in every row.
+
+    `mask` and `log_decay` are None until a token comes with one: then all tokens before it count as kept and undecayed.
+    """
+
+    k: Tensor  # (b g cap d)
+    v: Tensor  # (b g cap e)
+    mask: Tensor | None  # (b cap) bool
+    log_decay: Tensor | None  # (b g cap)
+    length: int
+
+    def append(self, k: Tensor, v: Tensor, *, mask: Tensor | None, log_decay: Tensor | None) -> "KVCache":
+        """Write n tokens behind the last one, in place where there is room, and return the longer cache."""
+        length = self.length + k.shape[-2]
+        room = max(self.k.shape[-2], 1)
+        while room < length:
+            room *= 2
+        return KVCache(
+            k=_write(self.k, k, start=self.length, room=room, dim=2),
+            v=_write(self.v, v, start=self.length, room=room, dim=2),
+            mask=self._append_mask(mask, new=k, room=room),
+            log_decay=self._append_decay(log_decay, new=k, room=room),
+            length=length,
+        )
+
+    def filled(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Return views of the filled part: k, v, mask, log_decay."""
+        return (
+            self.k[..., : self.length, :],
+            self.v[..., : self.length, :],
+            None if self.mask is None else self.mask[..., : self.length],
+            None if self.log_decay is None else self.log_decay[..., : self.length],
+        )
+
+    def _append_mask(self, mask: Tensor | None, *, new: Tensor, room: int) -> Tensor | None:
+        if mask is None and self.mask is None:
+            return None
+        batch, _, tokens, _ = new.shape
+        stored = new.new_ones(batch, self.length, dtype=torch.bool) if self.mask is None else self.mask
+        mask = new.new_ones(batch, tokens, dtype=torch.bool) if mask is None else mask
+        return _write(stored, mask, start=self.length, room=room, dim=1)
+
+    def _append_decay(self, log_decay: Tensor | None, *, new: Tensor, room: int) -> Tensor | None:
+        if log_decay is None and self.log_decay is None:
+            return None
+        batch, groups, tokens, _ = new.shape
+        stored, dtype = self.log_decay, torch.promote_types(new.dtype, torch.float32)
+        stored = new.new_zeros(batch, groups, self.length, dtype=dtype) if stored is None else stored
+        log_decay = new.new_zeros(batch, groups, tokens, dtype=dtype) if log_decay is None else log_decay
+        return _write(stored, log_decay, start=self.length, room=room, dim=2)
+
+
+def _write(stored: Tensor, new: Tensor, *, start: int, room: int, dim: int) -> Tensor:
+    """Write `new` along `dim` at `start`, into `stored` or into a longer copy of it with `room` places."""
+    if stored.shape[dim] < room:
+        shape = list(stored.shape)
+        shape[dim] = room
+        longer = stored.new_empty(shape)
+        longer.narrow(dim, 0, start).copy_(stored.narrow(dim, 0, start))
+        stored = longer
+    stored.narrow(dim, start, new.shape[dim]).copy_(new)
+    return stored
+
+
+class CachedAttention(Attention[KVCache]):
+    """A backend whose decoding is its own `forward` over a cache of all keys: it only has to say how to attend."""
+
+    def init_state(self, batch: int, *, max_len: int, device: torch.device, dtype: torch.dtype) -> KVCache:
+        """Return an empty cache with room for `max_len` tokens."""
+        k = torch.empty(batch, self.key_heads, max_len, self.dim_head, device=device, dtype=dtype)
+        v = torch.empty(batch, self.key_heads, max_len, self.dim_value, device=device, dtype=dtype)
+        return KVCache(k, v, mask=None, log_decay=None, length=0)
+
+    def extend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: KVCache,
+        *,
+        mask: Tensor | None = None,
+        log_decay: Tensor | None = None,
+    ) -> tuple[Tensor, KVCache]:
+        """Append the keys, then attend causally from the new queries to all that is cached."""
+        state = state.append(k, v, mask=mask, log_decay=log_decay)
+        keys, values, kept, decay = state.filled()
+        return self.forward(q, keys, values, causal=True, mask=kept, log_decay=decay), state
+
+    def read(self, q: Tensor, state: KVCache) -> Tensor:
+        """Attend to all that is cached; where it decays, every query stands at the last key."""
+        keys, values, kept, decay = state.filled()
+        if decay is None:
+            return self.forward(q, keys, values, causal=False, mask=kept)
+        alone = rearrange(q, "b (g r) i d -> b (g r i) 1 d", g=self.key_heads)
+        out = self.forward(alone, keys, values, causal=True, mask=kept, log_decay=decay)
+        return rearrange(out, "b (g r i) 1 e -> b (g r) i e", g=self.key_heads, i=q.shape[2])

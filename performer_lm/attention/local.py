@@ -1,0 +1,103 @@
+"""Softmax over the last `window` keys as a backend, whose whole decoding state is the last `window - 1` of them.
+
+Letters: `b` batch, `h` heads, `g` key heads, `n` new tokens, `w` window, `d` head width, `e` value width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from performer_lm.attention.base import Attention
+from performer_lm.ops.local import kept_last, local_attention, take_tokens
+from performer_lm.ops.softmax import exact_attention
+
+
+class LocalCache(NamedTuple):
+    """The last `window - 1` kept keys, end-aligned; where there were fewer, the front is masked."""
+
+    k: Tensor  # (b g w-1 d)
+    v: Tensor  # (b g w-1 e)
+    mask: Tensor  # (b w-1) bool
+    log_decay: Tensor | None  # (b g w-1); None until a token comes with one: undecayed
+
+
+class LocalAttention(Attention[LocalCache]):
+    """Softmax over the keys less than `window` tokens back (bidirectional: away), in O(n window)."""
+
+    def __init__(self, *, heads: int, key_heads: int, dim_head: int, dim_value: int, layer: int, window: int) -> None:
+        super().__init__(heads=heads, key_heads=key_heads, dim_head=dim_head, dim_value=dim_value, layer=layer)
+        if window < 1:
+            raise ValueError(f"window must be at least 1, got {window}")
+        self.window = window
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool,
+        mask: Tensor | None = None,
+        segments: Tensor | None = None,
+        log_decay: Tensor | None = None,
+    ) -> Tensor:
+        """Attend as `Attention.forward` says, each query to its window."""
+        return local_attention(
+            q, k, v, window=self.window, causal=causal, key_mask=mask, segments=segments, log_decay=log_decay
+        )
+
+    def init_state(self, batch: int, *, max_len: int, device: torch.device, dtype: torch.dtype) -> LocalCache:
+        """Return a state in which every key is masked; it never grows, so `max_len` does not matter."""
+        del max_len
+        held = self.window - 1
+        k = torch.zeros(batch, self.key_heads, held, self.dim_head, device=device, dtype=dtype)
+        v = torch.zeros(batch, self.key_heads, held, self.dim_value, device=device, dtype=dtype)
+        return LocalCache(k, v, torch.zeros(batch, held, device=device, dtype=torch.bool), None)
+
+    def extend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: LocalCache,
+        *,
+        mask: Tensor | None = None,
+        log_decay: Tensor | None = None,
+    ) -> tuple[Tensor, LocalCache]:
+        """Attend to the held keys and the new ones, and hold the last `window - 1` kept of both."""
+        seen = self._append(state, k, v, mask, log_decay)
+        out = local_attention(
+            q, seen.k, seen.v, window=self.window, causal=True, key_mask=seen.mask, log_decay=seen.log_decay
+        )
+        start = seen.mask.shape[-1] - (self.window - 1)
+        last = kept_last(seen.mask)[..., start:]
+        decay = None if seen.log_decay is None else take_tokens(seen.log_decay, last)
+        return out, LocalCache(
+            take_tokens(seen.k, last), take_tokens(seen.v, last), take_tokens(seen.mask, last), decay
+        )
+
+    def read(self, q: Tensor, state: LocalCache) -> Tensor:
+        """Attend to the held keys, every query standing at the last of them."""
+        alone = rearrange(q, "b (g r) i d -> b (g r i) 1 d", g=self.key_heads)
+        out = exact_attention(alone, state.k, state.v, causal=True, key_mask=state.mask, log_decay=state.log_decay)
+        return rearrange(out, "b (g r i) 1 e -> b (g r) i e", g=self.key_heads, i=q.shape[2])
+
+    @staticmethod
+    def _append(state: LocalCache, k: Tensor, v: Tensor, mask: Tensor | None, log_decay: Tensor | None) -> LocalCache:
+        """Return held and new tokens together."""
+        batch, groups, tokens, _ = k.shape
+        mask = state.mask.new_ones(batch, tokens) if mask is None else mask
+        decay = state.log_decay
+        if log_decay is not None or decay is not None:
+            dtype = torch.promote_types(k.dtype, torch.float32)
+            decay = k.new_zeros(batch, groups, state.mask.shape[-1], dtype=dtype) if decay is None else decay
+            log_decay = k.new_zeros(batch, groups, tokens, dtype=dtype) if log_decay is None else log_decay
+            decay = torch.cat([decay, log_decay], dim=-1)
+        return LocalCache(
+            torch.cat([state.k, k.to(state.k.dtype)], dim=2),
+            torch.cat([state.v, v.to(state.v.dtype)], dim=2),
+            torch.cat([state.mask, mask], dim=1),
+            decay,
+        )

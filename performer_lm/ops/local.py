@@ -1,0 +1,147 @@
+"""Softmax attention inside a sliding window, linear in n.
+
+The sequence is cut into blocks as long as the window; a block of queries sees its own keys and its neighbours', and
+each block is one more row of the batch of `exact_attention`. A masked key is as if absent, so windows count kept keys:
+the kept tokens of each row are first moved together at its end, and their outputs moved back.
+
+Letters: `b` batch, `h` heads, `g` key heads, `i` queries, `j` keys, `t` blocks, `w` window, `d` head width, `e` value
+width.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from performer_lm.ops.softmax import exact_attention
+from performer_lm.ops.terms import check_shapes
+
+
+def local_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    causal: bool = False,
+    key_mask: Tensor | None = None,
+    segments: Tensor | None = None,
+    log_decay: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attend as `exact_attention` with the same `window` does, in O(j window) time and memory.
+
+    Outputs at masked tokens mean nothing.
+
+    Args:
+        q: `(b, h, i, d)`; causal: the last i of the j tokens; else i = j.
+        k: `(b, g, j, d)`.
+        v: `(b, g, j, e)`.
+        window: a query sees keys less than `window` kept keys away.
+        causal, key_mask, segments, log_decay, scale: as in `exact_attention`.
+
+    Returns:
+        `(b, h, i, e)` in q's dtype.
+
+    Raises:
+        ValueError: for a window below 1, or lengths that do not fit.
+
+    Example:
+        >>> import torch
+        >>> from performer_lm.ops import local_attention
+        >>> q, k, v = torch.randn(3, 2, 8, 100, 16).unbind()
+        >>> local_attention(q, k, v, window=16, causal=True).shape
+        torch.Size([2, 8, 100, 16])
+    """
+    check_shapes(q, k, v)
+    queries, keys = q.shape[-2], k.shape[-2]
+    if window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    if queries > keys or (queries < keys and not causal):
+        wanted = "at most as many queries as keys" if causal else "as many queries as keys"
+        raise ValueError(f"a window needs {wanted}, got {queries} and {keys}; attn=exact attends across sequences")
+    if causal and queries == 1:
+        return exact_attention(
+            q, k, v, causal=True, window=window, key_mask=key_mask, segments=segments, log_decay=log_decay, scale=scale
+        )
+    if key_mask is None:
+        return _attend_in_blocks(q, k, v, window, causal, None, segments, log_decay, scale)
+
+    order = kept_last(key_mask)
+    back = order.argsort(-1)
+    q = F.pad(q, (0, 0, keys - queries, 0))
+    q, k, v, key_mask = (take_tokens(x, order) for x in (q, k, v, key_mask))
+    segments = None if segments is None else take_tokens(segments, order)
+    log_decay = None if log_decay is None else take_tokens(log_decay, order)
+    out = _attend_in_blocks(q, k, v, window, causal, key_mask, segments, log_decay, scale)
+    return take_tokens(out, back)[..., keys - queries :, :]
+
+
+def kept_last(mask: Tensor) -> Tensor:
+    """Return the order `(b, j)` that moves the kept tokens of each row to its end and changes nothing else."""
+    return mask.int().argsort(dim=-1, stable=True)
+
+
+def take_tokens(x: Tensor, order: Tensor) -> Tensor:
+    """Reorder the tokens of `x`, which is `(b, j)`, `(b, g, j)` or `(b, g, j, d)`, by `order` `(b, n)`."""
+    if x.ndim == 2:
+        return x.gather(1, order)
+    if x.ndim == 3:
+        return x.gather(2, order[:, None].expand(-1, x.shape[1], -1))
+    return x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def _attend_in_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    causal: bool,
+    key_mask: Tensor | None,
+    segments: Tensor | None,
+    log_decay: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    """Attend where masked tokens, if any, stand at the front of their row."""
+    batch, queries, keys = q.shape[0], q.shape[-2], k.shape[-2]
+    blocks = -(-queries // window)
+    if key_mask is None:
+        key_mask = q.new_ones(batch, keys, dtype=torch.bool)
+    folded = rearrange(F.pad(q, (0, 0, blocks * window - queries, 0)), "b h (t w) d -> (b t) h w d", w=window)
+
+    def around(x: Tensor) -> Tensor:
+        return _neighbourhoods(x, blocks=blocks, window=window, causal=causal)
+
+    def around_flat(x: Tensor) -> Tensor:
+        return around(x[:, None, :, None])[:, 0, :, 0]
+
+    out = exact_attention(
+        folded,
+        around(k),
+        around(v),
+        causal=causal,
+        window=window if causal else None,
+        mask=None if causal else _band(window, q.device),
+        key_mask=around_flat(key_mask),
+        segments=None if segments is None else around_flat(segments),
+        log_decay=None if log_decay is None else around(log_decay[..., None])[..., 0],
+        scale=scale,
+    )
+    return rearrange(out, "(b t) h w e -> b h (t w) e", b=batch)[..., blocks * window - queries :, :]
+
+
+def _neighbourhoods(x: Tensor, *, blocks: int, window: int, causal: bool) -> Tensor:
+    """Give each block of queries its keys, `(b g j d)` -> `((b t) g s d)`: before, (after,) and last its own."""
+    front = (blocks + 1) * window - x.shape[2]
+    padded = F.pad(x, (0, 0, front, 0 if causal else window))
+    parts = rearrange(padded, "b g (t w) d -> b t g w d", w=window)
+    before, own, after = parts[:, :blocks], parts[:, 1 : blocks + 1], parts[:, 2:]
+    seen = torch.cat([before, own] if causal else [before, after, own], dim=3)
+    return rearrange(seen, "b t g s d -> (b t) g s d")
+
+
+def _band(window: int, device: torch.device) -> Tensor:
+    """Return True where query and key are less than `window` apart: `(w, 3 w)`, keys before, after and inside."""
+    own = torch.arange(window, device=device)
+    places = torch.cat([own - window, own + window, own])
+    return (own[:, None] - places).abs() < window

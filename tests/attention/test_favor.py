@@ -1,0 +1,124 @@
+"""FAVOR attention keeps the contract and stays the same function through redraws, devices and precisions."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from performer_lm.attention.base import fork
+from performer_lm.attention.favor import FavorAttention
+from performer_lm.attention.feature_maps import SoftmaxFeatures
+from performer_lm.ops.projections import draw_projection
+
+
+def build(**options: Any) -> FavorAttention:
+    shape = {"heads": 4, "key_heads": 2, "dim_head": 8, "dim_value": 6, "layer": 1, "num_features": 16, "seed": 0}
+    rest = {"redraw_interval": None, "redraw_until": None, "chunk_size": 8, "features": positive()}
+    return FavorAttention(**(shape | rest | options))
+
+
+def positive(**options: Any) -> partial[SoftmaxFeatures]:
+    chosen = {"antithetic": False, "learned": False, "centred": False, "momentum": None}
+    return partial(SoftmaxFeatures, coupling="orthogonal", regularized=False, **(chosen | options))
+
+
+def inputs(n: int, std: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    return std * torch.randn(2, 4, n, 8), std * torch.randn(2, 2, n, 8), torch.randn(2, 2, n, 6)
+
+
+def quadratic(attention: FavorAttention, q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+    """Write FAVOR+ out in float64, the n x m features of every pair and all."""
+    x = q.double() * 8**-0.25
+    y, v = (t.double().repeat_interleave(2, dim=1) for t in (k * 8**-0.25, v))
+    w = attention.features.projection.double().repeat_interleave(2, dim=0)
+    logits = ((x[..., :, None, :] + y[..., None, :, :]) @ w.mT[:, None]).logsumexp(dim=-1)
+    logits = logits - 0.5 * y.square().sum(dim=-1)[..., None, :]
+    if causal:
+        logits = logits.masked_fill(~torch.ones(logits.shape[-2:]).bool().tril(), -torch.inf)
+    return logits.softmax(dim=-1) @ v
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("n", [1, 7, 8, 21])
+def test_equals_favor_written_out(n: int, causal: bool) -> None:
+    attention, tensors = build(), inputs(n)
+    expected = quadratic(attention, *tensors, causal=causal)
+    assert (attention(*tensors, causal=causal) - expected).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("split", [1, 7, 8, 20])
+def test_decoding_equals_training(split: int) -> None:
+    attention, (q, k, v) = build(), inputs(21)
+    log_decay, mask = -torch.rand(2, 2, 21), torch.rand(2, 21) > 0.2
+    whole = attention(q, k, v, causal=True, log_decay=log_decay, mask=mask)
+    state = attention.init_state(2, max_len=0, device=q.device, dtype=q.dtype)
+    outputs = []
+    for part in (slice(0, split), *(slice(i, i + 1) for i in range(split, 21))):
+        out, state = attention.extend(
+            q[:, :, part], k[:, :, part], v[:, :, part], state, mask=mask[:, part], log_decay=log_decay[..., part]
+        )
+        outputs.append(out)
+    assert (torch.cat(outputs, dim=-2) - whole).abs().max() < 2e-6
+
+
+def test_a_forked_state_is_untouched() -> None:
+    attention, (q, k, v) = build(), inputs(5)
+    _, state = attention.extend(q, k, v, attention.init_state(2, max_len=9, device=q.device, dtype=q.dtype))
+    kept = fork(state)
+    first, _ = attention.extend(q, k, v, fork(state))
+    again, _ = attention.extend(q, k, v, kept)
+    assert torch.equal(first, again)
+
+
+def test_redraws_are_a_function_of_the_step() -> None:
+    attention = build(redraw_interval=10, layer=3)
+    for step, index in ((0, 0), (9, 0), (10, 1), (39, 3), (5, 0)):
+        attention.redraw(step)
+        expected = draw_projection(2, 16, 8, seed=0, layer=3, index=index)
+        assert torch.equal(attention.features.projection, expected)
+
+
+def test_null_never_redraws_and_checkpoints_hold_the_projection() -> None:
+    attention = build()
+    attention.redraw(10**6)
+    other = build(seed=5)
+    assert not torch.equal(other.features.projection, attention.features.projection)
+    other.load_state_dict(attention.state_dict())
+    tensors = inputs(5)
+    assert torch.equal(other(*tensors, causal=True), attention(*tensors, causal=True))
+
+
+def test_null_features_are_d_ln_d() -> None:
+    assert build(num_features=None).features.num_features == 16  # 8 ln 8 = 16.6
+
+
+def test_runs_on_meta_from_birth() -> None:
+    with torch.device("meta"):
+        attention = build()
+        out = attention(*inputs(19), causal=True)
+    attention.redraw(0)
+    assert out.shape == (2, 4, 19, 6)
+    assert attention.features.projection.is_meta
+
+
+@pytest.mark.parametrize("std", [1.0, 3.0, 10.0])
+def test_finite_and_near_float64_at_any_loudness(std: float) -> None:
+    attention, (q, k, v) = build(), inputs(40, std)
+    k[:, :, 13] *= 0.01  # in log features a short key among long ones is the loud one
+    k[:, :, 22] *= 10.0
+    out = attention(q, k, v, causal=True)
+    assert (out - quadratic(attention, q, k, v, causal=True)).abs().max() < 2e-5
+
+
+def test_what_it_cannot_do_is_said() -> None:
+    attention, (q, k, v) = build(), inputs(5)
+    with pytest.raises(ValueError, match="log_decay needs causal"):
+        attention(q, k, v, causal=False, log_decay=torch.zeros(2, 2, 5))
+    with pytest.raises(ValueError, match="segments apart in causal attention only; attn=flash_tiled"):
+        attention(q, k, v, causal=False, segments=torch.zeros(2, 5))
+    with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
+        build(chunk_size=0)
+    with pytest.raises(ValueError, match="num_features must be at least 1 or null, got 0"):
+        build(num_features=0)

@@ -1,0 +1,275 @@
+"""The laws of the contract, for every backend: add one line to `FACTORIES` and they hold for it too."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from performer_lm.attention.base import Attention, fork
+from performer_lm.attention.chunked import ChunkedAttention
+from performer_lm.attention.exact import ExactAttention
+from performer_lm.attention.flash import FlashAttention
+from performer_lm.attention.flash_tiled import FlashTiledAttention
+from performer_lm.attention.local import LocalAttention
+
+FACTORIES: dict[str, Callable[..., Attention[Any]]] = {
+    "exact": ExactAttention,
+    "chunked": partial(ChunkedAttention, query_chunk_size=3, key_chunk_size=5),
+    "flash": FlashAttention,
+    "flash_tiled": partial(FlashTiledAttention, on_chip=64),
+    "local": partial(LocalAttention, window=4),
+}
+HEADS, GROUPS, WIDTH, VALUE_WIDTH = 4, 2, 6, 5
+TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}  # backends may sum in float32 whatever the inputs
+CPU = torch.device("cpu")
+
+every_backend = pytest.mark.parametrize("name", FACTORIES)
+options = st.fixed_dictionaries({"mask": st.booleans(), "log_decay": st.booleans()})
+
+
+def build(name: str) -> Attention[Any]:
+    return FACTORIES[name](heads=HEADS, key_heads=GROUPS, dim_head=WIDTH, dim_value=VALUE_WIDTH, layer=0)
+
+
+def draw_tokens(
+    tokens: int, seed: int, *, batch: int = 2, mask: bool = False, log_decay: bool = False
+) -> dict[str, Tensor]:
+    """Draw q, k, v and the options asked for, by the names that `forward` gives them."""
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+    found = {
+        "q": normal(batch, HEADS, tokens, WIDTH),
+        "k": normal(batch, GROUPS, tokens, WIDTH),
+        "v": normal(batch, GROUPS, tokens, VALUE_WIDTH),
+    }
+    if mask:
+        found["mask"] = torch.rand(batch, tokens, generator=random) < 0.7
+    if log_decay:
+        found["log_decay"] = -torch.rand(batch, GROUPS, tokens, generator=random)
+    return found
+
+
+def cut(inputs: dict[str, Tensor], tokens: slice) -> dict[str, Tensor]:
+    """Take some of the tokens of every input."""
+    return {
+        name: x[:, :, tokens] if name in "qkv" or name == "log_decay" else x[:, tokens] for name, x in inputs.items()
+    }
+
+
+def pad_left(inputs: dict[str, Tensor], pads: int) -> dict[str, Tensor]:
+    """Put masked tokens full of rubbish in front."""
+    padded = {
+        name: torch.cat([torch.full_like(x[:, :, :1], 7.0).repeat_interleave(pads, 2), x], dim=2)
+        for name, x in inputs.items()
+        if name in "qkv"
+    }
+    if "log_decay" in inputs:
+        decay = inputs["log_decay"]
+        padded["log_decay"] = torch.cat([torch.zeros(*decay.shape[:2], pads), decay], dim=2)
+    kept = inputs.get("mask", torch.ones(inputs["q"].shape[0], inputs["q"].shape[2], dtype=torch.bool))
+    return padded | {"mask": torch.cat([torch.zeros(kept.shape[0], pads, dtype=torch.bool), kept], dim=1)}
+
+
+def decode(attention: Attention[Any], inputs: dict[str, Tensor], parts: list[slice], *, max_len: int = 1) -> Tensor:
+    """Run `extend` over the parts of a sequence and join the outputs."""
+    state = attention.init_state(inputs["q"].shape[0], max_len=max_len, device=CPU, dtype=inputs["k"].dtype)
+    outputs = []
+    for part in parts:
+        out, state = attention.extend(**cut(inputs, part), state=state)
+        outputs.append(out)
+    return torch.cat(outputs, dim=2)
+
+
+def split_at(ends: list[int]) -> list[slice]:
+    return [slice(start, stop) for start, stop in zip([0, *ends], ends, strict=False)]
+
+
+def where_kept(out: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    """Zero the outputs at masked tokens, which mean nothing."""
+    return out * inputs["mask"][:, None, :, None] if "mask" in inputs else out
+
+
+@every_backend
+@given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=6), seed=st.integers(0, 99), chosen=options)
+def test_extend_over_any_split_equals_the_whole(name, lengths, seed, chosen):
+    attention = build(name)
+    ends = [sum(lengths[: count + 1]) for count in range(len(lengths))]
+    inputs = draw_tokens(ends[-1], seed, **chosen)
+    whole = where_kept(attention(**inputs, causal=True), inputs)
+    torch.testing.assert_close(where_kept(decode(attention, inputs, split_at(ends)), inputs), whole, **TOLERANCE)
+
+
+@every_backend
+@given(tokens=st.integers(1, 12), changed=st.integers(0, 11), seed=st.integers(0, 99))
+def test_the_future_does_not_reach_the_past(name, tokens, changed, seed):
+    attention, changed = build(name), min(changed, tokens)
+    inputs, other = draw_tokens(tokens, seed), draw_tokens(tokens, seed + 1)
+    mixed = {key: torch.cat([x[:, :, :changed], 3 * other[key][:, :, changed:]], dim=2) for key, x in inputs.items()}
+    out, out_of_mixed = attention(**inputs, causal=True), attention(**mixed, causal=True)
+    torch.testing.assert_close(out[:, :, :changed], out_of_mixed[:, :, :changed], **TOLERANCE)
+
+
+@every_backend
+@pytest.mark.parametrize("causal", [True, False])
+@given(tokens=st.integers(1, 10), pads=st.integers(1, 9), seed=st.integers(0, 99), chosen=options)
+def test_left_padding_equals_no_padding(name, causal, tokens, pads, seed, chosen):
+    attention = build(name)
+    inputs = draw_tokens(tokens, seed, mask=chosen["mask"], log_decay=chosen["log_decay"] and causal)
+    padded = pad_left(inputs, pads)
+    out = attention(**padded, causal=causal)
+    torch.testing.assert_close(
+        where_kept(out, padded)[:, :, pads:], where_kept(attention(**inputs, causal=causal), inputs), **TOLERANCE
+    )
+
+
+@every_backend
+@given(tokens=st.integers(1, 10), pads=st.integers(1, 9), seed=st.integers(0, 99), with_decay=st.booleans())
+def test_a_ragged_prompt_decodes_as_the_prompt_alone(name, tokens, pads, seed, with_decay):
+    attention = build(name)
+    inputs = draw_tokens(tokens, seed, log_decay=with_decay)
+    padded = pad_left(inputs, pads)
+    parts = [slice(0, pads + 1), *(slice(at, at + 1) for at in range(pads + 1, pads + tokens))]
+    torch.testing.assert_close(
+        decode(attention, padded, parts)[:, :, pads:], attention(**inputs, causal=True), **TOLERANCE
+    )
+
+
+@every_backend
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_masked_key_is_as_if_absent(name, causal):
+    attention, inputs = build(name), draw_tokens(9, 0, batch=1, log_decay=causal)
+    kept = torch.tensor([True, True, False, True, False, False, True, True, False])
+    if "log_decay" in inputs:
+        inputs["log_decay"] = inputs["log_decay"] * kept
+    out = attention(**inputs, mask=kept[None], causal=causal)
+    alone = {key: x[:, :, kept] for key, x in inputs.items()}
+    torch.testing.assert_close(out[:, :, kept], attention(**alone, causal=causal), **TOLERANCE)
+
+
+@every_backend
+@pytest.mark.parametrize("causal", [True, False])
+def test_what_a_masked_key_holds_does_not_matter(name, causal):
+    attention, inputs = build(name), draw_tokens(6, 0, mask=True, log_decay=causal)
+    out = where_kept(attention(**inputs, causal=causal), inputs)
+    hidden = ~inputs["mask"][:, None, :, None]
+    spoilt = inputs | {key: inputs[key].masked_fill(hidden, 1e9) for key in "kv"}
+    if "log_decay" in spoilt:
+        spoilt["log_decay"] = spoilt["log_decay"].masked_fill(hidden[..., 0], -5.0)
+    torch.testing.assert_close(where_kept(attention(**spoilt, causal=causal), inputs), out, **TOLERANCE)
+
+
+@every_backend
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_fully_masked_row_gives_zeros_and_finite_gradients(name, causal):
+    inputs = {key: x.requires_grad_() for key, x in draw_tokens(5, 0).items()}
+    out = build(name)(**inputs, mask=torch.zeros(2, 5, dtype=torch.bool), causal=causal)
+    assert (out == 0).all()
+    out.sum().backward()
+    assert all(x.grad is None or x.grad.isfinite().all() for x in inputs.values())
+
+
+@every_backend
+@pytest.mark.parametrize("causal", [True, False])
+@given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=5), seed=st.integers(0, 99))
+def test_packed_documents_equal_separate_ones(name, causal, lengths, seed):
+    attention = build(name)
+    inputs = draw_tokens(sum(lengths), seed, log_decay=causal)
+    segments = torch.repeat_interleave(torch.tensor(lengths)).expand(2, -1)
+    ends = [sum(lengths[: count + 1]) for count in range(len(lengths))]
+    apart = [attention(**cut(inputs, part), causal=causal) for part in split_at(ends)]
+    torch.testing.assert_close(
+        attention(**inputs, segments=segments, causal=causal), torch.cat(apart, dim=2), **TOLERANCE
+    )
+
+
+@every_backend
+def test_grouped_queries_equal_repeated_keys(name):
+    attention, inputs = build(name), draw_tokens(7, 0)
+    factory = FACTORIES[name]
+    plain = factory(heads=HEADS, key_heads=HEADS, dim_head=WIDTH, dim_value=VALUE_WIDTH, layer=0)
+    repeated = {key: x if key == "q" else x.repeat_interleave(HEADS // GROUPS, 1) for key, x in inputs.items()}
+    torch.testing.assert_close(attention(**inputs, causal=True), plain(**repeated, causal=True), **TOLERANCE)
+
+
+@every_backend
+def test_a_forked_state_continues_in_two_ways(name):
+    attention, inputs, other = build(name), draw_tokens(6, 0), draw_tokens(6, 1)
+    state = attention.init_state(2, max_len=8, device=CPU, dtype=torch.float64)
+    _, state = attention.extend(**cut(inputs, slice(0, 5)), state=state)
+    first, _ = attention.extend(**cut(other, slice(5, 6)), state=fork(state))
+    second, _ = attention.extend(**cut(inputs, slice(5, 6)), state=state)
+    torch.testing.assert_close(second, attention(**inputs, causal=True)[:, :, 5:], **TOLERANCE)
+    assert not torch.allclose(first, second)
+
+
+@every_backend
+@given(seed=st.integers(0, 99), chosen=options)
+def test_reading_stands_at_the_last_key_and_adds_nothing(name, seed, chosen):
+    attention, inputs = build(name), draw_tokens(3, seed, **chosen)
+    state = attention.init_state(2, max_len=4, device=CPU, dtype=torch.float64)
+    out, state = attention.extend(**inputs, state=state)
+    for _ in range(2):
+        read = attention.read(inputs["q"], state)
+        torch.testing.assert_close(where_kept(read, inputs)[:, :, -1:], where_kept(out, inputs)[:, :, -1:], **TOLERANCE)
+
+
+@every_backend
+def test_decay_makes_old_keys_fade_as_the_weights_say(name):
+    attention, inputs = build(name), draw_tokens(2, 0)
+    half = torch.full((2, GROUPS, 2), 0.5).log()
+    v = torch.eye(2, VALUE_WIDTH, dtype=torch.float64).expand(2, GROUPS, -1, -1)
+
+    def odds(**more: Tensor) -> Tensor:
+        last = attention(inputs["q"], inputs["k"], v, causal=True, **more)[:, :, -1]
+        return last[..., 0] / last[..., 1]
+
+    torch.testing.assert_close(odds(log_decay=half), odds() / 2, **TOLERANCE)
+
+
+@every_backend
+def test_decay_without_causal_is_refused(name):
+    with pytest.raises(ValueError, match="log_decay"):
+        build(name)(**draw_tokens(3, 0, log_decay=True), causal=False)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_near_single(name, dtype):
+    attention = build(name)
+    inputs = {key: x.float() for key, x in draw_tokens(20, 0, mask=True, log_decay=True).items()}
+    inputs["mask"] = inputs["mask"] > 0
+    half = {key: x.to(dtype) if key in "qkv" else x for key, x in inputs.items()}
+    # the same rounded inputs, so that only the arithmetic differs
+    single = attention(**{key: x.float() if key in "qkv" else x for key, x in half.items()}, causal=True)
+    out = attention(**half, causal=True)
+    assert out.dtype == dtype
+    torch.testing.assert_close(where_kept(out, half).float(), where_kept(single, half), atol=1e-2, rtol=1e-2)
+
+
+@every_backend
+def test_all_of_it_runs_without_a_device(name):
+    meta = torch.device("meta")
+    with meta:
+        attention = build(name)
+    inputs = {key: x.to(meta) for key, x in draw_tokens(7, 0, mask=True, log_decay=True).items()}
+    out = attention(**inputs, causal=True, segments=torch.zeros(2, 7, dtype=torch.long, device=meta))
+    state = attention.init_state(2, max_len=1, device=meta, dtype=torch.float64)
+    extended, state = attention.extend(**inputs, state=state)
+    assert out.shape == extended.shape == attention.read(inputs["q"], state).shape == (2, HEADS, 7, VALUE_WIDTH)
+
+
+@every_backend
+def test_autocast_keeps_it_near_single(name):
+    attention = build(name)
+    inputs = {key: x.float() for key, x in draw_tokens(20, 0, log_decay=True).items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attention(**inputs, causal=True)
+    torch.testing.assert_close(out.float(), attention(**inputs, causal=True), atol=2e-2, rtol=2e-2)  # 8 bits of q, k, v

@@ -1,0 +1,204 @@
+"""Linear attention in blocks equals its quadratic definition: any length, split, mask, documents and decay."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from performer_lm.ops import linear_block, linear_causal
+from performer_lm.ops.features import Exponential
+from performer_lm.ops.linear import LinearState, absorb_keys, causal_linear_attention, empty_state, read_state
+
+FLOAT64 = 1e-10
+FLOAT32 = 2e-6
+
+
+def identity(x: Tensor) -> Exponential:
+    """Take vectors like x as log features themselves."""
+    return Exponential((torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).repeat(2, 1, 1),))
+
+
+def quadratic(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    mask: Tensor | None = None,
+    segments: Tensor | None = None,
+    log_decay: Tensor | None = None,
+) -> Tensor:
+    """Write the definition out in float64: weights sum_m exp(q_im + k_jm), normalised over the keys in sight."""
+    group = q.shape[1] // k.shape[1]
+    q, k, v = q.double(), *(x.double().repeat_interleave(group, dim=1) for x in (k, v))
+    logits = (q[..., :, None, :] + k[..., None, :, :]).logsumexp(dim=-1)
+    visible = torch.ones(logits.shape[-2:], dtype=torch.bool)
+    visible = (visible.tril() if causal else visible).expand_as(logits)
+    if mask is not None:
+        visible = visible & mask[:, None, None]
+    if segments is not None:
+        visible = visible & (segments[:, None, :, None] == segments[:, None, None, :])
+    if log_decay is not None:
+        if mask is not None:
+            log_decay = log_decay * mask[:, None]  # an absent key takes its decay with it
+        total = log_decay.double().repeat_interleave(group, dim=1).cumsum(dim=-1)
+        logits = logits + (total[..., :, None] - total[..., None, :])
+    weights = logits.masked_fill(~visible, -torch.inf).softmax(dim=-1)
+    return weights.masked_fill(~visible, 0.0) @ v
+
+
+def inputs(n: int, *, std: float = 1.0, dtype: torch.dtype = torch.float64, m: int = 5) -> tuple[Tensor, ...]:
+    q, k, v = torch.randn(2, 4, n, m), torch.randn(2, 2, n, m), torch.randn(2, 2, n, 3)
+    return (std * q).to(dtype), (std * k).to(dtype), v.to(dtype)
+
+
+def options(n: int, names: set[str], dtype: torch.dtype) -> dict[str, Any]:
+    chosen: dict[str, Any] = {}
+    if "mask" in names:
+        chosen["mask"] = torch.rand(2, n) > 0.3
+    if "segments" in names:
+        chosen["segments"] = (torch.rand(2, n) > 0.8).cumsum(dim=-1)
+    if "log_decay" in names:
+        chosen["log_decay"] = -torch.rand(2, 2, n, dtype=dtype)
+    return chosen
+
+
+def empty(q: Tensor, k: Tensor, v: Tensor) -> LinearState:
+    return empty_state(2, k.shape[1], k.shape[-1], v.shape[-1], device=k.device, dtype=k.dtype)
+
+
+def blockwise(q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int = 4, **chosen: Any) -> tuple[Tensor, LinearState]:
+    state = chosen.pop("state", None) or empty(q, k, v)
+    return causal_linear_attention(
+        q, k, v, state, query_map=identity(q), key_map=identity(k), chunk_size=chunk_size, **chosen
+    )
+
+
+@pytest.fixture(params=["one scale", "tiles", "halves"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test as inputs decide, with blocks of several tiles, and with the form that asks nothing of inputs."""
+    if request.param != "one scale":
+        monkeypatch.setattr(linear_causal, "TILE", 2)
+    if request.param == "halves":
+        monkeypatch.setattr(linear_block, "_fits", lambda keys, times: False)
+    return str(request.param)
+
+
+any_options = st.sets(st.sampled_from(["mask", "segments", "log_decay"]))
+form_laws = pytest.mark.usefixtures("form")
+
+
+@form_laws
+@pytest.mark.parametrize("names", [set(), {"mask"}, {"segments"}, {"log_decay"}, {"mask", "segments", "log_decay"}])
+@pytest.mark.parametrize("n", [1, 3, 4, 13])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, FLOAT64), (torch.float32, FLOAT32)])
+def test_equals_the_quadratic_form(n: int, names: set[str], dtype: torch.dtype, tolerance: float) -> None:
+    tensors = [x.requires_grad_() for x in inputs(n, dtype=dtype)]
+    chosen = options(n, names, dtype)
+    out, _ = blockwise(*tensors, **chosen)
+    reference = [x.detach().double().requires_grad_() for x in tensors]
+    expected = quadratic(*reference, **chosen)
+    assert out.dtype == dtype
+    assert (out - expected).abs().max() < tolerance
+    weight = torch.randn_like(expected)
+    ours = torch.autograd.grad((out * weight.to(dtype)).sum(), tensors)
+    theirs = torch.autograd.grad((expected * weight).sum(), reference)
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one - other).abs().max() < 10 * tolerance  # gradients here reach 10
+
+
+@form_laws
+@given(n=st.integers(1, 12), chunk_size=st.integers(1, 6), split=st.integers(0, 12), names=any_options)
+def test_any_split_gives_the_same_outputs_and_state(n: int, chunk_size: int, split: int, names: set[str]) -> None:
+    tensors = inputs(n)
+    chosen = options(n, names - {"segments"}, torch.float64)
+    whole, final = blockwise(*tensors, **chosen)
+    state, outputs = empty(*tensors), []
+    for part in (slice(0, min(split, n)), slice(min(split, n), n)):
+        if part.start == part.stop:
+            continue
+        some = {name: x[..., part] for name, x in chosen.items()}
+        out, state = blockwise(*(x[..., part, :] for x in tensors), chunk_size=chunk_size, state=state, **some)
+        outputs.append(out)
+    assert (torch.cat(outputs, dim=-2) - whole).abs().max() < FLOAT64
+    scale = (state.log_scale - final.log_scale).exp()[..., None]
+    assert torch.allclose(state.sums * scale, final.sums, atol=FLOAT64)
+
+
+@form_laws
+@pytest.mark.parametrize("std", [1.0, 10.0, 100.0])
+def test_a_loud_key_moves_nothing_before_it(std: float) -> None:
+    """In log features of a range no float could hold, a key far above all others comes late in a chunk."""
+    q, k, v = inputs(32, std=std, dtype=torch.float32)
+    k[:, :, 13] += 500.0
+    out, _ = blockwise(q, k, v, chunk_size=16)
+    assert (out - quadratic(q, k, v)).abs().max() < 2e-5
+    later = k.clone()
+    later[:, :, 20:] = 10 * torch.randn_like(later[:, :, 20:])
+    changed, _ = blockwise(q, later, v, chunk_size=16)
+    assert torch.equal(changed[..., :16, :], out[..., :16, :])
+    assert (changed[..., 16:20, :] - out[..., 16:20, :]).abs().max() < 2e-5
+
+
+@form_laws
+def test_strong_decay_is_exact() -> None:
+    q, k, v = inputs(64, dtype=torch.float32)
+    log_decay = -20 * torch.rand(2, 2, 64)
+    out, state = blockwise(q, k, v, chunk_size=16, log_decay=log_decay)
+    assert (out - quadratic(q, k, v, log_decay=log_decay)).abs().max() < 2e-5
+    assert state.sums.isfinite().all()
+
+
+@form_laws
+def test_a_quiet_document_after_a_loud_one() -> None:
+    q, k, v = inputs(24, dtype=torch.float32)
+    segments = torch.arange(24).div(5, rounding_mode="floor").expand(2, -1)
+    k = k + 200.0 * (segments % 2)[:, None, :, None]
+    out, _ = blockwise(q, k, v, chunk_size=8, segments=segments)
+    for document in segments[0].unique():
+        rows = segments[0] == document
+        alone, _ = blockwise(*(x[:, :, rows] for x in (q, k, v)), chunk_size=8)
+        assert (out[:, :, rows] - alone).abs().max() < 2e-5
+
+
+@form_laws
+def test_rows_that_see_nothing_are_zero() -> None:
+    tensors = [x.requires_grad_() for x in inputs(9)]
+    mask = torch.arange(9).expand(2, -1) >= torch.tensor([[6], [9]])
+    out, _ = blockwise(*tensors, mask=mask)
+    assert (out[0, :, :6] == 0).all()
+    assert (out[1] == 0).all()
+    out.sum().backward()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in tensors)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_reading_equals_the_quadratic_form(masked: bool) -> None:
+    q, k, v = inputs(11)
+    q = q[:, :, :7]
+    mask = torch.rand(2, 11) > 0.3 if masked else None
+    state = absorb_keys(k, v, empty(q, k, v), key_map=identity(k), chunk_size=4, mask=mask)
+    out = read_state(q, state, query_map=identity(q), chunk_size=3)
+    assert (out - quadratic(q, k, v, causal=False, mask=mask)).abs().max() < FLOAT64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_finite(dtype: torch.dtype) -> None:
+    tensors = [x.requires_grad_() for x in inputs(20, std=10.0, dtype=dtype)]
+    out, state = blockwise(*tensors)
+    assert out.dtype == dtype
+    assert state.sums.dtype == torch.float32
+    out.sum().backward()
+    assert out.isfinite().all()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in tensors)
+
+
+def test_runs_without_looking_at_values() -> None:
+    with torch.device("meta"):
+        q, k, v = inputs(13)
+        out, state = blockwise(q, k, v, mask=torch.ones(2, 13, dtype=torch.bool), log_decay=torch.zeros(2, 2, 13))
+    assert out.shape == (2, 4, 13, 3)
+    assert state.sums.shape == (2, 2, 5, 4)
