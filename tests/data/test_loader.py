@@ -1,0 +1,71 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from performer_lm.data.loader import Positions, Share, TrainBatches, TrainLoader, ValidationBatches
+from performer_lm.data.windows import IGNORE, shift, window_batch
+
+IDS = np.arange(1000, dtype=np.uint16)
+counts = st.integers(1, 4)
+
+
+def shares(micro_batch: int, accumulation: int, ranks: int) -> list[Share]:
+    size = micro_batch * accumulation * ranks
+    return [Share(batch_size=size, accumulation=accumulation, ranks=ranks, rank=rank) for rank in range(ranks)]
+
+
+def loader(*, steps: int = 6, accumulation: int = 2, done: int = 0, num_workers: int = 0) -> TrainLoader:
+    share = Share(batch_size=4, accumulation=accumulation, ranks=1, rank=0)
+    batches = TrainBatches(IDS, share, seed=0, context=8, steps=steps)
+    return TrainLoader(batches, accumulation=accumulation, done=lambda: done, num_workers=num_workers)
+
+
+@given(micro_batch=counts, accumulation=counts, ranks=counts)
+def test_ranks_and_accumulation_share_out_the_global_batch(micro_batch, accumulation, ranks):
+    parts = [
+        TrainBatches(IDS, share, seed=7, context=10, steps=3) for share in shares(micro_batch, accumulation, ranks)
+    ]
+    assert {len(batches) for batches in parts} == {3 * accumulation}
+    for step in range(3):
+        size = micro_batch * accumulation * ranks
+        wanted = window_batch(IDS, seed=7, step=step, batch_size=size, context=10)
+        got = [batches[step * accumulation + part] for part in range(accumulation) for batches in parts]
+        assert torch.equal(torch.cat(got), wanted)
+
+
+@given(micro_batch=counts, ranks=counts, num_ids=st.integers(2, 200))
+def test_ranks_share_out_validation_with_equal_lengths(micro_batch, ranks, num_ids):
+    parts = [ValidationBatches(IDS[:num_ids], share, context=10) for share in shares(micro_batch, 1, ranks)]
+    (length,) = {len(batches) for batches in parts}
+    rows = torch.cat([batches[index] for index in range(length) for batches in parts])
+    targets = shift(rows)[1]
+    assert targets[targets != IGNORE].tolist() == list(range(1, num_ids))
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_all_numbers():
+    share = Share(batch_size=8, accumulation=3, ranks=2, rank=0)
+    with pytest.raises(ValueError, match=r"\(8\) must be a multiple of ranks \(2\) x trainer.acc.* \(3\)"):
+        share.check()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_loader_goes_on_where_its_trainer_stood(num_workers):
+    whole = list(loader())
+    resumed = loader(num_workers=num_workers)
+    resumed.load_state_dict(loader(done=5).state_dict())
+    assert len(resumed) == len(whole) == 12
+    assert torch.equal(torch.stack(list(resumed)), torch.stack(whole[5:]))
+
+
+def test_another_accumulation_is_refused_on_resume():
+    with pytest.raises(ValueError, match=r"accumulate_grad_batches \(1\) must stay .* \(2\)"):
+        loader(accumulation=1).load_state_dict(loader(accumulation=2).state_dict())
+
+
+def test_positions_are_what_a_trainer_with_several_ranks_leaves_alone():
+    positions = Positions(TrainBatches(IDS, shares(1, 1, 1)[0], seed=0, context=8, steps=4))
+    assert isinstance(positions, torch.utils.data.DistributedSampler)
+    positions.set_epoch(3)
+    assert list(positions) == [0, 1, 2, 3]

@@ -1,0 +1,274 @@
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+
+from performer_lm.data.corpus import Files
+from performer_lm.data.module import TextData
+from performer_lm.data.tokenizer import build_bytes
+from performer_lm.data.windows import IGNORE, shift, window_batch
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def text_data(folder: Path, **changes) -> TextData:
+    text = folder / "text"
+    if not text.exists():
+        text.mkdir()
+        for index in range(12):
+            (text / f"{index}.txt").write_text(f"document {index}: {index * index} " * (index + 3))
+    options = {
+        "corpus": Files(path=str(text), include=["*.txt"]),
+        "tokenizer": functools.partial(build_bytes),
+        "context": 16,
+        "batch_size": 8,
+        "validation_fraction": 0.2,
+        "validation_bytes": 500,
+        "cache_dir": str(folder / "cache"),
+        "seed": 5,
+        "num_workers": 0,
+    }
+    return TextData(**{**options, **changes})
+
+
+class Recorder(lightning.LightningModule):
+    """A one-parameter model that remembers the batches it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.seen: list[Tensor] = []
+        self.validated: list[Tensor] = []
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        self.seen.append(batch)
+        return self.weight * batch.float().mean()
+
+    def validation_step(self, batch: Tensor) -> None:
+        self.validated.append(batch)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+class BrokenError(Exception):
+    pass
+
+
+class SaveAndBreak(Callback):
+    """Saves after step `stop`, and breaks the run off in the middle of the next."""
+
+    def __init__(self, stop: int, path: str) -> None:
+        self.stop = stop
+        self.path = path
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        if (batch_idx + 1) == self.stop * trainer.accumulate_grad_batches:
+            trainer.save_checkpoint(self.path)
+
+    def on_train_batch_start(self, trainer, *_) -> None:
+        if trainer.global_step == self.stop:
+            raise BrokenError
+
+
+def trainer_for(steps: int, *callbacks: Callback, **options) -> lightning.Trainer:
+    return lightning.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+        enable_checkpointing=False,
+        **options,
+    )
+
+
+def fit(data: TextData, steps: int, *callbacks: Callback, ckpt_path: str | None = None, **options) -> Recorder:
+    model = Recorder()
+    trainer_for(steps, *callbacks, **options).fit(model, data, ckpt_path=ckpt_path, weights_only=True)
+    return model
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_sees_the_batches_of_its_seed_whatever_the_accumulation(tmp_path, accumulation, workers):
+    data = text_data(tmp_path, num_workers=workers)
+    model = fit(data, 5, accumulate_grad_batches=accumulation, val_check_interval=100)
+    wanted = [window_batch(data.train_ids, seed=5, step=step, batch_size=8, context=16) for step in range(5)]
+    assert len(model.seen) == 5 * accumulation
+    assert torch.equal(torch.cat(model.seen), torch.cat(wanted))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_share_out_the_same_global_batch(tmp_path, ranks, monkeypatch):
+    data = text_data(tmp_path)
+    data.prepare()
+    monkeypatch.setattr(lightning.Trainer, "world_size", ranks)
+    wanted = [window_batch(data.train_ids, seed=5, step=step, batch_size=8, context=16) for step in range(3)]
+    trained, validated = [], []
+    for rank in range(ranks):
+        monkeypatch.setattr(lightning.Trainer, "global_rank", rank)
+        data.trainer = trainer_for(3, accumulate_grad_batches=2)
+        trained.append(torch.stack(list(data.train_dataloader())))
+        validated.append(torch.stack(list(data.val_dataloader())))
+    assert torch.equal(torch.stack(trained, dim=1).reshape(3, 8, 17), torch.stack(wanted))
+    rows = torch.stack(validated, dim=1).reshape(-1, 17)
+    targets = shift(rows)[1]
+    assert torch.equal(targets[targets != IGNORE], torch.tensor(data.validation_ids[1:].astype(np.int64)))
+
+
+@pytest.mark.parametrize(("accumulation", "workers", "stop"), [(1, 0, 1), (1, 2, 4), (2, 0, 3), (2, 1, 5)])
+def test_a_resumed_run_sees_exactly_what_the_unbroken_one_sees(tmp_path, accumulation, workers, stop):
+    options = {"accumulate_grad_batches": accumulation, "val_check_interval": 2 * accumulation}
+    saved = str(tmp_path / "last.ckpt")
+    unbroken = fit(text_data(tmp_path, num_workers=workers), 8, **options)
+    with pytest.raises(BrokenError):
+        fit(text_data(tmp_path, num_workers=workers), 8, SaveAndBreak(stop, saved), **options)
+    resumed = fit(text_data(tmp_path, num_workers=workers), 8, ckpt_path=saved, **options)
+    assert torch.equal(torch.cat(resumed.seen), torch.cat(unbroken.seen[stop * accumulation :]))
+    assert torch.equal(resumed.weight, unbroken.weight)
+
+
+def test_a_finished_run_can_be_made_longer(tmp_path):
+    class SaveAtEnd(Callback):
+        def on_train_end(self, trainer, module) -> None:
+            trainer.save_checkpoint(tmp_path / "end.ckpt")
+
+    longer = fit(text_data(tmp_path), 7, val_check_interval=2)
+    fit(text_data(tmp_path), 4, SaveAtEnd(), val_check_interval=2)
+    resumed = fit(text_data(tmp_path), 7, ckpt_path=str(tmp_path / "end.ckpt"), val_check_interval=2)
+    assert torch.equal(torch.cat(resumed.seen), torch.cat(longer.seen[4:]))
+    assert torch.equal(resumed.weight, longer.weight)
+
+
+@pytest.mark.parametrize("choice", [["data=stdlib"], ["data=files", "data.path=my text.txt"]])
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_the_configs_build_text_data(choice, tokenizer):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose(overrides=["+" + choice[0], f"+tokenizer={tokenizer}", "+seed=3", *choice[1:]])
+    data = instantiate(cfg.data)
+    assert isinstance(data, TextData)
+    assert data.context == cfg.data.context
+
+
+def test_the_path_stands_where_the_command_line_puts_it():
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose(overrides=["+data=files", "+tokenizer=bytes", "+seed=3", "data.path=my text.txt"])
+    with pytest.raises(ValueError, match=r"data.path=my text.txt does not exist"):
+        instantiate(cfg.data).prepare()
+
+
+@pytest.mark.parametrize(
+    ("length", "context", "message"),
+    [
+        (812, 1024, r"my text has 733 tokens for training; one window needs 1025 \(data.context=1024\)"),
+        (1, 4, r"my text has 3 tokens for training; one window needs 5 \(data.context=4\)"),
+    ],
+)
+def test_a_corpus_shorter_than_a_window_is_refused_with_both_counts(tmp_path, length, context, message):
+    (tmp_path / "short.txt").write_text("x" * length)
+    corpus = Files(path=str(tmp_path / "short.txt"), include=[])
+    data = text_data(tmp_path, corpus=corpus, path="my text", context=context, validation_fraction=0.1)
+    with pytest.raises(ValueError, match=message):
+        data.prepare()
+
+
+def test_a_corpus_with_nothing_to_validate_on_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("\N{GRINNING FACE}" * 10)
+    corpus = Files(path=str(tmp_path / "a.txt"), include=[])
+    with pytest.raises(ValueError, match="the corpus has no token for validation"):
+        text_data(tmp_path, corpus=corpus, context=4, validation_fraction=0.01).prepare()
+
+
+def test_validation_keeps_to_its_bytes_and_the_held_out_rest_stays_at_hand(tmp_path):
+    data = text_data(tmp_path, validation_bytes=50)
+    data.prepare()
+    assert data.tokenizer.byte_lengths()[data.validation_ids].sum() == 50
+    assert np.array_equal(data.held_out_ids[: len(data.validation_ids)], data.validation_ids)
+    assert len(data.held_out_ids) > len(data.validation_ids)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"steps": 5, "accumulate_grad_batches": 3},
+            r"batch_size \(8\) must be a multiple of ranks \(1\) x .* \(3\)",
+        ),
+        ({"steps": -1}, r"trainer.max_steps \(-1\) must be at least 0"),
+    ],
+)
+def test_a_trainer_that_does_not_fit_is_refused(tmp_path, options, message):
+    data = text_data(tmp_path)
+    data.prepare()
+    data.trainer = trainer_for(**options)
+    with pytest.raises(ValueError, match=message):
+        data.share(data.trainer)
+    with pytest.raises(ValueError, match=message):
+        data.train_dataloader()
+
+
+@pytest.mark.parametrize("name", ["context", "batch_size", "validation_bytes"])
+def test_sizes_below_one_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=rf"data.{name} \(0\) must be at least 1"):
+        text_data(tmp_path, **{name: 0})
+
+
+def test_the_fingerprint_is_plain_and_follows_what_decides_the_batches(tmp_path):
+    one = text_data(tmp_path).fingerprint()
+    assert one == text_data(tmp_path, num_workers=2, validation_bytes=70).fingerprint()
+    assert all(isinstance(value, (str, int, float)) for value in one.values())
+    for change in ({"seed": 6}, {"context": 15}, {"batch_size": 4}, {"validation_fraction": 0.5}):
+        assert text_data(tmp_path, **change).fingerprint() != one
+
+
+def test_loaders_leave_the_global_generators_alone(tmp_path):
+    data = text_data(tmp_path)
+    data.prepare()
+    data.trainer = trainer_for(2)
+    before = torch.get_rng_state()
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        assert all(batch.shape == (8, 17) for batch in loader)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+TWO_RANKS = """
+import sys, os
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+import torch
+from test_module import Recorder, text_data, trainer_for
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    model = Recorder()
+    trainer = trainer_for(3, strategy="ddp", devices=2, accumulate_grad_batches=2, val_check_interval=6)
+    trainer.fit(model, text_data(folder))
+    torch.save([torch.stack(model.seen), torch.stack(model.validated)], folder / f"rank{trainer.global_rank}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_what_one_would(tmp_path):
+    script = tmp_path / "two_ranks.py"
+    script.write_text(TWO_RANKS)
+    data = text_data(tmp_path)
+    data.prepare()
+    subprocess.run([sys.executable, script, str(tmp_path), str(Path(__file__).parent)], check=True, timeout=120)
+    trained, validated = zip(*(torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)), strict=True)
+    wanted = [window_batch(data.train_ids, seed=5, step=step, batch_size=8, context=16) for step in range(3)]
+    assert torch.equal(torch.stack(trained, dim=1).reshape(3, 8, 17), torch.stack(wanted))
+    targets = shift(torch.stack(validated, dim=1).reshape(-1, 17))[1]
+    assert torch.equal(targets[targets != IGNORE], torch.tensor(data.validation_ids[1:].astype(np.int64)))
