@@ -1,0 +1,163 @@
+"""What went wrong, said once and plainly, and the exit code it means.
+
+| code | meaning | shown |
+|---|---|---|
+| 0 | done | |
+| 1 | an error of ours | traceback |
+| 2 | usage or config | one `error:` line for each problem |
+| 3 | a loss or gradient was not finite (`FloatingPointError`) | one line |
+| 4 | out of memory | one line, and what to lower |
+| 130 | interrupted | one line |
+| 143 | terminated | one line |
+"""
+
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+
+from hydra.errors import InstantiationException
+
+ERROR, USAGE, NON_FINITE, OUT_OF_MEMORY, INTERRUPTED, TERMINATED = 1, 2, 3, 4, 130, 143
+
+LEVERS = (
+    "raise trainer.accumulate_grad_batches: the same batch in smaller pieces, the same result",
+    "lower data.context or data.batch_size",
+    "set trainer.precision=bf16-mixed on an accelerator",
+    "lower model.dim or model.depth",
+)
+
+_ALLOCATION_FAILURES = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+class UsageError(ValueError):
+    """A mistake of the user's: one line for each problem, exit code 2."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__(*problems)
+        self.problems = problems
+
+    def __str__(self) -> str:
+        return "\n".join(self.problems)
+
+
+class JobFailed(Exception):
+    """A job of a sweep that failed and was reported; holds its exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def did_you_mean(name: str, choices: Iterable[str], *, prefix: str = "") -> str:
+    """Return `; did you mean <prefix><choice>?` for the choice nearest to `name`, or nothing if none is near."""
+    nearest = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{nearest[0]}?" if nearest else ""
+
+
+def nearest_key(name: str, known: Collection[str], *, prefix: str = "") -> str:
+    """Return the nearest key, or all of them where none is near and the list is short."""
+    listed = f" (known: {', '.join(known)})" if 0 < len(known) <= 16 else ""
+    return did_you_mean(name, known, prefix=prefix) or listed
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turn what a constructor refuses, or a file that cannot be opened, into a `UsageError`.
+
+    Takes ValueError, OSError, and Hydra's InstantiationException around either of them; everything else passes.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except (ValueError, OSError, InstantiationException) as error:
+        cause = _root(error)
+        if isinstance(cause, UsageError):
+            raise cause from error
+        if not isinstance(cause, (ValueError, OSError)):
+            raise
+        raise UsageError(f"{_config_key(error)}{_text(cause)}") from error
+
+
+def report(error: BaseException, *, job: str = "", show_traceback: bool = False) -> int:
+    """Print `error` to stderr as its exit code asks, and return that code. `job` names one job of a sweep."""
+    if isinstance(error, SystemExit):
+        return _exit_code(error)
+    if isinstance(error, JobFailed):
+        return error.code
+    if isinstance(error, BrokenPipeError):
+        _close_stdout()
+        return ERROR
+    cause = _root(error)
+    code, problems = _verdict(cause)
+    if show_traceback or code == ERROR:
+        traceback.print_exception(error)
+    for problem in problems:
+        print(f"{_label()} {job}{problem}", file=sys.stderr)
+    return code
+
+
+def _verdict(error: BaseException) -> tuple[int, tuple[str, ...]]:
+    if isinstance(error, UsageError):
+        return USAGE, error.problems
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, ("interrupted",)
+    if isinstance(error, FloatingPointError):
+        return NON_FINITE, (_text(error),)
+    if _is_out_of_memory(error):
+        first = _text(error).partition("\n")[0]
+        return OUT_OF_MEMORY, ("\n  ".join((f"out of memory: {first}", *LEVERS)),)
+    return ERROR, (f"{type(error).__name__}: {_text(error)}".partition("\n")[0],)
+
+
+def _root(error: BaseException) -> BaseException:
+    """Return what a constructor raised, from under Hydra's InstantiationException."""
+    while isinstance(error, InstantiationException) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _config_key(error: BaseException) -> str:
+    """Return `model: ` for an error that Hydra met while it built the node `model`, or nothing."""
+    _, found, key = str(error).rpartition("full_key: ") if isinstance(error, InstantiationException) else ("", "", "")
+    return f"{key.strip()}: " if found else ""
+
+
+def _text(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"{os.fspath(error.filename)}: {error.strerror.lower()}"
+    return str(error) or type(error).__name__
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Tell a failed allocation: torch's own type is a RuntimeError, and its CPU allocator has only its words."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _ALLOCATION_FAILURES)
+
+
+def _exit_code(error: SystemExit) -> int:
+    """Return the code of a SystemExit, seeing through Lightning's two: SIGTERM has no code, and Ctrl-C has 1."""
+    lightning = sys.modules.get("lightning.pytorch.utilities.exceptions")
+    if lightning is not None and isinstance(error, lightning.SIGTERMException):
+        print(f"{_label()} terminated", file=sys.stderr)
+        return TERMINATED
+    if isinstance(error.__context__, KeyboardInterrupt):
+        return INTERRUPTED
+    if isinstance(error.code, str):
+        print(error.code, file=sys.stderr)
+        return ERROR
+    return error.code or 0
+
+
+def _label() -> str:
+    coloured = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return "\033[1;31merror:\033[0m" if coloured else "error:"
+
+
+def _close_stdout() -> None:
+    """Send what is still buffered nowhere, for its reader has gone (`generate.py ... | head`)."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,142 @@
+"""Run a task under Hydra: check first, run every job, and leave with the exit code that tells what happened."""
+
+import functools
+import inspect
+import os
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra import version
+from hydra._internal.utils import _run_hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import setup_globals
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from performer_lm.cli.argv import parse
+from performer_lm.cli.compose import Composed, Composer, task_config, unresolved
+from performer_lm.cli.errors import JobFailed, UsageError, report
+from performer_lm.cli.mistakes import COMPOSITION_ERRORS
+from performer_lm.cli.schema import check
+from performer_lm.cli.targets import refused_in_hydra
+
+Task = Callable[[DictConfig], float | None]
+FULL_ERROR = "HYDRA_FULL_ERROR"
+
+
+def main(
+    task: Task,
+    *,
+    config_name: str,
+    config_path: str | Path,
+    free_text: Collection[str] = (),
+    keys: Mapping[str, Any] | None = None,
+    supplied: Mapping[str, Collection[str]] | None = None,
+) -> NoReturn:
+    """Run `task` as the command line asks, and exit.
+
+    Args:
+        task: takes the composed and checked config; its result is a sweep's objective.
+        config_name: the root config, without `.yaml`.
+        config_path: the folder it lies in, absolute.
+        free_text: keys whose values are taken as typed, whatever they hold: `ckpt=runs/a,b`, `prompt="def main("`.
+        keys: annotations of the keys that belong to no target, see `check`.
+        supplied: arguments that the task adds to what it builds, see `check`.
+
+    Set HYDRA_FULL_ERROR=1 to see tracebacks of mistakes too.
+    """
+    check_job = functools.partial(check, keys=keys, supplied=supplied)
+    asked = os.environ.get(FULL_ERROR)
+    try:
+        _launch(task, check_job, config_name, Path(config_path).absolute(), free_text, asked)
+    except BaseException as error:  # the outermost frame: every ending has its exit code
+        sys.exit(report(error, show_traceback=asked == "1"))
+    sys.exit(0)
+
+
+def _launch(
+    task: Task,
+    check_job: Callable[[DictConfig], None],
+    config_name: str,
+    config_path: Path,
+    free_text: Collection[str],
+    asked: str | None,
+) -> None:
+    args, parser = parse(sys.argv[1:], free_text=free_text)
+    if args.config_path is not None and not args.config_path.startswith("pkg://"):
+        args.config_path = str(Path(inspect.getfile(task)).parent.absolute() / args.config_path)
+    version.setbase("1.3")
+    setup_globals()
+    composer = Composer(
+        config_name=args.config_name or config_name,
+        config_path=args.config_path or str(config_path),
+        config_dir=args.config_dir,
+    )
+    overrides = [] if args.shell_completion else list(args.overrides)
+    if not (args.help or args.hydra_help or args.cfg or args.info or args.shell_completion):
+        _check_all(composer.compose(overrides, multirun=args.multirun), check_job)
+    try:
+        with _environment(FULL_ERROR, "1"):  # Hydra raises what it would otherwise print
+            _run_hydra(
+                args=args,
+                args_parser=parser,
+                task_function=_guarded(task, check_job, asked),
+                config_path=str(config_path),
+                config_name=config_name,
+            )
+    except COMPOSITION_ERRORS as error:
+        raise composer.explain(error, overrides, multirun=args.multirun) from error
+
+
+def _check_all(composed: Composed, check_job: Callable[[DictConfig], None]) -> None:
+    """Check every job before the first one starts; a problem that several jobs share is told once."""
+    problems = list(composed.problems)
+    for job in composed.jobs:
+        problems += refused_in_hydra(OmegaConf.to_container(job.hydra, resolve=False))
+        HydraConfig.instance().set_config(job)
+        try:
+            check_job(task_config(job))
+        except UsageError as error:
+            problems += error.problems
+    if problems:
+        raise UsageError(*dict.fromkeys(problems)) from composed.error
+
+
+def _guarded(task: Task, check_job: Callable[[DictConfig], None], asked: str | None) -> Task:
+    """Return `task` with its errors reported where they happen, so that the other jobs of a sweep can go on."""
+
+    @functools.wraps(task)
+    def guarded(cfg: DictConfig) -> float | None:
+        try:
+            with _environment(FULL_ERROR, asked):
+                check_job(cfg)
+                return task(cfg)
+        except Exception as error:
+            hydra = HydraConfig.get()
+            if hydra.mode != RunMode.MULTIRUN:
+                raise SystemExit(report(error, show_traceback=asked == "1")) from error
+            job = f"job {hydra.job.num} ({' '.join(unresolved(hydra.overrides.task))}): "
+            raise JobFailed(report(error, job=job, show_traceback=asked == "1")) from error
+
+    return guarded
+
+
+@contextmanager
+def _environment(name: str, value: str | None) -> Iterator[None]:
+    """Set an environment variable (None removes it), and put back what was there."""
+    before = os.environ.get(name)
+    _set(name, value)
+    try:
+        yield
+    finally:
+        _set(name, before)
+
+
+def _set(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
