@@ -1,0 +1,60 @@
+"""Make every test run offline, quiet and repeatable; build small models of every kind."""
+
+import os
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hypothesis import HealthCheck, settings
+from omegaconf import OmegaConf
+from torch import nn
+
+from performer_lm import checkpoint
+from performer_lm.model import PerformerLM
+
+settings.register_profile(
+    "laws", deadline=None, derandomize=True, max_examples=30, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("laws")
+
+CONFIGS = str(Path(__file__).parents[1] / "configs")
+TINY = ["model.dim=32", "model.depth=2", "model.heads=4", "model.dim_head=8", "model.local.window=5", "data.context=64"]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def model_section() -> Callable[..., dict[str, Any]]:
+    """Return a function from config overrides to the plain section of a tiny model."""
+
+    def compose_section(*overrides: str, vocab_size: int = 40) -> dict[str, Any]:
+        with initialize_config_dir(CONFIGS, version_base="1.3"):
+            cfg = compose("train", overrides=[*TINY, *overrides])
+        section: Any = OmegaConf.to_container(cfg.model, resolve=True)
+        return {**section, "vocab_size": vocab_size}
+
+    return compose_section
+
+
+@pytest.fixture(scope="session")
+def lively_model(model_section: Callable[..., dict[str, Any]]) -> Callable[..., PerformerLM]:
+    """Return a function from config overrides to a tiny float64 model in which every weight does something."""
+
+    def build(*overrides: str, vocab_size: int = 40) -> PerformerLM:
+        model: PerformerLM = checkpoint.build(model_section(*overrides, vocab_size=vocab_size))
+        generator = torch.Generator().manual_seed(1)
+        for parameter in model.parameters():
+            if not bool(parameter.any()):
+                nn.init.normal_(parameter, std=0.3, generator=generator)
+        return model.double().eval()
+
+    return build
