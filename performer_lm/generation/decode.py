@@ -1,0 +1,78 @@
+"""Decode: read the prompt in parallel once, then extend by one token at a time; no token is ever run twice.
+
+Letters: `b` batch, `n` prompt tokens.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from performer_lm.data.tokenizer import TextStream, Tokenizer
+from performer_lm.generation.sampling import Sampler
+from performer_lm.model import PerformerLM
+
+
+@torch.inference_mode()
+def decode(
+    model: PerformerLM,
+    prompt: Tensor,
+    *,
+    max_new_tokens: int,
+    sampler: Sampler,
+    mask: Tensor | None = None,
+    end_id: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[Tensor]:
+    """Yield the next ids `(b,)` of every row, until `max_new_tokens` or until all rows have ended.
+
+    Args:
+        model: in evaluation mode.
+        prompt: `(b, n)` ids, n at least 1, on the model's device; shorter rows are padded on the left.
+        max_new_tokens: how many to yield at most.
+        sampler: how a token is chosen.
+        mask: `(b, n)` bool, False at the padding.
+        end_id: the token that ends a row, which from then on yields only it; None: rows do not end.
+        generator: source of randomness, on the model's device.
+    """
+    state = model.init_state(prompt.shape[0], max_len=prompt.shape[1] + max_new_tokens)
+    logits, state = model.extend(prompt, state, mask=mask, last_only=True)
+    ended = torch.zeros_like(prompt[:, 0], dtype=torch.bool)
+    for index in range(max_new_tokens):
+        ids = sampler(logits[:, -1], generator)
+        if end_id is not None:
+            ids = torch.where(ended, end_id, ids)
+            ended = ended | (ids == end_id)
+        yield ids
+        if index + 1 == max_new_tokens or (end_id is not None and bool(ended.all())):
+            return
+        logits, state = model.extend(ids[:, None], state)
+
+
+def stream_text(
+    model: PerformerLM,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    sampler: Sampler,
+    seed: int,
+) -> Iterator[str]:
+    """Yield the continuation of `prompt` piece by piece as it is made; it stops where the model ends the document.
+
+    An empty prompt begins a new document. The model keeps its training or evaluation mode.
+    """
+    device = model.head.weight.device
+    ids = tokenizer.encode(prompt).tolist() or [tokenizer.end_id]
+    generator = torch.Generator(device).manual_seed(seed)
+    stream = TextStream(tokenizer)
+    for token in decode(
+        model,
+        torch.tensor([ids], device=device),
+        max_new_tokens=max_new_tokens,
+        sampler=sampler,
+        end_id=tokenizer.end_id,
+        generator=generator,
+    ):
+        yield stream.push(token.tolist())
+    yield stream.finish()

@@ -1,0 +1,59 @@
+"""Choose the next token from logits.
+
+Letters: `b` batch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How tokens are drawn: by temperature, among the `top_k` likeliest, among the nucleus of mass `top_p`.
+
+    Args:
+        temperature: divides the logits; 0 always takes the likeliest token.
+        top_k: keep this many tokens; None or more than there are keeps all.
+        top_p: keep the fewest likeliest tokens whose probabilities sum to at least this (arXiv 1904.09751); None: all.
+
+    Raises:
+        ValueError: for values outside their range.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature must be at least 0 (0 is greedy), got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, or null for all tokens; got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be within (0, 1], or null for all tokens; got {self.top_p}")
+
+    def __call__(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw one id per row: logits `(b, vocab)` to ids `(b,)`. The filters see the tempered probabilities."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        logits = logits.float() / self.temperature
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            logits = keep_top_k(logits, self.top_k)
+        if self.top_p is not None:
+            logits = keep_top_p(logits, self.top_p)
+        return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Set all but the k largest of `(b, vocab)` to -inf (ties with the k-th stay)."""
+    return logits.masked_fill(logits < logits.topk(k, dim=-1).values[:, -1:], float("-inf"))
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Set all of `(b, vocab)` to -inf but the fewest likeliest whose probabilities sum to at least p."""
+    probabilities, order = logits.softmax(-1).sort(dim=-1, descending=True)
+    before = probabilities.cumsum(-1) - probabilities  # the mass that stands above each token
+    dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= p)
+    return logits.masked_fill(dropped, float("-inf"))

@@ -1,0 +1,87 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from performer_lm.data.tokenizer import ByteTokenizer
+from performer_lm.generation.decode import decode, stream_text
+from performer_lm.generation.sampling import Sampler
+from performer_lm.model import ModelState, PerformerLM
+
+GREEDY = Sampler(temperature=0)
+Build = Callable[..., PerformerLM]
+
+
+class CountingModel(PerformerLM):
+    """Notes how many tokens each call was given."""
+
+    calls: list[int]
+
+    def extend(
+        self, tokens: torch.Tensor, state: ModelState, *, mask: torch.Tensor | None = None, last_only: bool = False
+    ) -> tuple[torch.Tensor, ModelState]:
+        self.calls.append(tokens.shape[1])
+        return super().extend(tokens, state, mask=mask, last_only=last_only)
+
+
+def ids_of(model: PerformerLM, prompt: torch.Tensor, count: int, **options: object) -> torch.Tensor:
+    made = list(decode(model, prompt, max_new_tokens=count, sampler=GREEDY, **options))  # type: ignore[arg-type]
+    return torch.stack(made, 1)
+
+
+@pytest.mark.parametrize("attn", ["favor", "exact", "flash", "local"])
+def test_greedy_decoding_is_the_argmax_of_forward(lively_model: Build, attn: str) -> None:
+    model = lively_model(f"attn={attn}")
+    prompt = torch.randint(0, 40, (2, 7))
+    made = ids_of(model, prompt, 9)
+    with torch.no_grad():
+        logits = model(torch.cat((prompt, made), 1))
+    assert torch.equal(logits[:, 6:-1].argmax(-1), made)
+
+
+def test_the_prefix_is_never_run_again(lively_model: Build) -> None:
+    model = lively_model()
+    model.__class__ = CountingModel
+    assert isinstance(model, CountingModel)
+    model.calls = []
+    ids_of(model, torch.randint(0, 40, (1, 11)), 5)
+    assert model.calls == [11, 1, 1, 1, 1]
+
+
+def test_ragged_prompts_decode_as_alone(lively_model: Build) -> None:
+    model = lively_model("attn=favor", "model/positions=rotary")
+    short, long = torch.randint(0, 40, (1, 4)), torch.randint(0, 40, (1, 9))
+    padded = torch.cat((torch.cat((torch.zeros(1, 5, dtype=torch.int64), short), 1), long))
+    mask = torch.arange(9)[None] >= torch.tensor([[5], [0]])
+    together = ids_of(model, padded, 6, mask=mask)
+    assert torch.equal(together, torch.cat((ids_of(model, short, 6), ids_of(model, long, 6))))
+
+
+def test_a_row_that_has_ended_stays_ended(lively_model: Build) -> None:
+    model = lively_model("attn=exact")
+    prompt = torch.randint(0, 40, (3, 5))
+    free = ids_of(model, prompt, 12)
+    end = int(free[0, 2])
+    made = ids_of(model, prompt, 12, end_id=end)
+    for row, unbounded in zip(made.tolist(), free.tolist(), strict=True):
+        cut = unbounded.index(end) + 1 if end in unbounded else len(unbounded)
+        assert row[:cut] == unbounded[: min(cut, len(row))]
+        assert set(row[cut:]) <= {end}
+
+
+def test_text_streams_and_is_the_same_for_the_same_seed(lively_model: Build) -> None:
+    model, tokenizer = lively_model(vocab_size=257), ByteTokenizer()
+    options = {"max_new_tokens": 20, "sampler": Sampler(top_k=30)}
+    one, two, other = (
+        list(stream_text(model, tokenizer, "日本 é", seed=seed, **options))  # type: ignore[arg-type]
+        for seed in (1, 1, 2)
+    )
+    assert one == two != other
+    assert len(one) > 2
+
+
+def test_an_empty_prompt_begins_a_document(lively_model: Build) -> None:
+    model, tokenizer = lively_model(vocab_size=257), ByteTokenizer()
+    text = "".join(stream_text(model, tokenizer, "", max_new_tokens=5, sampler=GREEDY, seed=0))
+    begun = ids_of(model, torch.tensor([[tokenizer.end_id]]), 5, end_id=tokenizer.end_id)
+    assert text == tokenizer.decode(begun[0].tolist())

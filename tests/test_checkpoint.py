@@ -1,0 +1,201 @@
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from performer_lm import checkpoint
+from performer_lm.data.tokenizer import ByteTokenizer
+from performer_lm.model import PerformerLM
+
+Section = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def saved(model_section: Section, tmp_path: Path) -> Path:
+    path = tmp_path / "runs" / "day" / "hour" / "checkpoints" / "last.ckpt"
+    write(path, model_section("attn=favor", "attn.num_features=16", vocab_size=257))
+    return path
+
+
+def write(path: Path, section: dict[str, Any], step: int = 0) -> PerformerLM:
+    model: PerformerLM = checkpoint.build(section)
+    torch.nn.init.normal_(model.head.weight)
+    content = {
+        "state_dict": {f"model.{name}": value for name, value in model.state_dict().items()},
+        "performer_lm": checkpoint.describe(model=section, tokenizer=ByteTokenizer(), fingerprint={}, seed=0),
+        "global_step": step,
+    }
+    checkpoint.save(content, path)
+    return model.eval()
+
+
+@torch.no_grad()
+def test_opens_to_the_same_model(model_section: Section, tmp_path: Path) -> None:
+    section = model_section("attn=favor", vocab_size=257)
+    model = write(tmp_path / "a.ckpt", section)
+    opened, tokenizer = checkpoint.open_model(checkpoint.read(tmp_path / "a.ckpt"))
+    ids = torch.randint(0, 257, (1, 9))
+    assert torch.equal(opened(ids), model(ids))
+    assert tokenizer.vocab_size == 257
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("trained", "opened"), [("favor", "exact"), ("exact", "favor"), ("favor", "hybrid")])
+def test_opens_with_another_backend(
+    trained: str, opened: str, model_section: Section, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write(tmp_path / "a.ckpt", model_section(f"attn={trained}", vocab_size=257))
+    other, _ = checkpoint.open_model(checkpoint.read(tmp_path / "a.ckpt"), attn=model_section(f"attn={opened}")["attn"])
+    assert "backend changed" in capsys.readouterr().out
+    own = dict(model.named_parameters())
+    assert all(torch.equal(own[name], value) for name, value in other.named_parameters())
+
+
+def test_projections_drawn_anew_are_those_of_the_step(model_section: Section, tmp_path: Path) -> None:
+    redrawing = model_section("attn=favor", "attn.redraw_interval=10", vocab_size=257)
+    write(tmp_path / "a.ckpt", {**redrawing, "attn": model_section("attn=exact")["attn"]}, step=25)
+    opened, _ = checkpoint.open_model(checkpoint.read(tmp_path / "a.ckpt"), attn=redrawing["attn"])
+    wanted: PerformerLM = checkpoint.build(redrawing)
+    wanted.redraw(25)
+    first: PerformerLM = checkpoint.build(redrawing)
+    for name, value in opened.named_buffers():
+        assert torch.equal(value, wanted.get_buffer(name))
+        assert value.ndim == 0 or not torch.equal(value, first.get_buffer(name))
+
+
+@pytest.mark.parametrize("cut", [0, 1, 0.5, -1])
+def test_a_truncated_file_is_named(saved: Path, cut: float) -> None:
+    content = saved.read_bytes()
+    saved.write_bytes(content[: int(cut * len(content)) if cut == 0.5 else int(cut)])
+    with pytest.raises(ValueError, match=r"last\.ckpt is damaged"):
+        checkpoint.read(saved)
+    checkpoint._sidecar(saved).unlink()
+    with pytest.raises(ValueError, match=r"last\.ckpt is not a checkpoint of performer_lm, or is cut short"):
+        checkpoint.read(saved)
+
+
+def test_one_flipped_bit_is_found(saved: Path) -> None:
+    content = bytearray(saved.read_bytes())
+    content[len(content) // 2] ^= 1
+    saved.write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged"):
+        checkpoint.read(saved)
+
+
+def test_foreign_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.ckpt").write_text("hello")
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    for name in ("text.ckpt", "other.ckpt"):
+        with pytest.raises(ValueError, match="is not a checkpoint of performer_lm"):
+            checkpoint.read(tmp_path / name)
+    torch.save({"state_dict": {}, "performer_lm": {"format": 99}}, tmp_path / "future.ckpt")
+    with pytest.raises(ValueError, match="has checkpoint format 99; this version reads format 1"):
+        checkpoint.read(tmp_path / "future.ckpt")
+
+
+class Payload:
+    def __init__(self, marker: Path) -> None:
+        self.marker = str(marker)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path(self.marker),))
+
+
+@pytest.mark.parametrize("force", ["0", "1"])
+def test_nothing_in_a_file_is_run(tmp_path: Path, force: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", force)
+    marker = tmp_path / "touched"
+    torch.save({"performer_lm": Payload(marker), "state_dict": {}}, tmp_path / "zip.ckpt")
+    (tmp_path / "pickle.ckpt").write_bytes(pickle.dumps(Payload(marker)))
+    for name in ("zip.ckpt", "pickle.ckpt"):
+        with pytest.raises(ValueError, match="is not a checkpoint"):
+            checkpoint.read(tmp_path / name)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "shutil.copy",
+        "builtins.open",
+        "torch.load",
+        "torch.nn.Linear",
+        "performer_lm.checkpoint.shutil.copy",
+        "performer_lm.model.nn.Linear",
+        "performer_lm.model.torch.load",
+        "performer_lm.model.partial",
+        "performer_lm.modelling.PerformerLM",
+        "performer_lm.nn.nothing.Here",
+        "performer_lm.model",
+        "",
+        None,
+    ],
+)
+def test_only_model_classes_of_this_package_are_built(target: Any) -> None:
+    with pytest.raises(ValueError, match="is not a model class of performer_lm"):
+        checkpoint.build({"inner": [{"_target_": target}]})
+
+
+KILLED_WHILE_SAVING = """
+import sys, torch
+from pathlib import Path
+from performer_lm import checkpoint
+step = 0
+while True:
+    step += 1
+    checkpoint.save({"performer_lm": {"format": 1}, "state_dict": {}, "step": step, "big": torch.zeros(300_000)},
+                    Path(sys.argv[1]))
+    print(step, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_during_saving_never_costs_the_last_file(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    for attempt in range(8):
+        child = subprocess.Popen([sys.executable, "-c", KILLED_WHILE_SAVING, str(path)], stdout=subprocess.PIPE)
+        assert child.stdout is not None
+        for _ in range(1 + attempt):
+            child.stdout.readline()
+        child.kill()
+        child.wait()
+        child.stdout.close()
+        assert checkpoint.read(path).content["step"] >= 1
+    checkpoint.save({"performer_lm": {"format": 1}, "state_dict": {}}, path)
+    leftovers = {name for name in os.listdir(tmp_path) if f".{os.getpid()}." not in name}
+    assert {"last.ckpt", "last.ckpt.sha256"} <= leftovers
+
+
+def test_find_takes_a_file_a_run_folder_or_latest(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = saved.parents[1]
+    monkeypatch.chdir(run.parents[2])
+    os.symlink(run.relative_to(run.parents[1]), "runs/latest")
+    for name in (str(saved), "runs/day/hour", "runs/day/hour/checkpoints", "runs/latest", "latest"):
+        assert checkpoint.find(name).resolve() == saved
+    write_best = saved.with_name("best.ckpt")
+    write_best.write_bytes(b"")
+    assert checkpoint.find("latest").name == "best.ckpt"
+    assert checkpoint.find("latest", prefer=("last", "best")).name == "last.ckpt"
+
+
+def test_a_wrong_path_lists_the_nearest_checkpoints(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(saved.parents[4])
+    with pytest.raises(ValueError, match=r"does not exist; nearest: runs/day/hour/checkpoints/last\.ckpt"):
+        checkpoint.find("runs/day/houn/checkpoints/last.ckpt")
+    monkeypatch.chdir(saved.parent)
+    with pytest.raises(ValueError, match="there are no checkpoints yet"):
+        checkpoint.find("elsewhere/best.ckpt")
+
+
+def test_weights_that_do_not_fit_are_named(saved: Path, model_section: Section) -> None:
+    opened = checkpoint.read(saved)
+    opened.section["model"]["dim"] = 16
+    with pytest.raises(ValueError, match=r"last\.ckpt does not fit the model: size mismatch for embedding\.weight"):
+        checkpoint.open_model(opened)
