@@ -1,0 +1,202 @@
+"""One training run, from its config to its last file.
+
+`prepare` does all that a user can get wrong, cheapest first, and writes nothing before it has succeeded; `Run.fit`
+trains. A run lies in one folder:
+
+    config.yaml  train.log  metrics.jsonl  metrics.csv  samples.txt  summary.json  checkpoints/{best,last}.ckpt
+"""
+
+import json
+import logging
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, Trainer
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from performer_lm import checkpoint
+from performer_lm.attention.local import LocalAttention
+from performer_lm.checkpoint import Checkpoint
+from performer_lm.data.module import TextData
+from performer_lm.model import PerformerLM
+from performer_lm.training.callbacks import (
+    FinalValidation,
+    ProgressReport,
+    Redraw,
+    Samples,
+    StopOnSignal,
+    Throughput,
+    checkpoints,
+)
+from performer_lm.training.loggers import MetricsLogger
+from performer_lm.training.report import card, describe_model, open_log, point_latest
+from performer_lm.training.resume import check_resumed, resume_command
+from performer_lm.training.task import LanguageModelTask
+
+log = logging.getLogger("performer_lm")
+
+
+@dataclass
+class Run:
+    """A run that is ready to train."""
+
+    cfg: DictConfig
+    overrides: Sequence[str]
+    folder: Path
+    resumed: Checkpoint | None
+    data: TextData
+    task: LanguageModelTask
+    trainer: Trainer
+    throughput: Throughput
+    stop: StopOnSignal
+    console: Console
+
+    def fit(self) -> float:
+        """Train to `trainer.max_steps`, and return the best validation bits per byte.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C, with `last.ckpt` saved.
+            SystemExit: 143 after SIGTERM, with `last.ckpt` saved.
+        """
+        self._open_folder()
+        with open_log(self.folder / "train.log", self.console):
+            self._train()
+            if self.stop.received is None:
+                return self._close()
+            log.info("stopped by %s; saved %s", signal.Signals(self.stop.received).name, self.stop.path)
+            log.info("resume with: %s", self._resume_command())
+        if self.stop.received == signal.SIGTERM:
+            raise SystemExit(143)
+        raise KeyboardInterrupt
+
+    def _train(self) -> None:
+        start = self.resumed.content["global_step"] if self.resumed else 0
+        log.info("%s", describe_model(self.task.model))
+        log.info("run folder %s%s", self.folder, f", resumed at step {start}" if start else "")
+        self.trainer.fit(
+            self.task,
+            datamodule=self.data,
+            ckpt_path=self.resumed.path if self.resumed else None,
+            weights_only=True,
+        )
+
+    def _open_folder(self) -> None:
+        """Make the folder, keep the config in it and point `latest` to it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.cfg, self.folder / "config.yaml", resolve=True)
+        for logger in self.trainer.loggers:
+            if isinstance(logger, MetricsLogger):
+                logger.cut_to(self.resumed.content["global_step"] if self.resumed else 0)
+        point_latest(self.folder)
+
+    def _close(self) -> float:
+        """Write `summary.json` and print the card that closes a run."""
+        steps = self.trainer.global_step
+        best = float(self.trainer.checkpoint_callbacks[0].best_model_score)  # type: ignore[attr-defined]
+        summary: dict[str, Any] = {
+            "steps": steps,
+            "tokens": steps * self.throughput.tokens_per_step,
+            "tokens_per_second": round(self.throughput.tokens_per_second, 1),
+            "best_val_bpb": best,
+            "last_val_bpb": float(self.trainer.callback_metrics["val/bpb"]),
+            "parameters": sum(parameter.numel() for parameter in self.task.model.parameters()),
+            "folder": str(self.folder),
+        }
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        log.info("%s", card(summary, resume=self._resume_command()))
+        return best
+
+    def _resume_command(self) -> str:
+        return resume_command(
+            self.overrides, folder=self.folder, step=self.trainer.global_step, max_steps=self.trainer.max_steps
+        )
+
+
+def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None) -> Run:
+    """Check and build everything that a run needs.
+
+    Args:
+        cfg: the composed training config.
+        overrides: what the user typed, for the resume command.
+        job: number of this job within a sweep.
+
+    Raises:
+        ValueError: for whatever the user has to put right, in one line.
+    """
+    resumed = checkpoint.read(checkpoint.find(cfg.ckpt, prefer=("last", "best"))) if cfg.ckpt else None
+    folder = _choose_folder(Path(cfg.run_dir), resumed, job)
+    cfg.run_dir = str(folder)
+    console = Console(highlight=False)
+    model_section: dict[str, Any] = OmegaConf.to_container(cfg.model, resolve=True)  # type: ignore[assignment]
+    _check_model(model_section, context=cfg.data.context)
+
+    data: TextData = instantiate(cfg.data)
+    throughput = Throughput(tokens_per_step=cfg.data.batch_size * cfg.data.context, every=cfg.trainer.log_every)
+    stop = StopOnSignal(path=folder / "checkpoints" / "last.ckpt")
+    own: list[Callback] = list(instantiate(cfg.callbacks).values()) if cfg.callbacks else []
+    callbacks = [
+        Redraw(),
+        FinalValidation(),
+        throughput,
+        ProgressReport(console=console, every=cfg.trainer.log_every),
+        *own,
+        *checkpoints(folder / "checkpoints"),
+        stop,
+    ]
+    loggers = list(instantiate(cfg.logger).values()) if cfg.logger else []
+    trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
+    optimizer, schedule = instantiate(cfg.optimizer), instantiate(cfg.schedule)
+    optimizer([{"params": [torch.zeros(1)], "decays": True}])
+    schedule(trainer.max_steps)
+
+    data.share(trainer)
+
+    data.prepare()
+    for callback in own:
+        if isinstance(callback, Samples):
+            callback.tokenizer, callback.path = data.tokenizer, folder / "samples.txt"
+    model_section["vocab_size"] = data.tokenizer.vocab_size
+    lightning.seed_everything(cfg.seed, workers=True, verbose=False)
+    model: PerformerLM = checkpoint.build(model_section)
+    section = checkpoint.describe(
+        model=model_section, tokenizer=data.tokenizer, fingerprint=data.fingerprint(), seed=cfg.seed
+    )
+    if resumed:
+        check_resumed(resumed, section, max_steps=trainer.max_steps)
+    task = LanguageModelTask(
+        model,
+        optimizer=optimizer,
+        schedule=schedule,
+        byte_lengths=torch.from_numpy(data.tokenizer.byte_lengths()),
+        section=section,
+    )
+    return Run(cfg, overrides, folder, resumed, data, task, trainer, throughput, stop, console)
+
+
+def _choose_folder(wanted: Path, resumed: Checkpoint | None, job: int | None) -> Path:
+    """Return the folder to resume in, or a new one: a sweep's jobs are numbered, a name in use gets a suffix."""
+    if resumed:
+        holder = resumed.path.resolve().parent
+        return holder.parent if holder.name == "checkpoints" else holder
+    folder = wanted if job is None else wanted / str(job)
+    suffix = 1
+    while folder.exists():
+        suffix += 1
+        folder = folder.with_name(f"{(wanted if job is None else Path(str(job))).name}-{suffix}")
+    return folder
+
+
+def _check_model(section: dict[str, Any], *, context: int) -> None:
+    """Build the model without values, so that sizes that do not fit are found before any data is read."""
+    with torch.device("meta"):
+        model = checkpoint.build({**section, "vocab_size": 256})
+    for module in model.modules():
+        if isinstance(module, LocalAttention) and module.window > context:
+            raise ValueError(f"window ({module.window}) must be at most the context (data.context={context})")

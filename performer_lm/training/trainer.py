@@ -1,0 +1,101 @@
+"""Lightning's Trainer, set up for runs that are counted in optimizer steps."""
+
+import logging
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import CheckpointIO
+
+from performer_lm import checkpoint
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Write checkpoints atomically and open them as plain data (`performer_lm.checkpoint`)."""
+
+    def save_checkpoint(self, checkpoint_: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write one file; whenever this is killed, the one before it still stands."""
+        del storage_options
+        checkpoint.save(checkpoint_, Path(path))
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read one file, executing nothing from it."""
+        del map_location, weights_only
+        return checkpoint.read(Path(path)).content
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Delete a file and its checksum."""
+        Path(path).unlink(missing_ok=True)
+        Path(f"{path}.sha256").unlink(missing_ok=True)
+
+
+def make_trainer(
+    *,
+    max_steps: int,
+    val_every: int,
+    log_every: int,
+    accelerator: str,
+    devices: int | str,
+    precision: str,
+    accumulate_grad_batches: int,
+    gradient_clip_val: float | None,
+    callbacks: Iterable[Callback] = (),
+    logger: Iterable[Logger] = (),
+) -> Trainer:
+    """Build a Trainer for one run of `max_steps` optimizer steps, without epochs.
+
+    Args:
+        max_steps: optimizer steps of the run.
+        val_every: optimizer steps between validations.
+        log_every: optimizer steps between logged metrics.
+        accelerator: of Lightning; `auto` takes what there is.
+        devices: of Lightning.
+        precision: of Lightning; `auto` is bf16-mixed on an accelerator and 32-true on a CPU.
+        accumulate_grad_batches: micro-batches per optimizer step.
+        gradient_clip_val: largest global gradient norm; None for no clipping.
+        callbacks: in the order they run.
+        logger: where metrics go.
+    """
+    for name, value in {"max_steps": max_steps, "val_every": val_every, "log_every": log_every}.items():
+        if value < 1:
+            raise ValueError(f"trainer.{name} must be at least 1, got {value}")
+    if accumulate_grad_batches < 1:
+        raise ValueError(f"trainer.accumulate_grad_batches must be at least 1, got {accumulate_grad_batches}")
+    _quiet()
+    accelerated = accelerator not in ("auto", "cpu") or (accelerator == "auto" and torch.accelerator.is_available())
+    chosen: Any = ("bf16-mixed" if accelerated else "32-true") if precision == "auto" else precision
+    return Trainer(
+        max_steps=max_steps,
+        max_epochs=-1,
+        check_val_every_n_epoch=None,
+        val_check_interval=val_every * accumulate_grad_batches,
+        num_sanity_val_steps=0,
+        log_every_n_steps=log_every,
+        accelerator=accelerator,
+        devices=devices,
+        precision=chosen,
+        accumulate_grad_batches=accumulate_grad_batches,
+        gradient_clip_val=gradient_clip_val,
+        callbacks=list(callbacks),
+        logger=list(logger),
+        plugins=[AtomicCheckpointIO()],
+        enable_model_summary=False,
+        enable_progress_bar=False,  # callbacks.Progress shows one, on terminals
+        use_distributed_sampler=False,
+    )
+
+
+def _quiet() -> None:
+    """Keep Lightning's advice out of a run's output; its warnings of real trouble stay."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for advice in (
+        ".*does not have many workers.*",
+        ".*Checkpoint directory.*exists and is not empty.*",
+        ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning's own use of torch
+    ):
+        warnings.filterwarnings("ignore", advice)

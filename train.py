@@ -1,0 +1,37 @@
+"""Train a Performer language model: `python train.py [group=choice ...] [key=value ...]`. See configs/train.yaml."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from performer_lm.cli import as_typed, main, usage_errors
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+FREE_TEXT = ("ckpt", "data.path", "run_dir")
+
+
+def run(cfg: "DictConfig") -> float:
+    """Train one model and return its best validation bits per byte."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from performer_lm.training.run import prepare
+
+    job = HydraConfig.get()
+    number = int(job.job.num) if job.mode == RunMode.MULTIRUN else None
+    with usage_errors():
+        overrides = as_typed(cfg, job.overrides.task, free_text=FREE_TEXT)
+        ready = prepare(cfg, overrides=overrides, job=number)
+    return ready.fit()
+
+
+if __name__ == "__main__":
+    main(
+        run,
+        config_name="train",
+        config_path=Path(__file__).parent / "configs",
+        free_text=FREE_TEXT,
+        keys={"seed": int, "ckpt": str | None, "run_dir": str},
+        supplied={"model": ["vocab_size"]},
+    )
