@@ -13,7 +13,14 @@ from torch.nn.functional import pad
 from performer_lm.attention.base import Attention
 from performer_lm.attention.feature_maps import AttentionFeatures
 from performer_lm.ops.features import BlockMap
-from performer_lm.ops.linear import LinearState, absorb_keys, causal_linear_attention, empty_state, read_state
+from performer_lm.ops.linear import (
+    LinearState,
+    absorb_keys,
+    bidirectional_linear_attention,
+    causal_linear_attention,
+    empty_state,
+    read_state,
+)
 
 
 class FavorAttention(Attention[LinearState]):
@@ -74,7 +81,7 @@ class FavorAttention(Attention[LinearState]):
         segments: Tensor | None = None,
         log_decay: Tensor | None = None,
     ) -> Tensor:
-        """Attend over a whole sequence, as `Attention.forward` says; without `causal` there are no segments."""
+        """Attend over a whole sequence, as `Attention.forward` says."""
         if self.training:
             self.features.observe(q, k, mask)
         state = self.init_state(k.shape[0], max_len=k.shape[-2], device=k.device, dtype=k.dtype)
@@ -85,9 +92,20 @@ class FavorAttention(Attention[LinearState]):
             return pad(out[:, :, -queries:], (0, 0, max(0, queries - keys), 0)) if queries != keys else out
         if log_decay is not None:
             raise ValueError("log_decay needs causal attention: without an order keys have no age")
-        if segments is not None:
-            raise ValueError("attn=favor keeps segments apart in causal attention only; attn=flash_tiled does in both")
         q, k, log_gain = self.features.prepare(q, k)
+        if segments is not None:
+            query_blocks, key_blocks = self._block_maps()
+            return bidirectional_linear_attention(
+                q,
+                k,
+                v,
+                segments,
+                query_map=query_blocks,
+                key_map=key_blocks,
+                chunk_size=self.chunk_size,
+                mask=mask,
+                log_gain=log_gain,
+            )
         query_map, key_map = self.features.maps()
         state = absorb_keys(k, v, state, key_map=key_map, chunk_size=self.chunk_size, mask=mask, log_gain=log_gain)
         return read_state(q, state, query_map=query_map, chunk_size=self.chunk_size)
@@ -102,12 +120,7 @@ class FavorAttention(Attention[LinearState]):
         segments: Tensor | None,
         log_decay: Tensor | None,
     ) -> tuple[Tensor, LinearState]:
-        query_map, key_map = self.features.maps()
-        if self.features.signed or not (isinstance(query_map, BlockMap) and isinstance(key_map, BlockMap)):
-            raise ValueError(
-                "these features are signed, so that a causal denominator may vanish: use them with causal=False, or "
-                "take attn/features=positive"
-            )
+        query_map, key_map = self._block_maps()
         q, k, log_gain = self.features.prepare(q, k)
         return causal_linear_attention(
             q,
@@ -121,7 +134,18 @@ class FavorAttention(Attention[LinearState]):
             segments=segments,
             log_decay=log_decay,
             log_gain=log_gain,
+            consume=True,  # forward made the state itself, and extend may use it up
         )
+
+    def _block_maps(self) -> tuple[BlockMap, BlockMap]:
+        """Return the maps, provided that no weight is negative: a denominator over few keys could vanish."""
+        query_map, key_map = self.features.maps()
+        if self.features.signed or not (isinstance(query_map, BlockMap) and isinstance(key_map, BlockMap)):
+            raise ValueError(
+                f"{type(self.features).__name__} gives signed features, for causal=False without segments only: "
+                "attn/features=positive takes both"
+            )
+        return query_map, key_map
 
     def init_state(self, batch: int, *, max_len: int, device: torch.device, dtype: torch.dtype) -> LinearState:
         """Return the state of no tokens; its size does not depend on `max_len`."""

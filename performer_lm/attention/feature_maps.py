@@ -190,14 +190,14 @@ class SoftmaxFeatures(RandomFeatures):
         """Return the maps. What cancels in a query is left out, and its bias 2 A |w|^2 covers both sides."""
         rows = self.projection.to(torch.promote_types(self.projection.dtype, torch.float32))
         rows = torch.cat([rows, -rows], dim=1) if self.antithetic else rows
-        weight, bias = rows * self.dim_head**-0.25, ()
-        if self.momentum is not None:
-            damping = optimal_damping(self.mean_square.to(rows.dtype), self.dim_head)[:, None]
-            weight, bias = (
-                weight * (1.0 - 4.0 * damping[..., None]).sqrt(),
-                (2.0 * damping * rows.square().sum(dim=-1),),
-            )
-        return Exponential((weight, *bias)), Exponential((weight,), norm=0.5 * self.dim_head**-0.5)
+        scale = self.dim_head**-0.25
+        norm = 0.5 * scale * scale
+        if self.momentum is None:
+            return Exponential((rows,), scale=scale), Exponential((rows,), scale=scale, norm=norm)
+        damping = optimal_damping(self.mean_square.to(rows.dtype), self.dim_head)[:, None]
+        weight = rows * (1.0 - 4.0 * damping[..., None]).sqrt()
+        bias = 2.0 * damping * rows.square().sum(dim=-1)
+        return Exponential((weight, bias), scale=scale), Exponential((weight,), scale=scale, norm=norm)
 
     def prepare(self, q: Tensor, k: Tensor) -> Prepared:
         """Subtract the learned centres, if any, and make up for them in the keys' gain."""

@@ -1,12 +1,13 @@
 """Pure functions of tensors, usable on their own as drop-in attention functions."""
 
 from performer_lm.ops.chunked import chunked_attention as chunked_attention
-from performer_lm.ops.flash import tiled_attention as tiled_attention
-from performer_lm.ops.flash import tiled_attention_and_logsumexp as tiled_attention_and_logsumexp
 from performer_lm.ops.features import Features as Features
 from performer_lm.ops.features import exponential as exponential
+from performer_lm.ops.flash import tiled_attention as tiled_attention
+from performer_lm.ops.flash import tiled_attention_and_logsumexp as tiled_attention_and_logsumexp
 from performer_lm.ops.linear import LinearState as LinearState
 from performer_lm.ops.linear import absorb_keys as absorb_keys
+from performer_lm.ops.linear import bidirectional_linear_attention as bidirectional_linear_attention
 from performer_lm.ops.linear import causal_linear_attention as causal_linear_attention
 from performer_lm.ops.linear import empty_state as empty_state
 from performer_lm.ops.linear import read_state as read_state

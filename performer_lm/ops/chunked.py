@@ -2,16 +2,13 @@
 
 For a chunk of queries, the keys pass by chunk after chunk; a running maximum, a running sum and the unnormalised output
 are all that stays. The backward pass computes each block of weights again from the saved log-sum-exp. What touches a
-block works in place in one of two buffers, since fresh memory costs more than arithmetic; and scores are in units of
-log 2, since exp2 is the faster function and, unlike exp, no slower where it underflows.
+block works in place in one of two buffers, since fresh memory costs more than arithmetic.
 
 Letters: `b` batch, `h` heads, `g` key heads, `r` query heads per key head, `i` queries, `j` keys, `d` head width, `e`
 value width, `c` and `s` query and key chunk, `x` = b g, `y` = r c.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from math import isqrt, log
 from typing import Any, Unpack
 
 import torch
@@ -19,12 +16,10 @@ from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from performer_lm.ops.chunks import LOG2_E, Chunks, cut, front
+from performer_lm.ops.options import Options, gather_terms
 from performer_lm.ops.softmax import fold_heads, no_autocast, sum_dtype
-from performer_lm.ops.terms import Options, Terms, add_block, gather_terms, slices
-
-LOG2_E = 1.0 / log(2.0)
-BLOCK_SCORES = 2**19  # of all heads together: the largest block that caches still hold
-CHUNK_MULTIPLE = 64
+from performer_lm.ops.terms import add_block
 
 
 def chunked_attention(
@@ -69,63 +64,10 @@ def chunked_attention(
     terms = gather_terms(q, k, v, **options)
     with no_autocast(q.device):
         q_wide, k_wide, v_wide = fold_heads(q, k, v, dtype=sum_dtype(q, k, v))
-        blocks = _cut(k_wide.shape[0], terms, query_chunk_size, key_chunk_size)
+        chunks = cut(k_wide.shape[0], terms, query_chunk_size, key_chunk_size)
         bias = terms.bias if isinstance(terms.bias, Tensor) else None
-        out: Tensor = _ChunkedSoftmax.apply(q_wide, k_wide, v_wide, bias, terms.decay, blocks)
+        out: Tensor = _ChunkedSoftmax.apply(q_wide, k_wide, v_wide, bias, terms.decay, chunks)
     return out.reshape(*q.shape[:-1], v.shape[-1]).to(q.dtype)
-
-
-@dataclass(frozen=True)
-class _Blocks:
-    """How one call is cut, and how a block of it is computed."""
-
-    terms: Terms
-    rows: int
-    cols: int
-
-    def query_chunks(self) -> Iterator[slice]:
-        return slices(self.terms.queries, self.rows)
-
-    def key_chunks(self, rows: slice) -> Iterator[slice]:
-        """Yield the key chunks that some query of `rows` can see."""
-        return (cols for cols in slices(self.terms.keys, self.cols) if not self.terms.is_empty(rows, cols))
-
-    def memory(self, keys: Tensor) -> Tensor:
-        """Return flat memory for the largest block of scores over keys `(x j d)`."""
-        per_key_head = self.terms.heads * self.rows * self.cols // self.terms.groups
-        return keys.new_empty(keys.shape[0] * per_key_head)
-
-    def scores(self, query: Tensor, key: Tensor, rows: slice, cols: slice, memory: Tensor) -> Tensor:
-        """Compute the scores of one block, `(x, y, d), (x, s, d) -> (x, y, s)`, in `memory`."""
-        scores = torch.bmm(query, key.mT, out=_front(memory, query, key))
-        self.terms.add_to(self.per_head(scores), rows, cols, unit=LOG2_E)
-        return scores
-
-    def drop(self, weights: Tensor, rows: slice, cols: slice) -> Tensor:
-        """Drop weights (or their gradients) `(x, y, s)` in place."""
-        if self.terms.dropout > 0.0:
-            block = self.per_head(weights)
-            block.mul_(self.terms.kept(block, rows, cols))
-        return weights
-
-    def per_head(self, block: Tensor) -> Tensor:
-        """View a block `(x, y, s)` as `(b, h, c, s)`."""
-        groups = self.terms.groups
-        return rearrange(block, "(b g) (r c) s -> b (g r) c s", g=groups, r=self.terms.heads // groups)
-
-
-def _cut(batch: int, terms: Terms, rows: int | None, cols: int | None) -> _Blocks:
-    """Fill in the chunk sizes: about 4 sqrt(j) keys, and queries to make `BLOCK_SCORES` with them over all heads."""
-    for name, size in (("query_chunk_size", rows), ("key_chunk_size", cols)):
-        if size is not None and size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
-    if cols is None:
-        cols = -(-4 * isqrt(terms.keys) // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
-    cols = max(min(cols, terms.keys), 1)
-    if rows is None:
-        all_heads = max(batch * terms.heads, 1)
-        rows = max(BLOCK_SCORES // (all_heads * cols), CHUNK_MULTIPLE)
-    return _Blocks(terms, max(min(rows, terms.queries), 1), cols)
 
 
 class _ChunkedSoftmax(torch.autograd.Function):
@@ -133,20 +75,20 @@ class _ChunkedSoftmax(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, decay: Tensor | None, blocks: _Blocks
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, decay: Tensor | None, chunks: Chunks
     ) -> Tensor:
         """Return `(b, h, i, e)`; save the inputs, the output and the log-sum-exp."""
         queries, keys, values = _by_query_head(q, k), _by_key_head(k), _by_key_head(v)
         out = queries.new_empty(*queries.shape[:-1], v.shape[-1])
         log_total = queries.new_empty(*queries.shape[:-1], 1)
-        memory = blocks.memory(keys)
-        for rows in blocks.query_chunks():
+        memory = chunks.memory(keys)
+        for rows in chunks.query_chunks():
             shape = queries[:, :, rows].shape[:-1]
-            chunk, total = _attend_chunk(_flat(queries[:, :, rows]), keys, values, blocks, rows, memory)
+            chunk, total = _attend_chunk(_flat(queries[:, :, rows]), keys, values, chunks, rows, memory)
             out[:, :, rows] = chunk.reshape(*shape, -1)
             log_total[:, :, rows] = total.reshape(*shape, 1)
         out = rearrange(out, "(b g) r i e -> b (g r) i e", b=q.shape[0])
-        ctx.blocks = blocks
+        ctx.chunks = chunks
         ctx.save_for_backward(q, k, v, bias, decay, out, log_total)
         return out
 
@@ -155,45 +97,47 @@ class _ChunkedSoftmax(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of q, k, v, bias and decay."""
         q, k, v, bias, decay, out, log_total = ctx.saved_tensors
-        blocks: _Blocks = ctx.blocks
+        chunks: Chunks = ctx.chunks
         queries, outs, upstreams = (_by_query_head(x, k) for x in (q, out, grad))
         keys, values = _by_key_head(k), _by_key_head(v)
         grads = _Gradients(
             q=torch.empty_like(queries),
-            k=torch.zeros_like(keys),
-            v=torch.zeros_like(values),
+            k=[torch.zeros_like(part) for part in keys.split(chunks.cols, dim=1)],
+            v=[torch.zeros_like(part) for part in values.split(chunks.cols, dim=1)],
             bias=torch.zeros_like(bias) if ctx.needs_input_grad[3] else None,
             decay=torch.zeros_like(decay) if ctx.needs_input_grad[4] else None,
         )
-        memories = blocks.memory(keys), blocks.memory(keys)
-        for rows in blocks.query_chunks():
+        memories = chunks.memory(keys), chunks.memory(keys)
+        for rows in chunks.query_chunks():
             query, out_chunk, upstream, total = (_flat(x[:, :, rows]) for x in (queries, outs, upstreams, log_total))
             average = (upstream * out_chunk).sum(-1, keepdim=True)
             grad_query = _differentiate_chunk(
-                query, upstream, total, average, keys, values, blocks, rows, grads, memories
+                query, upstream, total, average, keys, values, chunks, rows, grads, memories
             )
             grads.q[:, :, rows] = grad_query.reshape(queries[:, :, rows].shape)
         grad_q = rearrange(grads.q, "(b g) r i d -> b (g r) i d", b=q.shape[0])
-        grad_k, grad_v = (rearrange(x, "(b g) j d -> b g j d", b=q.shape[0]) for x in (grads.k, grads.v))
+        grad_k, grad_v = (
+            rearrange(torch.cat(x, dim=1), "(b g) j d -> b g j d", b=q.shape[0]) for x in (grads.k, grads.v)
+        )
         return grad_q, grad_k.div_(LOG2_E), grad_v, grads.bias, grads.decay, None
 
 
 def _attend_chunk(
-    query: Tensor, keys: Tensor, values: Tensor, blocks: _Blocks, rows: slice, memory: Tensor
+    query: Tensor, keys: Tensor, values: Tensor, chunks: Chunks, rows: slice, memory: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the output `(x y e)` of one chunk of queries `(x y d)` and the log2 of their total weight `(x y 1)`."""
-    query = query * (blocks.terms.scale * LOG2_E)
+    query = query * (chunks.terms.scale * LOG2_E)
     # The lowest finite number, not -inf, is where the maximum starts: a row that sees no key yet stays free of NaN.
     maximum = query.new_full((*query.shape[:2], 1), torch.finfo(query.dtype).min)
     total = torch.zeros_like(maximum)
     out = query.new_zeros(*query.shape[:2], values.shape[-1])
-    for cols in blocks.key_chunks(rows):
-        scores = blocks.scores(query, keys[:, cols], rows, cols, memory)
+    for cols in chunks.key_chunks(rows):
+        scores = chunks.scores(query, keys[:, cols], rows, cols, memory)
         higher = torch.maximum(maximum, scores.amax(-1, keepdim=True))
         shrink = maximum.sub_(higher).exp2_()
         weights = scores.sub_(higher).exp2_()
         total.mul_(shrink).add_(weights.sum(-1, keepdim=True))
-        out.mul_(shrink).baddbmm_(blocks.drop(weights, rows, cols), values[:, cols])
+        out.mul_(shrink).baddbmm_(chunks.drop(weights, rows, cols), values[:, cols])
         maximum = higher
     sees_none = total == 0
     # +inf for a row that sees no key: whatever weight is computed from it later is exp2(-inf) = 0.
@@ -206,8 +150,8 @@ class _Gradients:
     """What the backward pass adds up, block by block."""
 
     q: Tensor  # (x r i d)
-    k: Tensor  # (x j d), of scores in units of log 2
-    v: Tensor  # (x j e)
+    k: list[Tensor]  # (x s d) of each key chunk, for scores in units of log 2; whole, a part would not be contiguous,
+    v: list[Tensor]  # (x s e) and the matrix product goes head by head
     bias: Tensor | None
     decay: Tensor | None  # (b g j)
 
@@ -230,28 +174,28 @@ def _differentiate_chunk(
     average: Tensor,
     keys: Tensor,
     values: Tensor,
-    blocks: _Blocks,
+    chunks: Chunks,
     rows: slice,
     grads: _Gradients,
     memories: tuple[Tensor, Tensor],
 ) -> Tensor:
     """Return the gradient of one chunk of queries `(x y d)`, and add the others' to `grads`."""
-    scale = blocks.terms.scale
+    scale = chunks.terms.scale
     query = query * (scale * LOG2_E)
     grad_query = torch.zeros_like(query)
-    for cols in blocks.key_chunks(rows):
-        key, value = keys[:, cols], values[:, cols]
-        weights = blocks.scores(query, key, rows, cols, memories[0]).sub_(log_total).exp2_()
-        grad_scores = torch.bmm(upstream, value.mT, out=_front(memories[1], query, key))
+    for cols in chunks.key_chunks(rows):
+        key, value, part = keys[:, cols], values[:, cols], cols.start // chunks.cols
+        weights = chunks.scores(query, key, rows, cols, memories[0]).sub_(log_total).exp2_()
+        grad_scores = torch.bmm(upstream, value.mT, out=front(memories[1], query, key))
         dropped = weights
-        if blocks.terms.dropout > 0.0:
-            blocks.drop(grad_scores, rows, cols)
-            dropped = blocks.drop(weights.clone(), rows, cols)
-        grads.v[:, cols].baddbmm_(dropped.mT, upstream)
+        if chunks.terms.dropout > 0.0:
+            chunks.drop(grad_scores, rows, cols)
+            dropped = chunks.drop(weights.clone(), rows, cols)
+        grads.v[part].baddbmm_(dropped.mT, upstream)
         grad_scores.sub_(average).mul_(weights)
         grad_query.baddbmm_(grad_scores, key)
-        grads.k[:, cols].baddbmm_(grad_scores.mT, query)
-        grads.add_scores(blocks.per_head(grad_scores), rows, cols)
+        grads.k[part].baddbmm_(grad_scores.mT, query)
+        grads.add_scores(chunks.per_head(grad_scores), rows, cols)
     return grad_query.mul_(scale)
 
 
@@ -266,9 +210,3 @@ def _by_key_head(x: Tensor) -> Tensor:
 def _flat(per_query_head: Tensor) -> Tensor:
     """Lay the query heads of one key head behind each other: `(x r c d) -> (x, y, d)`."""
     return rearrange(per_query_head, "x r c d -> x (r c) d")
-
-
-def _front(memory: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """View the front of flat `memory` as a block `(x, y, s)`."""
-    shape = (query.shape[0], query.shape[1], key.shape[1])
-    return memory[: shape[0] * shape[1] * shape[2]].view(shape)

@@ -4,8 +4,8 @@ A map gives `Features(values, log_scale)`, standing for values * exp(log_scale).
 `log_scale`, where nothing overflows or vanishes; polynomial maps live in `values`. Constant factors common to all
 features (m^-1/2 and the like) are left out: normalised attention cancels them.
 
-The functions say what each map is; a `FeatureMap` is how `linear.py` evaluates one, and a `BlockMap` how the causal engine
-evaluates it on a block of tokens and pulls a gradient back through it, so that features never outlive their block.
+The functions say what each map is; a `FeatureMap` is how `linear.py` evaluates one, and a `BlockMap` how the causal
+engine evaluates it on a block of tokens and pulls a gradient back, so that features never outlive their block.
 
 Letters: `b` batch times key heads, `g` key heads, `n` tokens, `d` head width, `m` features.
 """
@@ -115,7 +115,10 @@ class FeatureMap(ABC):
 
     def spread(self, batch: int, dtype: torch.dtype) -> Self:
         """Repeat tensors `(g, ...)` to `(batch g, ...)` in `dtype`."""
-        return self.with_tensors(tuple(t.to(dtype).repeat(batch, *(1,) * (t.ndim - 1)) for t in self.tensors))
+        tensors = tuple(t.to(dtype) for t in self.tensors)
+        if batch > 1:
+            tensors = tuple(t.repeat(batch, *(1,) * (t.ndim - 1)) for t in tensors)
+        return self.with_tensors(tensors)
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Features:
@@ -162,16 +165,17 @@ class BlockMap(FeatureMap):
 
 @dataclass(frozen=True, eq=False)
 class Exponential(BlockMap):
-    """Log features W x + bias - norm |x|^2; the tensors are W `(g, m, d)` and, if any, the bias `(g, m)`."""
+    """Log features scale W x + bias - norm |x|^2; the tensors are W `(g, m, d)` and, if any, the bias `(g, m)`."""
 
+    scale: float = 1.0
     norm: float = 0.0
 
     def rows(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        """Project in one matrix product, shift and bias included."""
+        """Project in one matrix product, with scale, shift and bias."""
         weight, *bias = self.tensors
         for more in bias:
             shift = more[:, None] if shift is None else shift + more[:, None]
-        return torch.bmm(x, weight.mT) if shift is None else torch.baddbmm(shift, x, weight.mT)
+        return self._multiply(x, weight.mT, shift)
 
     def gain(self, x: Tensor) -> Tensor | None:
         """Return -norm |x|^2."""
@@ -180,12 +184,17 @@ class Exponential(BlockMap):
     def pull(self, x: Tensor, grad: Tensor, wanted: bool) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """Pull by two matrix products."""
         weight, *bias = self.tensors
-        grad_x = torch.bmm(grad, weight)
+        grad_x = self._multiply(grad, weight)
         if self.norm:
             grad_x.addcmul_(x, grad.sum(dim=-1, keepdim=True), value=-2.0 * self.norm)
         if not wanted:
             return grad_x, (None,) * len(self.tensors)
-        return grad_x, (torch.bmm(grad.mT, x), *(grad.sum(dim=1) for _ in bias))
+        return grad_x, (self._multiply(grad.mT, x), *(grad.sum(dim=1) for _ in bias))
+
+    def _multiply(self, one: Tensor, other: Tensor, shift: Tensor | None = None) -> Tensor:
+        if shift is None:
+            return torch.baddbmm(one.new_empty(1, 1, 1), one, other, beta=0, alpha=self.scale)
+        return torch.baddbmm(shift, one, other, alpha=self.scale)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,10 +1,10 @@
 """One block of causal linear attention: from tokens to features to what is seen, and back.
 
-`linear_dense.py` and `linear_halves.py` do the sums; here a block's keys become features, the form is chosen, and scales
-are kept. Logarithms are held relative to an origin near them, as float32 is finest near zero.
+`linear_dense.py` and `linear_halves.py` do the sums; here a block's keys become features, the form is chosen, and
+scales are kept. Logarithms are held relative to an origin near them, as float32 is finest near zero.
 
-Letters: `b` batch times key heads, `r` queries per key, `n` tokens of the block, `t` tiles of `c` tokens, `d` head width,
-`e` value width, `m` features.
+Letters: `b` batch times key heads, `r` queries per key, `n` tokens of the block, `t` tiles of `c` tokens, `d` head
+width, `e` value width, `m` features.
 """
 
 from dataclasses import dataclass, replace
@@ -15,7 +15,15 @@ from einops import rearrange
 from torch import Tensor
 
 from performer_lm.ops.features import BlockMap
-from performer_lm.ops.linear_dense import Gradients, Weighing, attend_dense, fits_one_scale, pull_dense, weigh
+from performer_lm.ops.linear_dense import (
+    Gradients,
+    Weighing,
+    absorb_dense,
+    attend_dense,
+    fits_one_scale,
+    pull_dense,
+    weigh,
+)
 from performer_lm.ops.linear_fading import Times, fading
 from performer_lm.ops.linear_halves import EMPTY, Block, attend_halves, fade_to_end
 
@@ -91,15 +99,43 @@ class _Keys(NamedTuple):
 
 
 def take_step(maps: Maps, tokens: Tokens, state: State, causal: Tensor) -> Step:
-    """Let a block attend to the state and itself, and join the state; `causal` is a triangle of ones, of at least c rows."""
+    """Let a block attend to the state and itself, and join the state.
+
+    `causal` is a lower triangle of ones, of at least c rows.
+    """
     keys = _open(maps, tokens, state.log_scale)
     if maps.key.logarithmic and not _fits(keys, tokens.times):
         return _step_halves(keys, tokens, maps.query.rows(tokens.queries), state.sums)
     block, _ = _weigh(maps, tokens, keys, state.sums, causal)
-    next_state = State(block.next_sums, state.log_scale)
-    if maps.key.logarithmic:
-        next_state = _lower(block.next_sums, keys) if tokens.times.fade else _stored(block.next_sums, keys)
-    return Step(attend_dense(block), next_state, True)
+    seen = attend_dense(block)
+    sums = absorb_dense(block)  # in place of the state that was just read
+    if not maps.key.logarithmic:
+        return Step(seen, State(sums, state.log_scale), True)
+    return Step(seen, _lower(sums, keys) if tokens.times.fade else _stored(sums, keys), True)
+
+
+def take_token(maps: Maps, tokens: Tokens, state: State, *, own: bool) -> Step:
+    """Let a block of one token join the state, then read it: what attending is where no gradient is wanted.
+
+    It writes into the sums of the state if they are its `own` to use.
+    """
+    keys, (log_decay, documents) = _open(maps, tokens, state.log_scale), tokens.times
+    sums = state.sums if own else state.sums.clone()
+    if documents is not None:
+        stays = documents[:, :1] == documents[:, 1:]
+        keys = keys._replace(before=keys.before.masked_fill(~stays, EMPTY))
+        sums = sums.mul_(stays[..., None])
+    if not maps.key.logarithmic:
+        sums = sums if log_decay is None else sums.mul_(log_decay.exp()[..., None])
+        seen = torch.bmm(maps.query.rows(tokens.queries), sums.addcmul_(keys.rows.mT, tokens.values))
+        return Step(seen, State(sums, state.log_scale), True)
+    before = keys.before if log_decay is None else keys.before + log_decay
+    keys = keys._replace(scale=_round(torch.maximum(before, keys.rows[:, 0]), keys.origin))
+    sums.mul_((before - keys.scale).exp_()[..., None])
+    sums.addcmul_(keys.rows.sub_(keys.scale[:, None]).exp_().mT, tokens.values)
+    queries = maps.query.rows(tokens.queries, keys.scale[:, None])
+    queries = queries.sub_(queries.amax(dim=-1, keepdim=True)).exp_()
+    return Step(torch.bmm(queries, sums), _stored(sums, keys), True)
 
 
 def pull_step(
@@ -176,12 +212,7 @@ def _lower(sums: Tensor, keys: _Keys) -> State:
 
 
 def _fits(keys: _Keys, times: Times) -> bool:
-    """Tell whether a block can be put on one scale; where a look would make the host wait, it is said not to.
-
-    A lone token that sees all of the state always fits.
-    """
-    if keys.rows.shape[1] == 1 and not times.fade:
-        return True
+    """Tell whether a block can be put on one scale; where a look would make the host wait, it is said not to."""
     return keys.rows.device.type == "cpu" and fits_one_scale(keys.rows, keys.before, keys.scale, times)
 
 
@@ -195,10 +226,12 @@ def _weigh(maps: Maps, tokens: Tokens, keys: _Keys, sums: Tensor, causal: Tensor
         factor = (keys.before - keys.scale).exp_()[..., None]
         sums = sums * factor
     else:
-        queries = maps.query.rows(tokens.queries)
-    queries, features, values = (
-        x.unflatten(1, (tokens.tiles, -1)).flatten(0, 1) for x in (queries, features, tokens.values)
-    )
+        queries, sums = maps.query.rows(tokens.queries), sums.clone()
+    values = tokens.values
+    if tokens.tiles > 1:
+        queries, features, values = (
+            x.unflatten(1, (tokens.tiles, -1)).flatten(0, 1) for x in (queries, features, values)
+        )
     c = features.shape[1]
     return weigh(queries, features, values, sums, fading(tokens.times.tiles(tokens.tiles), causal[:c, :c])), factor
 
@@ -209,15 +242,15 @@ def _pull_dense(
     if maps.key.logarithmic and tokens.times.fade:
         after = step.state.log_scale
         lower = after if keys.origin is None else after - keys.origin
-        factor = (keys.scale - lower).masked_fill(after == EMPTY, 0.0).exp_()
-        grad_sums = grad_sums * factor[..., None]
-    block, factor = _weigh(maps, tokens, keys, sums, causal)
+        grown = (keys.scale - lower).masked_fill(after == EMPTY, 0.0).exp_()
+        grad_sums = grad_sums * grown[..., None]
+    block, shrink = _weigh(maps, tokens, keys, sums, causal)
     found = pull_dense(block, step.seen, grad_sums, decays=tokens.times.log_decay is not None)
-    if factor is None:
+    if shrink is None:
         return found
     found.queries.mul_(block.queries)
     found.keys.mul_(block.keys)
-    return found._replace(sums=found.sums * factor)
+    return found._replace(sums=found.sums * shrink)
 
 
 def _step_halves(keys: _Keys, tokens: Tokens, queries: Tensor, sums: Tensor) -> Step:

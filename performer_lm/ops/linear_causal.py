@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from performer_lm.ops.linear_block import TILE, Maps, Pulled, State, Step, Tokens, pull_step, take_step
+from performer_lm.ops.linear_block import TILE, Maps, Pulled, State, Step, Tokens, pull_step, take_step, take_token
 from performer_lm.ops.linear_fading import Times
 
 
@@ -27,7 +27,7 @@ class Inputs(NamedTuple):
     values: Tensor  # (b, n, e)
     log_gain: Tensor | None  # (b, n): added to all log features of a key
     mask: Tensor | None  # (b, n): False keys are absent
-    log_decay: Tensor | None  # (b, n)
+    log_decay: Tensor | None  # (b, n): 0 where masked
     documents: Tensor | None  # (b, 1 + n): the state's document first
 
 
@@ -50,12 +50,20 @@ def cut(n: int, chunk_size: int) -> Iterator[slice]:
         start += size
 
 
+def run_token(maps: Maps, inputs: Inputs, state: State, *, own: bool) -> tuple[Tensor, State]:
+    """Attend to a sequence of one token: `(b, r, 1, e)`. A state that is its `own` is written into."""
+    step = take_token(maps, _take(inputs, slice(0, 1), state.sums.dtype), state, own=own)
+    mass = step.seen[..., -1:]
+    out = step.seen[..., :-1] / mass.masked_fill_(mass == 0, 1.0)
+    return out[:, :, None].to(inputs.queries.dtype), step.state
+
+
 def run(maps: Maps, chunk_size: int, inputs: Inputs, state: State, *, keep: bool) -> Trace:
     """Attend to a sequence, keeping all the states on the way, or the last only."""
     b, r, n, _ = inputs.queries.shape
     e = inputs.values.shape[-1]
     out, mass = state.sums.new_empty(b, r, n, e), state.sums.new_empty(b, r, n, 1)
-    triangle = _triangle(state.sums)
+    triangle = _triangle(state.sums, n)
     states, dense = [state], []
     for part in cut(n, chunk_size):
         tokens = _take(inputs, part, state.sums.dtype)
@@ -80,9 +88,10 @@ class CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, maps: Maps, chunk_size: int, *leaves: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Attend, and keep the state before each block."""
-        inputs, state, tensors = Inputs(*leaves[:7]), State(*leaves[7:9]), leaves[9:]
-        trace = run(maps.with_tensors(tensors), chunk_size, inputs, state, keep=True)
-        ctx.maps, ctx.chunk_size, ctx.dense = maps.with_tensors((None,) * len(tensors)), chunk_size, trace.dense
+        inputs, state = Inputs(*leaves[:7]), State(*leaves[7:9])
+        maps = maps.with_tensors(leaves[9:])
+        trace = run(maps, chunk_size, inputs, state, keep=True)
+        ctx.maps, ctx.chunk_size, ctx.dense = maps, chunk_size, trace.dense
         scales = [state.log_scale for state in trace.states]
         ctx.save_for_backward(*leaves, trace.out, trace.mass, *(state.sums for state in trace.states[:-1]), *scales)
         ctx.mark_non_differentiable(scales[-1])
@@ -96,9 +105,9 @@ class CausalAttention(torch.autograd.Function):
         leaves, (out, mass, *kept) = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         inputs, tensors = Inputs(*leaves[:7]), leaves[9:]
         maps, wanted = ctx.maps.with_tensors(tensors), any(ctx.needs_input_grad[-len(tensors) :])
-        found = Inputs(*(None if x is None or not x.is_floating_point() else torch.empty_like(x) for x in inputs))
+        found = _room_for_gradients(inputs)
         totals: list[Tensor | None] = [None] * len(tensors)
-        triangle = _triangle(out)
+        triangle = _triangle(out, out.shape[2])
         parts = list(cut(out.shape[2], ctx.chunk_size))
         for a in reversed(range(blocks)):
             part, tokens = parts[a], _take(inputs, parts[a], out.dtype)
@@ -119,8 +128,15 @@ class CausalAttention(torch.autograd.Function):
         return None, None, *found, grad_sums, None, *totals
 
 
-def _triangle(like: Tensor) -> Tensor:
-    return torch.ones(TILE, TILE, dtype=like.dtype, device=like.device).tril_()
+def _room_for_gradients(inputs: Inputs) -> Inputs:
+    log_gain, log_decay = (None if x is None else torch.empty_like(x) for x in (inputs.log_gain, inputs.log_decay))
+    queries, keys, values = (torch.empty_like(x) for x in inputs[:3])
+    return Inputs(queries, keys, values, log_gain, None, log_decay, None)
+
+
+def _triangle(like: Tensor, tokens: int) -> Tensor:
+    size = min(TILE, tokens)
+    return torch.ones(size, size, dtype=like.dtype, device=like.device).tril_()
 
 
 def _tiled(x: Tensor, tiles: int) -> Tensor:
@@ -134,11 +150,10 @@ def _take(inputs: Inputs, part: slice, dtype: torch.dtype) -> Tokens:
     keys, values = inputs.keys[:, part].to(dtype), inputs.values[:, part].to(dtype)
     if mask is not None:
         keys, values = (x.masked_fill(~mask[..., None], 0.0) for x in (keys, values))
-        log_decay = None if log_decay is None else log_decay.masked_fill(~mask, 0.0)
     tiles = max(1, keys.shape[1] // TILE)
     documents = None if inputs.documents is None else inputs.documents[:, part.start : part.stop + 1]
     return Tokens(
-        queries=rearrange(_tiled(inputs.queries[:, :, part], tiles), "b r t c d -> b (t r c) d").to(dtype),
+        queries=_tiled(inputs.queries[:, :, part], tiles).transpose(1, 2).flatten(1, 3).to(dtype),
         keys=keys,
         values=torch.cat([values, values.new_ones(*values.shape[:-1], 1)], dim=-1),
         log_gain=None if inputs.log_gain is None else inputs.log_gain[:, part],

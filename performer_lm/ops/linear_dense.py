@@ -37,7 +37,7 @@ class Weighing(NamedTuple):
     fade: Fading
     scores: Tensor  # (b t, r c, c): P
     sums: Tensor  # (b t, m, e + 1): S
-    next_sums: Tensor  # (b, m, e + 1): S' of the last tile
+    last: Tensor  # (b, m, e + 1): S of the last tile
 
 
 class Gradients(NamedTuple):
@@ -66,21 +66,30 @@ def fits_one_scale(keys: Tensor, log_scale: Tensor, scale: Tensor, times: Times)
 
 
 def weigh(queries: Tensor, keys: Tensor, values: Tensor, sums: Tensor, fade: Fading) -> Weighing:
-    """Score queries `(b t, r c, m)` against keys `(b t, c, m)`, and sum up keys and values tile by tile.
+    """Score queries `(b t, r c, m)` against keys `(b t, c, m)`, and sum up keys and values until the last tile.
 
     `sums` `(b, m, e + 1)` are those before the block.
     """
     scores = _fade_scores(torch.bmm(queries, keys.mT), fade.between)
     until = values if fade.until_end is None else values * fade.until_end[..., None]
     if keys.shape[0] == sums.shape[0]:
-        kept = sums if fade.across is None else sums * fade.across[:, None, None]
-        return Weighing(queries, keys, values, until, fade, scores, sums, torch.baddbmm(kept, keys.mT, until))
-    found = torch.bmm(keys.mT, until).unflatten(0, (sums.shape[0], -1))
-    each = torch.empty_like(found)
-    for a in range(found.shape[1]):
-        each[:, a] = sums
-        sums = _carry(sums, found[:, a], fade, a)
-    return Weighing(queries, keys, values, until, fade, scores, each.flatten(0, 1), sums)
+        return Weighing(queries, keys, values, until, fade, scores, sums, sums)
+    tiles = keys.shape[0] // sums.shape[0]
+    early_keys, early_values = (_split_tiles(x, tiles)[:, :-1] for x in (keys, until))
+    found = early_keys.mT @ early_values
+    each = [sums]
+    for a in range(tiles - 1):
+        each.append(_carry(each[-1], found[:, a], fade, a))
+    return Weighing(queries, keys, values, until, fade, scores, torch.stack(each, dim=1).flatten(0, 1), each[-1])
+
+
+def absorb_dense(block: Weighing) -> Tensor:
+    """Return the sums after the block, `(b, m, e + 1)`; uses up those before its last tile."""
+    tiles = block.keys.shape[0] // block.last.shape[0]
+    keys, values = (_split_tiles(x, tiles)[:, -1] for x in (block.keys, block.until))
+    if block.fade.across is not None:
+        block.last.mul_(block.fade.across.unflatten(0, (-1, tiles))[:, -1, None, None])
+    return block.last.baddbmm_(keys.mT, values)
 
 
 def attend_dense(block: Weighing) -> Tensor:
@@ -102,8 +111,8 @@ def pull_dense(block: Weighing, grad: Tensor, grad_next: Tensor, *, decays: bool
     if decays and fade.across is not None:
         seen = torch.bmm(block.queries, block.sums).mul_(late).sum(dim=-1)
         grad_fade = pull_fading(
-            between=(grad_raw * block.scores).unflatten(1, (-1, c)).sum(dim=1),
-            since_start=seen.unflatten(1, (-1, c)).sum(dim=1),
+            between=_sum_queries(grad_raw * block.scores, c),
+            since_start=_sum_queries(seen, c),
             until_end=(block.until * grad_values).sum(dim=-1),
             across=(grad_after * block.sums).sum(dim=(1, 2)) * fade.across,
         )
@@ -132,6 +141,10 @@ def _pull_sums(found: Tensor, grad_next: Tensor, fade: Fading) -> tuple[Tensor, 
     return each.flatten(0, 1), grad_next
 
 
+def _split_tiles(x: Tensor, tiles: int) -> Tensor:
+    return x.unflatten(0, (-1, tiles))
+
+
 def _carry(kept: Tensor, found: Tensor, fade: Fading, tile: int) -> Tensor:
     """Return across * kept + found of one tile."""
     if fade.across is None:
@@ -143,6 +156,11 @@ def _fade_scores(scores: Tensor, between: Tensor) -> Tensor:
     """Multiply scores `(b t, r i, j)` in place by what is left of the keys."""
     scores.unflatten(1, (-1, scores.shape[-1])).mul_(between[:, None])
     return scores
+
+
+def _sum_queries(x: Tensor, c: int) -> Tensor:
+    """Sum over the queries of each key: `(b t, r c, ...)` -> `(b t, c, ...)`."""
+    return x if x.shape[1] == c else x.unflatten(1, (-1, c)).sum(dim=1)
 
 
 def _rows(factor: Tensor, like: Tensor) -> Tensor:

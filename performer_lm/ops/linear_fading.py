@@ -52,10 +52,8 @@ def fading(times: Times, causal: Tensor) -> Fading:
         return Fading(causal[None], None, None, None)
     between, since, until, across = causal[None], None, None, None
     if times.log_decay is not None:
-        # in float64, as differences of sums that may be large
         total = times.log_decay.cumsum(dim=-1, dtype=torch.float64)
-        lag = (total[:, :, None] - total[:, None, :]).to(causal.dtype)
-        between = lag.masked_fill(causal == 0, -torch.inf).exp()
+        between = _exp_differences(total, causal.dtype).mul_(causal)
         since, until = total.exp().to(causal.dtype), sum_later(times.log_decay).exp()
         across = since[:, -1]
     if times.documents is not None:
@@ -65,6 +63,17 @@ def fading(times: Times, causal: Tensor) -> Fading:
         until = _where(own == last, until)
         across = _where((first == last)[:, 0], across)
     return Fading(between, since, until, across)
+
+
+def _exp_differences(total: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return exp(total_i - total_j), 1 where that is more: `(b, c)` -> `(b, i, j)`.
+
+    Sums may be large where their differences are small, so they are taken apart into two numbers of `dtype`.
+    """
+    high = total.to(dtype)
+    low = (total - high).to(dtype)
+    lag = high[:, :, None] - high[:, None, :]
+    return lag.add_(low[:, :, None]).sub_(low[:, None, :]).clamp_(max=0.0).exp_()
 
 
 def _where(kept: Tensor, factor: Tensor | None) -> Tensor:

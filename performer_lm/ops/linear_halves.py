@@ -4,8 +4,8 @@ The late half of a block reads the keys of its early half at *their* scale, then
 single tokens. Every scale that a query meets comes from keys before it, so no later key can make an earlier one vanish,
 and decay only ever adds to logarithms. It costs log2(c) passes over the features where `linear_dense.py` needs one.
 
-Letters: `b` batch times key heads, `r` queries per key, `c` tokens of the block, `u` stretches of it, `s` tokens of half
-a stretch, `m` features, `e` value width; values come as [v, 1], so that the last column sums the denominators.
+Letters: `b` batch times key heads, `r` queries per key, `c` tokens of the block, `u` stretches of it, `s` tokens of
+half a stretch, `m` features, `e` value width; values come as [v, 1], so that the last column sums the denominators.
 """
 
 from typing import NamedTuple
@@ -37,12 +37,16 @@ class Found(NamedTuple):
     weighted: Tensor  # (b, r, ..., e + 1)
 
 
-def attend_halves(block: Block, sums: Tensor, log_scale: Tensor) -> Found:
-    """Let each token of a block see the state `(b, m, e + 1)`, `(b, m)` and the block's tokens up to itself."""
+def attend_halves(block: Block, sums: Tensor, log_scale: Tensor, *, own: bool = True) -> Found:
+    """Let each token of a block see the state `(b, m, e + 1)`, `(b, m)` and the block's tokens before it.
+
+    It sees its own key too, unless `own` is False.
+    """
     c = block.keys.shape[-2]
     half = (1 << (c - 1).bit_length()) // 2
     whole = _padded(block, max(1, 2 * half))
-    found = _join(_read_state(whole, sums, log_scale), _read_own(whole))
+    found = _read_state(whole, sums, log_scale)
+    found = join(found, _read_own(whole)) if own else found
     while half:
         found = _read_early_half(whole, half, found)
         half //= 2
@@ -70,7 +74,8 @@ def scaled_exp(logs: Tensor) -> tuple[Tensor, Tensor]:
     return (logs - peak).exp(), peak
 
 
-def _join(one: Found, other: Found) -> Found:
+def join(one: Found, other: Found) -> Found:
+    """Add what was found in two places."""
     peak = torch.maximum(one.peak, other.peak)
     return Found(peak, (one.peak - peak).exp() * one.weighted + (other.peak - peak).exp() * other.weighted)
 
@@ -138,5 +143,5 @@ def _read_early_half(block: Block, half: int, found: Found) -> Found:
     early_found, late_found = zip(
         *(rearrange(x, "b r (u t s) e -> t b r u s e", t=2, s=half) for x in found), strict=True
     )
-    joined = zip(early_found, _join(Found(*late_found), more), strict=True)
+    joined = zip(early_found, join(Found(*late_found), more), strict=True)
     return Found(*(rearrange(torch.stack(both), "t b r u s e -> b r (u t s) e") for both in joined))

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from performer_lm.ops.options import check_shapes
 from performer_lm.ops.softmax import exact_attention
-from performer_lm.ops.terms import check_shapes
 
 
 def local_attention(

@@ -17,8 +17,9 @@ from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from performer_lm.ops.options import Options, gather_terms
 from performer_lm.ops.softmax import fold_heads, sum_dtype
-from performer_lm.ops.terms import ALL, Options, Terms, gather_terms
+from performer_lm.ops.terms import ALL, Terms
 
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 WIDTH_MULTIPLE = 8

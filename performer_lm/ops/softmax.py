@@ -10,7 +10,8 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
-from performer_lm.ops.terms import ALL, Block, Terms, gather_terms
+from performer_lm.ops.options import gather_terms
+from performer_lm.ops.terms import ALL, Block, Terms
 
 
 def exact_attention(
@@ -110,10 +111,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
     queries = rearrange(q * terms.scale, "b (g r) i d -> b g r i d", g=groups)
     scores = einsum(queries, k, "b g r i d, b g j d -> b g r i j")
     scores = terms.add_to(rearrange(scores, "b g r i j -> b (g r) i j"), ALL, ALL)
-    # A row of -inf alone has no softmax; as a row of zeros it has one, which is then dropped whole.
-    sees_none = scores.isneginf().all(-1, keepdim=True)
-    weights = scores.masked_fill(sees_none, 0.0).softmax(-1).masked_fill(sees_none, 0.0)
+    sees_none = None
+    if terms.may_hide_rows:  # a row of -inf alone has no softmax; as a row of zeros it has one, whose output is dropped
+        sees_none = scores.isneginf().all(-1, keepdim=True)
+        scores.masked_fill_(sees_none, 0.0)
+    weights = scores.softmax(-1)
     if terms.dropout > 0.0:
         weights = weights * terms.kept(weights, ALL, ALL)
     weights = rearrange(weights, "b (g r) i j -> b g r i j", g=groups)
-    return rearrange(einsum(weights, v, "b g r i j, b g j e -> b g r i e"), "b g r i e -> b (g r) i e")
+    out = rearrange(einsum(weights, v, "b g r i j, b g j e -> b g r i e"), "b g r i e -> b (g r) i e")
+    return out if sees_none is None else out.masked_fill(sees_none, 0.0)

@@ -1,10 +1,13 @@
 """FAVOR attention keeps the contract and stays the same function through redraws, devices and precisions."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed
+import torch.multiprocessing
 from torch import Tensor
 
 from performer_lm.attention.base import fork
@@ -90,6 +93,54 @@ def test_null_never_redraws_and_checkpoints_hold_the_projection() -> None:
     assert torch.equal(other(*tensors, causal=True), attention(*tensors, causal=True))
 
 
+def test_redraws_stop_at_the_last_step() -> None:
+    attention, other = build(redraw_interval=10, redraw_until=25), build(redraw_interval=10)
+    attention.redraw(1000)
+    other.redraw(25)
+    assert torch.equal(attention.features.projection, other.features.projection)
+
+
+def test_a_resumed_run_redraws_as_if_never_stopped() -> None:
+    whole, stopped = build(redraw_interval=3), build(redraw_interval=3)
+    for step in range(8):
+        for _ in range(4):  # micro-batches may each ask
+            whole.redraw(step)
+    stopped.redraw(5)
+    resumed = build(redraw_interval=3)
+    resumed.load_state_dict(stopped.state_dict())
+    for step in (6, 7):
+        resumed.redraw(step)
+    assert torch.equal(resumed.features.projection, whole.features.projection)
+    assert torch.equal(resumed.features.get_extra_state(), whole.features.get_extra_state())
+
+
+def test_fixed_projections_stay_fixed_after_loading() -> None:
+    attention = build(redraw_interval=1)
+    attention.redraw(4)
+    attention.fix_projections()
+    loaded = build(redraw_interval=1)
+    loaded.load_state_dict(attention.state_dict())
+    for step in (5, 6):
+        loaded.redraw(step)
+    assert torch.equal(loaded.features.projection, attention.features.projection)
+
+
+def _gather_projection(rank: int, path: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    torch.manual_seed(rank)
+    attention = build(redraw_interval=2)
+    attention.redraw(7)
+    found = [torch.empty_like(attention.features.projection) for _ in range(2)]
+    torch.distributed.all_gather(found, attention.features.projection)
+    torch.distributed.destroy_process_group()
+    assert torch.equal(*found)
+
+
+@pytest.mark.slow
+def test_processes_draw_the_same(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_gather_projection, (str(tmp_path / "store"),), nprocs=2)
+
+
 def test_null_features_are_d_ln_d() -> None:
     assert build(num_features=None).features.num_features == 16  # 8 ln 8 = 16.6
 
@@ -116,8 +167,6 @@ def test_what_it_cannot_do_is_said() -> None:
     attention, (q, k, v) = build(), inputs(5)
     with pytest.raises(ValueError, match="log_decay needs causal"):
         attention(q, k, v, causal=False, log_decay=torch.zeros(2, 2, 5))
-    with pytest.raises(ValueError, match="segments apart in causal attention only; attn=flash_tiled"):
-        attention(q, k, v, causal=False, segments=torch.zeros(2, 5))
     with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
         build(chunk_size=0)
     with pytest.raises(ValueError, match="num_features must be at least 1 or null, got 0"):

@@ -13,9 +13,25 @@ from torch import Tensor
 from performer_lm.attention.base import Attention, fork
 from performer_lm.attention.chunked import ChunkedAttention
 from performer_lm.attention.exact import ExactAttention
+from performer_lm.attention.favor import FavorAttention
+from performer_lm.attention.feature_maps import SoftmaxFeatures
 from performer_lm.attention.flash import FlashAttention
 from performer_lm.attention.flash_tiled import FlashTiledAttention
+from performer_lm.attention.kernel_maps import IdentityFeatures
 from performer_lm.attention.local import LocalAttention
+from performer_lm.ops.projections import draw_projection
+
+FAVOR: dict[str, Any] = {"seed": 0, "redraw_interval": None, "redraw_until": None, "chunk_size": 3}
+
+
+def build_favor(**shape: int) -> FavorAttention:
+    """Build FAVOR+ with one projection for all heads, so that grouping them changes nothing."""
+    softmax = partial(SoftmaxFeatures, coupling="orthogonal", regularized=False, antithetic=True, learned=False)
+    features = partial(softmax, centred=False, momentum=None)
+    attention = FavorAttention(**shape, features=features, num_features=8, **FAVOR)
+    attention.features.projection.copy_(draw_projection(1, 4, shape["dim_head"], seed=0))
+    return attention
+
 
 FACTORIES: dict[str, Callable[..., Attention[Any]]] = {
     "exact": ExactAttention,
@@ -23,6 +39,8 @@ FACTORIES: dict[str, Callable[..., Attention[Any]]] = {
     "flash": FlashAttention,
     "flash_tiled": partial(FlashTiledAttention, on_chip=64),
     "local": partial(LocalAttention, window=4),
+    "favor": build_favor,
+    "linear": partial(FavorAttention, features=IdentityFeatures, num_features=None, **FAVOR),
 }
 HEADS, GROUPS, WIDTH, VALUE_WIDTH = 4, 2, 6, 5
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}  # backends may sum in float32 whatever the inputs

@@ -196,6 +196,41 @@ def test_half_precision_stays_finite(dtype: torch.dtype) -> None:
     assert all(x.grad is not None and x.grad.isfinite().all() for x in tensors)
 
 
+@form_laws
+@pytest.mark.parametrize("names", [set(), {"mask", "log_decay", "segments"}])
+def test_gradcheck(names: set[str]) -> None:
+    """Through the state as well: what is absorbed now is read later."""
+    tensors = [x[:1, :2, :4].contiguous().requires_grad_() for x in inputs(4, m=2)]
+    chosen = {name: x[:1] for name, x in options(4, names, torch.float64).items()}
+    decay = [chosen.pop("log_decay").requires_grad_()] if "log_decay" in chosen else []
+    state = empty_state(1, 2, 2, 3, device=tensors[0].device, dtype=torch.float64)
+    _, state = blockwise(*(x.detach() for x in tensors), state=state)
+
+    def both(q: Tensor, k: Tensor, v: Tensor, sums: Tensor, *decay: Tensor) -> tuple[Tensor, ...]:
+        more = {"log_decay": decay[0]} if decay else {}
+        out, after = blockwise(q, k, v, chunk_size=3, state=LinearState(sums, state.log_scale), **chosen, **more)
+        later, _ = blockwise(q, k, v, state=after)
+        return out, later
+
+    assert torch.autograd.gradcheck(both, (*tensors, state.sums.requires_grad_(), *decay))
+
+
+def test_no_features_are_kept_for_the_backward() -> None:
+    n, m, e = 256, 5, 3
+    q, k, v = (x.requires_grad_() for x in inputs(n))
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() // x.element_size()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        blockwise(q, k, v, chunk_size=64)
+    b, h, g = 2, 4, 2
+    states = n // 64 * b * g * m * (e + 2)
+    assert sum(kept.values()) <= b * n * (h + g) * m + b * n * (g + h) * e + b * n * h + 2 * states + 100
+
+
 def test_runs_without_looking_at_values() -> None:
     with torch.device("meta"):
         q, k, v = inputs(13)

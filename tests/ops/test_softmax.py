@@ -1,6 +1,5 @@
 import math
 
-import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
@@ -100,41 +99,3 @@ def test_more_causal_queries_than_keys_see_nothing_at_first():
     out = exact_attention(q, k, v, causal=True)
     assert (out[:, :, :2] == 0).all()
     torch.testing.assert_close(out[:, :, 2:], exact_attention(q[:, :, 2:], k, v, causal=True))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"window": 0}, "window must be at least 1, got 0"),
-        ({"log_decay": torch.zeros(2, 2, 5)}, "log_decay needs causal=True"),
-        ({"key_mask": torch.ones(2, 4, dtype=torch.bool)}, r"key_mask must have shape \(2, 5\), got \(2, 4\)"),
-        ({"segments": torch.zeros(5)}, r"segments must have shape \(2, 5\), got \(5,\)"),
-        ({"causal": True, "log_decay": torch.zeros(2, 4, 5)}, r"log_decay must have shape \(2, 2, 5\)"),
-        ({"dropout": 0.1}, "needs a seed"),
-    ],
-)
-def test_options_that_do_not_fit_are_refused(options, message):
-    q, k, v = draw((2, 4, 3, 2), (2, 2, 5, 2), (2, 2, 5, 2))
-    with pytest.raises(ValueError, match=message):
-        exact_attention(q, k, v, **options)
-
-
-@pytest.mark.parametrize(
-    ("shapes", "message"),
-    [
-        (((2, 4, 3, 2), (2, 3, 5, 2), (2, 3, 5, 2)), r"heads \(4\) must be a multiple of key heads \(3\)"),
-        (((2, 4, 3, 2), (2, 2, 5, 3), (2, 2, 5, 2)), "q's width 2"),
-        (((2, 4, 3, 2), (2, 2, 5, 2), (2, 2, 4, 2)), "v's heads and keys"),
-        (((2, 4, 3, 2), (3, 2, 5, 2), (3, 2, 5, 2)), "equal leading dimensions"),
-        (((3, 2), (5, 2), (5, 2)), "wanted q"),
-    ],
-)
-def test_shapes_that_do_not_fit_are_refused(shapes, message):
-    with pytest.raises(ValueError, match=message):
-        exact_attention(*draw(*shapes))
-
-
-def test_segments_need_each_query_among_the_keys():
-    q, k, v = draw((1, 1, 4, 2), (1, 1, 3, 2), (1, 1, 3, 2))
-    with pytest.raises(ValueError, match="4 > 3"):
-        exact_attention(q, k, v, segments=torch.zeros(1, 3, dtype=torch.long))

@@ -1,0 +1,73 @@
+"""Time calls against each other, and measure what memory a call needs, for the softmax benchmarks.
+
+Linux only: peak memory is the high-water mark of the process (`/proc`), which sees every allocation, kernels' own
+included.
+"""
+
+import json
+import multiprocessing
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+THREADS = 2
+WARM_UP_LENGTH = 256
+
+Run = Callable[[], None]
+
+
+def time_together(runs: dict[str, Run], *, repeats: int, warm_up: bool = True) -> dict[str, float]:
+    """Return the median seconds of each run, taken in turns so that a busy machine is busy for all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    if warm_up:
+        for run in runs.values():
+            run()
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def peak_memory(make: Callable[..., Run], length: int, *args: Any) -> int:
+    """Return the bytes that the run `make(length, *args)` needs over its inputs, in a fresh process."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        return pool.submit(_peak_here, make, length, *args).result()
+
+
+def _peak_here(make: Callable[..., Run], length: int, *args: Any) -> int:
+    torch.set_num_threads(THREADS)
+    make(WARM_UP_LENGTH, *args)()  # libraries, threads and their buffers are not the call's
+    run = make(length, *args)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    run()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return what a reader needs to compare the numbers with their own."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+    return {"cpu": cpu, "threads": THREADS, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def write_results(name: str, results: dict[str, Any]) -> None:
+    """Write `results/<name>.json`."""
+    RESULTS.mkdir(exist_ok=True)
+    text = json.dumps({"machine": describe_machine(), **results}, indent=2) + "\n"
+    (RESULTS / f"{name}.json").write_text(text)

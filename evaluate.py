@@ -1,0 +1,42 @@
+"""Measure a trained model on held-out text: `python evaluate.py ckpt=runs/latest [attn=exact]`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from performer_lm.cli import main, usage_errors
+from performer_lm.cli.opening import open_from
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def run(cfg: "DictConfig") -> float:
+    """Print loss and bits per byte over the whole held-out split, and return the bits per byte."""
+    from hydra.utils import instantiate
+    from omegaconf import open_dict
+
+    from performer_lm.evaluation.bits_per_byte import measure_bits_per_byte
+
+    with usage_errors():
+        model, tokenizer = open_from(cfg)
+        with open_dict(cfg):
+            cfg.tokenizer.plain = tokenizer.to_dict()
+        data = instantiate(cfg.data)
+        data.prepare()
+    found = measure_bits_per_byte(
+        model, data.held_out_ids, tokenizer.byte_lengths(), context=data.context, batch_size=data.batch_size
+    )
+    print(f"{found.tokens:,} tokens, {found.bytes:,} bytes of held-out text")
+    print(f"loss {found.loss:.4f} nats per token, {found.bits_per_byte:.4f} bits per byte")
+    return found.bits_per_byte
+
+
+if __name__ == "__main__":
+    main(
+        run,
+        config_name="evaluate",
+        config_path=Path(__file__).parent / "configs",
+        free_text=("ckpt", "data.path"),
+        keys={"ckpt": str, "seed": int, "device": str},
+        supplied={"tokenizer": ["plain"]},
+    )

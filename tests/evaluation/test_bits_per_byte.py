@@ -1,0 +1,31 @@
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from performer_lm.evaluation.bits_per_byte import measure_bits_per_byte
+from performer_lm.model import PerformerLM
+from performer_lm.training.task import next_token_loss
+
+
+@given(n=st.integers(2, 60), context=st.integers(1, 20), batch_size=st.integers(1, 5))
+def test_every_token_but_the_first_counts_once(
+    lively_model: Callable[..., PerformerLM], n: int, context: int, batch_size: int
+) -> None:
+    ids = np.random.default_rng(n).integers(0, 40, n)
+    lengths = np.arange(40)
+    lengths[-1] = 0
+    if not lengths[ids[1:]].sum():
+        return
+    model = lively_model("attn=exact")
+    found = measure_bits_per_byte(model, ids, lengths, context=context, batch_size=batch_size)
+    with torch.no_grad():
+        pieces = [torch.from_numpy(ids[start : start + context + 1])[None] for start in range(0, n - 1, context)]
+        nats = sum(float(next_token_loss(model, piece).sum()) for piece in pieces)
+    assert (found.tokens, found.bytes) == (n - 1, lengths[ids[1:]].sum())
+    assert found.loss == pytest.approx(nats / (n - 1), rel=1e-5)
+    assert found.bits_per_byte == pytest.approx(nats / math.log(2) / found.bytes, rel=1e-5)

@@ -1,0 +1,168 @@
+"""The training script as its users meet it: right and wrong command lines."""
+
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+ROOT = Path(__file__).parents[1]
+TINY = ["debug=fast", "data=files", "data.path=text.txt", "tokenizer=bytes"]
+Invoke = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def invoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Invoke]:
+    """Return a function that runs a script of the project in this process: exit code, output, errors."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("".join(f"line {index} says {index * 37 % 101}\n" for index in range(1500)))
+
+    def run(*arguments: str, script: str = "train.py") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        out, err = capfd.readouterr()
+        return int(exit_.value.code or 0), out, err
+
+    yield run
+    GlobalHydra.instance().clear()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["attn=falsh"], "attn=falsh: no such choice; did you mean attn=flash?"),
+        (["model.dmi=3"], "model.dmi: unknown key; did you mean model.dim?"),
+        (["optimizer.lr=abc"], "optimizer.lr: wanted float, got 'abc' (str)"),
+        (["model.heads=7"], "dim (32) must be a multiple of heads (7)"),
+        (["model/positions=rotary", "model.dim_head=7"], "rotary width must be even"),
+        (["attn=local", "attn.window=65"], "window (65) must be at most the context (data.context=64)"),
+        (["data.path=txet.txt"], "data.path=txet.txt does not exist; did you mean text.txt?"),
+        (["data.path=empty.txt"], "empty"),
+        (["data.path=short.txt"], "has 12 tokens for training; one window needs 65"),
+        (["data.path=broken.txt"], "broken.txt"),
+        (["ckpt=runs/nothing"], "ckpt=runs/nothing does not exist; there are no checkpoints yet"),
+        (["ckpt=text.txt"], "text.txt is not a checkpoint of performer_lm"),
+        (["data.batch_size=4", "trainer.accumulate_grad_batches=3"], "data.batch_size (4) must be a multiple of"),
+        (["schedule.warmup=7"], "schedule.warmup is a share of the run"),
+        (["experiment=nothing"], "experiment=nothing: no such choice"),
+        (["debug=fats"], "debug=fats: no such choice; did you mean debug=fast?"),
+        (["-m", "attn=flash,falsh"], "attn=falsh: no such choice"),
+        (["attn=hybrid", "attn.pattern=[favor,flahs]"], "no backend 'flahs'; did you mean 'flash'?"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(invoke: Invoke, arguments: list[str], message: str) -> None:
+    Path("empty.txt").touch()
+    Path("short.txt").write_text("0123456789")
+    Path("broken.txt").write_bytes(b"fine so far \xff\xfe and on" * 100)
+    before = set(Path().iterdir())
+    code, out, err = invoke(*TINY, *arguments)
+    assert (code, out) == (2, "")
+    told = [line for line in err.splitlines() if not line.startswith("data: ")]  # the progress of tokenizing
+    assert len(told) == 1
+    assert told[0].startswith("error: ")
+    assert message in told[0]
+    assert set(Path().iterdir()) - before <= {Path("data")}
+
+
+def test_invalid_utf8_names_file_and_offset(invoke: Invoke) -> None:
+    Path("broken.txt").write_bytes(b"0123456789\xff")
+    _, _, err = invoke(*TINY, "data.path=broken.txt")
+    assert "broken.txt" in err
+    assert "10" in err
+
+
+def test_train_resume_generate_evaluate(invoke: Invoke) -> None:
+    code, out, err = invoke(*TINY)
+    assert code == 0, err
+    assert "best val bpb" in out
+    assert 'prompt="def main("' in out
+    resume = next(line for line in out.splitlines() if line.startswith("resume"))
+    assert resume.split(maxsplit=3)[1:3] == ["python", "train.py"]
+    code, out, err = invoke(*resume.split()[3:])
+    assert code == 0, err
+    assert "resumed at step 4" in out
+    options = ["max_new_tokens=12", "prompt=line = ${x}, 'a'("]
+    code, out, err = invoke(*options, script="generate.py")
+    assert code == 0, err
+    assert out.startswith("line = ${x}, 'a'(")
+    for attn in ([], ["attn=exact"], ["attn=favor"]):
+        code, out, err = invoke("data=files", "data.path=text.txt", "data.context=64", *attn, script="evaluate.py")
+        assert code == 0, err
+        assert "bits per byte" in out
+
+
+def test_generating_twice_with_one_seed_is_the_same(invoke: Invoke) -> None:
+    invoke(*TINY)
+    texts = [invoke("max_new_tokens=12", "seed=3", script="generate.py")[1] for _ in range(2)]
+    greedy = [invoke("max_new_tokens=12", "temperature=0", f"seed={seed}", script="generate.py")[1] for seed in (1, 2)]
+    assert texts[0] == texts[1]
+    assert greedy[0] == greedy[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ckpt=runs/nothing"], "does not exist; nearest: runs/"),
+        (["temperature=-1"], "temperature must be at least 0"),
+        (["top_k=0"], "top_k must be at least 1"),
+        (["max_new_tokens=0"], "max_new_tokens must be at least 1"),
+        (["device=cuda:99"], "device=cuda:99 is not available"),
+        (["attn=falsh"], "attn=falsh: no such choice; did you mean attn=flash?"),
+        (["tempreature=1"], "tempreature: unknown key; did you mean temperature?"),
+    ],
+)
+def test_a_mistake_in_generating_is_one_line(invoke: Invoke, arguments: list[str], message: str) -> None:
+    invoke(*TINY)
+    code, out, err = invoke(*arguments, script="generate.py")
+    assert (code, out) == (2, "")
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_sweep_numbers_its_jobs(invoke: Invoke) -> None:
+    code, _, err = invoke(*TINY, "-m", "attn=exact,flash", "run_dir=runs/sweep")
+    assert code == 0, err
+    assert sorted(path.name for path in Path("runs/sweep").iterdir()) == ["0", "1"]
+    assert all((Path("runs/sweep") / str(job) / "summary.json").exists() for job in range(2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_the_run_goes_on_exactly(invoke: Invoke, signum: int, code: int) -> None:
+    common = [*TINY, "trainer.max_steps=40", "trainer.val_every=40"]
+    child = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *common, "run_dir=runs/stopped"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert child.stdout is not None
+    for line in child.stdout:
+        if line.startswith("step 3/"):
+            child.send_signal(signum)
+            break
+    rest = child.stdout.read()
+    child.stdout.close()
+    assert child.wait(timeout=60) == code
+    assert "resume with: python train.py" in rest
+    assert invoke(*common, "ckpt=runs/stopped")[0] == 0
+    assert invoke(*common, "run_dir=runs/whole")[0] == 0
+    stopped, whole = (Path(f"runs/{name}/metrics.csv").read_text().splitlines() for name in ("stopped", "whole"))
+    column = whole[0].split(",").index("train/loss")
+    assert [line.split(",")[column] for line in stopped] == [line.split(",")[column] for line in whole]
+
+
+def test_help_answers_at_once() -> None:
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "attn: chunked, exact, favor, flash" in done.stdout
+    assert "torch" not in done.stderr
+    assert time.perf_counter() - start < 30  # a hang, not a speed: benchmarks measure those
