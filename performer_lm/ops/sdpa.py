@@ -100,6 +100,7 @@ def _run_kernel(q: Tensor, k: Tensor, v: Tensor, matrix: Tensor | None, *, causa
     """Call the kernel with equal widths and the grouping it can take: `(b h i width)`."""
     width = -(-max(k.shape[-1], v.shape[-1]) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
     q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q, k, v))
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # all that the kernels take
     heads, groups, queries = q.shape[1], k.shape[1], q.shape[2]
     rows_alike = not causal and (matrix is None or (matrix.shape[1] <= groups and matrix.shape[2] == 1))
     fold = heads != groups and rows_alike

@@ -143,6 +143,12 @@ def test_half_precision_is_near_single(attend, dtype):
 
 
 @every_op
+def test_inputs_may_lie_in_memory_in_any_order(attend):
+    q, k, v = (x.mT for x in draw((2, 2, 8, 9), (2, 2, 8, 9), (2, 2, 8, 9)))
+    torch.testing.assert_close(attend(q, k, v), exact_attention(q.contiguous(), k.contiguous(), v.contiguous()))
+
+
+@every_op
 def test_one_query_and_one_key(attend):
     q, k, v = draw((1, 1, 1, 1), (1, 1, 1, 1), (1, 1, 1, 3))
     for causal in (True, False):
