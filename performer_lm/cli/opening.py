@@ -1,6 +1,6 @@
 """Open the trained model that an entry point's config names: `ckpt`, perhaps another `attn`, and a `device`."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -24,7 +24,8 @@ def open_from(cfg: DictConfig) -> "tuple[PerformerLM, Tokenizer]":
 
     opened = checkpoint.read(checkpoint.find(cfg.ckpt or "latest"))
     trained = OmegaConf.create({"seed": opened.section["seed"], "attn": cfg.get("attn")})
-    model, tokenizer = checkpoint.open_model(opened, attn=OmegaConf.to_container(trained, resolve=True)["attn"])
+    plain: Any = OmegaConf.to_container(trained, resolve=True)
+    model, tokenizer = checkpoint.open_model(opened, attn=plain["attn"])
     return model.to(find_device(cfg.device)), tokenizer
 
 

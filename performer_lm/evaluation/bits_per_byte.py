@@ -43,8 +43,8 @@ def measure_bits_per_byte(
     for index in range(-(-windows // batch_size)):
         batch = validation_batch(ids, index=index, batch_size=batch_size, context=context).to(device)
         inputs, targets = shift(batch)
-        losses = F.cross_entropy(model(inputs).flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum")
-        nats += losses.double().cpu()
+        logits = model(inputs).flatten(0, 1).float()
+        nats += F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum").double().cpu()
     text = int(byte_lengths[np.asarray(ids[1:], dtype=np.int64)].sum())
     tokens = len(ids) - 1
     return BitsPerByte(float(nats) / tokens, float(nats) / (math.log(2) * text), tokens, text)

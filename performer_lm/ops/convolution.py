@@ -65,21 +65,21 @@ class _ShortConvolution(torch.autograd.Function):
 
 
 def _late(stream: Tensor, shift: int) -> Tensor:
-    """The tokens `(b, n - s, c)` that look back to another token of the stream."""
+    """Return the tokens `(b, n - s, c)` that look back to another token of the stream."""
     return stream[:, shift:]
 
 
 def _early(stream: Tensor, shift: int) -> Tensor:
-    """The tokens `(b, n - s, c)` that those look back to."""
+    """Return the tokens `(b, n - s, c)` that those look back to."""
     return stream[:, : max(0, stream.shape[1] - shift)]
 
 
 def _first(stream: Tensor, shift: int) -> Tensor:
-    """The tokens `(b, min(s, n), c)` that look back into the tail."""
+    """Return the tokens `(b, min(s, n), c)` that look back into the tail."""
     return stream[:, :shift]
 
 
 def _before(tail: Tensor, shift: int, x: Tensor) -> Tensor:
-    """The values `(b, min(s, n), c)` of the tail that those look back to."""
+    """Return the values `(b, min(s, n), c)` of the tail that those look back to."""
     start = tail.shape[1] - shift
     return tail[:, start : start + min(shift, x.shape[1])]

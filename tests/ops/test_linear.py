@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from performer_lm.ops import linear_block, linear_causal
 from performer_lm.ops.features import Exponential
 from performer_lm.ops.linear import LinearState, absorb_keys, causal_linear_attention, empty_state, read_state
+from performer_lm.ops.linear import block as linear_block
+from performer_lm.ops.linear import causal as linear_causal
 
 FLOAT64 = 1e-10
 FLOAT32 = 2e-6

@@ -60,10 +60,9 @@ def test_a_run_leaves_its_files_and_learns(start: Start) -> None:
     best = run.fit()
     assert 0 < best < math.log2(257)
     files = {str(path.relative_to("runs/a")) for path in Path("runs/a").rglob("*") if path.is_file()}
-    assert files == {
-        "config.yaml", "train.log", "metrics.jsonl", "metrics.csv", "samples.txt", "summary.json",
-        "checkpoints/best.ckpt", "checkpoints/best.ckpt.sha256", "checkpoints/last.ckpt", "checkpoints/last.ckpt.sha256",
-    }  # fmt: skip
+    checkpoints = {f"checkpoints/{name}.ckpt{ending}" for name in ("best", "last") for ending in ("", ".sha256")}
+    texts = {"config.yaml", "train.log", "metrics.jsonl", "metrics.csv", "samples.txt", "summary.json"}
+    assert files == checkpoints | texts
     assert Path("runs/latest").resolve() == Path("runs/a").resolve()
     assert checkpoint.read(Path("runs/a/checkpoints/last.ckpt")).content["global_step"] == 25
     assert sorted(losses(Path("runs/a"))) == list(range(1, 26))

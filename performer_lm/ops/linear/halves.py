@@ -2,7 +2,7 @@
 
 The late half of a block reads the keys of its early half at *their* scale, then each half is treated likewise, down to
 single tokens. Every scale that a query meets comes from keys before it, so no later key can make an earlier one vanish,
-and decay only ever adds to logarithms. It costs log2(c) passes over the features where `linear_dense.py` needs one.
+and decay only ever adds to logarithms. It costs log2(c) passes over the features where `dense.py` needs one.
 
 Letters: `b` batch times key heads, `r` queries per key, `c` tokens of the block, `u` stretches of it, `s` tokens of
 half a stretch, `m` features, `e` value width; values come as [v, 1], so that the last column sums the denominators.
@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import pad
 
-from performer_lm.ops.linear_fading import Times, sum_later
+from performer_lm.ops.linear.fading import Times, sum_later
 
 EMPTY = -1e30
 """The log scale of nothing: so low that any key outweighs it, yet finite, so that differences stay numbers."""

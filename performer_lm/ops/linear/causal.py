@@ -15,8 +15,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from performer_lm.ops.linear_block import TILE, Maps, Pulled, State, Step, Tokens, pull_step, take_step, take_token
-from performer_lm.ops.linear_fading import Times
+from performer_lm.ops.linear.block import TILE, Maps, Pulled, State, Step, Tokens, pull_step, take_step, take_token
+from performer_lm.ops.linear.fading import Times
 
 
 class Inputs(NamedTuple):

@@ -1,6 +1,6 @@
 """One block of causal linear attention: from tokens to features to what is seen, and back.
 
-`linear_dense.py` and `linear_halves.py` do the sums; here a block's keys become features, the form is chosen, and
+`dense.py` and `halves.py` do the sums; here a block's keys become features, the form is chosen, and
 scales are kept. Logarithms are held relative to an origin near them, as float32 is finest near zero.
 
 Letters: `b` batch times key heads, `r` queries per key, `n` tokens of the block, `t` tiles of `c` tokens, `d` head
@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from performer_lm.ops.features import BlockMap
-from performer_lm.ops.linear_dense import (
+from performer_lm.ops.linear.dense import (
     Gradients,
     Weighing,
     absorb_dense,
@@ -24,8 +24,8 @@ from performer_lm.ops.linear_dense import (
     pull_dense,
     weigh,
 )
-from performer_lm.ops.linear_fading import Times, fading
-from performer_lm.ops.linear_halves import EMPTY, Block, attend_halves, fade_to_end
+from performer_lm.ops.linear.fading import Times, fading
+from performer_lm.ops.linear.halves import EMPTY, Block, attend_halves, fade_to_end
 
 TILE = 64
 """Tokens that see each other through a matrix: more cost arithmetic, fewer cost passes over the sums."""

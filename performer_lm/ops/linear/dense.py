@@ -2,7 +2,7 @@
 
 Every feature of the block's keys is put relative to one scale, the largest it has reached by the block's end. That is
 exact to rounding as long as no weight in sight lies more than `HEADROOM` below it, which `fits_one_scale` tells; other
-blocks go to `linear_halves.py`. Features that are not logarithms have no scale and always fit.
+blocks go to `halves.py`. Features that are not logarithms have no scale and always fit.
 
 A block is worked on in tiles of c tokens, all at once: within a tile tokens see each other through a c x c matrix,
 across tiles through the sums S that each tile finds, on the one scale. With features E of queries and F of keys, D what
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from performer_lm.ops.linear_fading import Fading, Times, pull_fading
+from performer_lm.ops.linear.fading import Fading, Times, pull_fading
 
 HEADROOM = 50.0
 """How far below its block's scale (in nats) a weight in sight may lie: float32 ends at 87, 16 are for precision."""

@@ -4,7 +4,7 @@ Keys and values are absorbed into a state of fixed size, which queries read. The
 with the state going in and coming out, so training, prefill and decoding are one function. Features are any
 `FeatureMap`; sums are float32 or wider, on a running scale per feature, and no epsilon is added to anything.
 
-`linear_causal.py` is the loop over blocks and its backward; `linear_dense.py` and `linear_halves.py` are the two forms
+`causal.py` is the loop over blocks and its backward; `dense.py` and `halves.py` are the two forms
 of one block.
 
 Letters: `b` batch, `h` heads, `g` key heads, `r` = h / g queries per key, `i` queries, `j` keys, `n` tokens, `d` head
@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from performer_lm.ops.features import BlockMap, FeatureMap
-from performer_lm.ops.linear_block import Maps, State
-from performer_lm.ops.linear_causal import CausalAttention, Inputs, run, run_token
-from performer_lm.ops.linear_documents import Packed, attend_in_documents
-from performer_lm.ops.linear_halves import EMPTY, scaled_exp
+from performer_lm.ops.linear.block import Maps, State
+from performer_lm.ops.linear.causal import CausalAttention, Inputs, run, run_token
+from performer_lm.ops.linear.documents import Packed, attend_in_documents
+from performer_lm.ops.linear.halves import EMPTY, scaled_exp
 from performer_lm.ops.softmax import no_autocast
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from performer_lm.ops.linear_block import Maps, State
-from performer_lm.ops.linear_fading import Times
-from performer_lm.ops.linear_halves import Block, Found, attend_halves, fade_to_end, join
+from performer_lm.ops.linear.block import Maps, State
+from performer_lm.ops.linear.fading import Times
+from performer_lm.ops.linear.halves import Block, Found, attend_halves, fade_to_end, join
 
 
 class Packed(NamedTuple):
