@@ -184,14 +184,14 @@ def _with_local_heads(
 
 
 def initialise(model: PerformerLM) -> None:
-    """Set all initial weights.
+    """Set all initial weights; `normal(s)` has standard deviation s.
 
     | weight | initial values |
     |---|---|
-    | embedding | normal, standard deviation 0.02 |
-    | linear layers that read the stream | normal, standard deviation 1 / sqrt(fan in) |
-    | linear layers that write to the stream | zeros: every layer starts as the identity |
-    | output layer | zeros (or the embedding, when tied): the first loss is ln(vocab) |
+    | embedding | normal(1): the stream starts at the scale that norms keep; tied to the output layer, normal(0.02) |
+    | linear layers that read the stream | normal(1 / sqrt(fan in)) |
+    | linear layers that write to it | zeros: every layer starts as the identity |
+    | output layer | zeros (tied: the embedding): the first loss is ln(vocab) |
     | convolution | uniform within 1 / sqrt(taps) |
     | decay | weight zeros; bias evenly from `shortest` to `longest` over the heads |
     | norms | gain 1, offset 0 (their constructors) |
@@ -199,10 +199,8 @@ def initialise(model: PerformerLM) -> None:
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            if name.endswith("project_out") or name == "head":
-                nn.init.zeros_(module.weight)
-            else:
-                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            is_last = name.endswith("project_out") or module is model.head
+            nn.init.normal_(module.weight, std=0.0 if is_last else module.in_features**-0.5)
         if isinstance(module, ShortConvolution):
             nn.init.uniform_(module.weight, -(module.taps**-0.5), module.taps**-0.5)
     for module in model.modules():
@@ -211,4 +209,5 @@ def initialise(model: PerformerLM) -> None:
             with torch.no_grad():
                 bias = module.project.bias
                 bias.copy_(torch.linspace(module.shortest, module.longest, len(bias), device=bias.device))
-    nn.init.normal_(model.embedding.weight, std=0.02)
+    is_tied = model.head.weight is model.embedding.weight
+    nn.init.normal_(model.embedding.weight, std=0.02 if is_tied else 1.0)

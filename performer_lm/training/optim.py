@@ -1,44 +1,32 @@
-"""Optimizers, and which parameters decay."""
+"""Optimizers, and how the parameters of a model are grouped for them."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import Any, Final, overload
 
-from torch import Tensor, nn
-from torch.optim import AdamW
+import torch
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
+
+Group = dict[str, Any]
+DECAYS: Final = "decays"  # whether weight decay acts on a group
+MATRICES: Final = "matrices"  # whether a group is the hidden layers' matrices, which Muon can orthogonalise
 
 
-def adamw(
-    groups: Iterable[dict[str, Any]], *, lr: float, betas: list[float], eps: float, weight_decay: float, fused: bool
-) -> AdamW:
-    """Build AdamW (arXiv 1711.05101) over `decay_groups`.
+def parameter_groups(model: nn.Module, *, head: nn.Module) -> list[Group]:
+    """Split the trainable parameters in three: hidden layers' matrices, the output layer's matrix, and the rest.
+
+    The rest (norms, biases, convolutions, embeddings, learned features) does not decay. A parameter used twice stands
+    once, and in the rest if any of its uses does: a tied embedding does not decay.
 
     Args:
-        groups: parameter groups.
-        lr: peak learning rate.
-        betas: decay of the two running averages.
-        eps: added to the root of the second average.
-        weight_decay: of the decaying group alone.
-        fused: update in one pass over memory; not for `16-mixed`, whose scaler it does not suit.
-
-    Raises:
-        ValueError: for betas outside [0, 1).
+        model: whose parameters.
+        head: its output layer.
     """
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"optimizer.betas must be two numbers within [0, 1), got {betas}")
-    decayed = [{**group, "weight_decay": weight_decay if group["decays"] else 0.0} for group in groups]
-    return AdamW(decayed, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=fused)
-
-
-def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Split the trainable parameters in two: matrices of layers decay; norms, biases, convolutions, embeddings do not.
-
-    Returns:
-        Two groups `{"params": [...], "decays": bool}`; shared parameters stand once, and not decayed if any use is
-        an embedding.
-    """
-    kept: list[Tensor] = []
-    decayed: list[Tensor] = []
-    kept_alone = {
+    matrices: list[nn.Parameter] = []
+    outputs: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    in_rest = {
         id(parameter)
         for module in model.modules()
         for name, parameter in module.named_parameters(recurse=False)
@@ -46,5 +34,115 @@ def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
     }
     for parameter in model.parameters():
         if parameter.requires_grad:
-            (kept if id(parameter) in kept_alone else decayed).append(parameter)
-    return [{"params": decayed, "decays": True}, {"params": kept, "decays": False}]
+            is_output = any(parameter is own for own in head.parameters())
+            (rest if id(parameter) in in_rest else outputs if is_output else matrices).append(parameter)
+    groups = [
+        {"params": matrices, DECAYS: True, MATRICES: True},
+        {"params": outputs, DECAYS: True, MATRICES: False},
+        {"params": rest, DECAYS: False, MATRICES: False},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def adamw(
+    groups: Iterable[Group], *, lr: float, betas: list[float], eps: float, weight_decay: float, fused: bool
+) -> AdamW:
+    """Build AdamW (arXiv 1711.05101) over `parameter_groups`.
+
+    Args:
+        groups: parameter groups.
+        lr: peak learning rate.
+        betas: decay of the two running averages.
+        eps: added to the root of the second average.
+        weight_decay: of the groups that decay.
+        fused: update in one pass over memory; not for `16-mixed`, whose scaler it does not suit.
+
+    Raises:
+        ValueError: for betas outside [0, 1).
+    """
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"optimizer.betas must be two numbers within [0, 1), got {betas}")
+    decayed = [{**group, "weight_decay": weight_decay if group[DECAYS] else 0.0} for group in groups]
+    return AdamW(decayed, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=fused)
+
+
+def muon(
+    groups: Iterable[Group],
+    *,
+    lr: float,
+    matrix_lr: float,
+    momentum: float,
+    betas: list[float],
+    eps: float,
+    weight_decay: float,
+    fused: bool,
+) -> Optimizer:
+    """Build Muon (Jordan et al. 2024) for the hidden layers' matrices, beside AdamW for all else.
+
+    Args:
+        groups: parameter groups.
+        lr: peak learning rate of AdamW.
+        matrix_lr: peak learning rate of Muon.
+        momentum: of Muon.
+        betas: of AdamW.
+        eps: of AdamW.
+        weight_decay: of the groups that decay, under both.
+        fused: of AdamW.
+
+    Raises:
+        ValueError: for betas outside [0, 1).
+    """
+    groups = list(groups)
+    rest = adamw(
+        [group for group in groups if not group[MATRICES]] or [{"params": [torch.zeros(0)], DECAYS: False}],
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        fused=fused,
+    )
+    matrices = [group for group in groups if group[MATRICES]]
+    if not matrices:
+        return rest
+    return Together(Muon(matrices, lr=matrix_lr, momentum=momentum, weight_decay=weight_decay), rest)
+
+
+class Together(Optimizer):
+    """Several optimizers, each over parameters of its own, stepped as one."""
+
+    def __init__(self, *parts: Optimizer) -> None:
+        self.parts = parts
+        super().__init__(
+            [{"params": [p for part in parts for group in part.param_groups for p in group["params"]]}], {}
+        )
+        self._share_groups()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Evaluate the closure once, then step every part."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the parts' states."""
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the parts' states."""
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self._share_groups()
+
+    def _share_groups(self) -> None:
+        """Hold the parts' own groups, so that a schedule that sets a rate here sets it there."""
+        self.param_groups = list(chain.from_iterable(part.param_groups for part in self.parts))

@@ -20,6 +20,7 @@ from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from torch import nn
 
 from performer_lm import checkpoint
 from performer_lm.attention.local import LocalAttention
@@ -36,6 +37,7 @@ from performer_lm.training.callbacks import (
     checkpoints,
 )
 from performer_lm.training.loggers import MetricsLogger
+from performer_lm.training.optim import parameter_groups
 from performer_lm.training.report import card, describe_model, open_log, point_latest
 from performer_lm.training.resume import check_resumed, resume_command
 from performer_lm.training.task import LanguageModelTask
@@ -153,7 +155,7 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
     loggers = list(instantiate(cfg.logger).values()) if cfg.logger else []
     trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
     optimizer, schedule = instantiate(cfg.optimizer), instantiate(cfg.schedule)
-    optimizer([{"params": [torch.zeros(1)], "decays": True}])
+    optimizer(parameter_groups(nn.Linear(1, 1), head=nn.Identity()))
     schedule(trainer.max_steps)
 
     data.share(trainer)

@@ -18,7 +18,7 @@ from torchmetrics import SumMetric
 
 from performer_lm.data.windows import IGNORE, shift
 from performer_lm.model import PerformerLM
-from performer_lm.training.optim import decay_groups
+from performer_lm.training.optim import parameter_groups
 
 
 class LanguageModelTask(LightningModule):
@@ -26,7 +26,7 @@ class LanguageModelTask(LightningModule):
 
     Args:
         model: the language model.
-        optimizer: factory called with the parameter groups of `decay_groups`.
+        optimizer: factory called with the parameter groups of `parameter_groups`.
         schedule: factory called with the run's optimizer steps.
         byte_lengths: `(vocab,)` bytes of text that each token stands for.
         section: the plain-data section of the checkpoint that rebuilds model and tokenizer.
@@ -81,7 +81,7 @@ class LanguageModelTask(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and a schedule that moves every optimizer step."""
-        optimizer = self.optimizer(decay_groups(self.model))
+        optimizer = self.optimizer(parameter_groups(self.model, head=self.model.head))
         steps = int(self.trainer.max_steps)
         return {
             "optimizer": optimizer,

@@ -1,48 +1,114 @@
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from performer_lm.model import PerformerLM
-from performer_lm.training.optim import adamw, decay_groups
+from performer_lm.training.optim import adamw, muon, parameter_groups
 
-SETTINGS: dict[str, Any] = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "fused": False}
+ADAMW: dict[str, Any] = {"lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "fused": False}
+MUON: dict[str, Any] = {**ADAMW, "matrix_lr": 0.02, "momentum": 0.95}
+BUILDERS = {"adamw": partial(adamw, **ADAMW), "muon": partial(muon, **MUON)}
 
 
-def names(model: PerformerLM, group: dict[str, Any]) -> set[str]:
-    wanted = {id(parameter) for parameter in group["params"]}
+def names(model: PerformerLM, *groups: dict[str, Any]) -> set[str]:
+    wanted = {id(parameter) for group in groups for parameter in group["params"]}
     return {name for name, parameter in model.named_parameters() if id(parameter) in wanted}
 
 
-def test_matrices_decay_and_the_rest_does_not(lively_model: Callable[..., PerformerLM]) -> None:
+def test_parameters_stand_in_one_group_each(lively_model: Callable[..., PerformerLM]) -> None:
     model = lively_model()
-    decayed, kept = (names(model, group) for group in decay_groups(model))
-    assert decayed | kept == {name for name, _ in model.named_parameters()}
-    assert not decayed & kept
+    matrices, outputs, rest = parameter_groups(model, head=model.head)
+    assert names(model, matrices, outputs, rest) == {name for name, _ in model.named_parameters()}
+    assert sum(len(group["params"]) for group in (matrices, outputs, rest)) == len(list(model.parameters()))
+    assert names(model, outputs) == {"head.weight"}
+    assert "layers.0.attention.project_in.weight" in names(model, matrices)
     for word in ("norm.gain", "convolution.weight", "project.bias", "embedding.weight"):
-        assert {name for name in decayed if name.endswith(word)} == set()
-    assert {"head.weight", "layers.0.attention.project_in.weight"} <= decayed
+        assert any(name.endswith(word) for name in names(model, rest))
+        assert not any(name.endswith(word) for name in names(model, matrices, outputs))
+    assert [group["decays"] for group in (matrices, outputs, rest)] == [True, True, False]
 
 
 def test_a_tied_embedding_does_not_decay(lively_model: Callable[..., PerformerLM]) -> None:
     model = lively_model("model.tie_embeddings=true")
-    decayed, kept = (names(model, group) for group in decay_groups(model))
-    assert "embedding.weight" in kept
-    assert "head.weight" not in decayed
+    groups = parameter_groups(model, head=model.head)
+    assert "embedding.weight" not in names(model, *[group for group in groups if group["decays"]])
+    assert "embedding.weight" in names(model, *[group for group in groups if not group["decays"]])
 
 
 def test_frozen_parameters_are_left_out(lively_model: Callable[..., PerformerLM]) -> None:
     model = lively_model()
     model.head.weight.requires_grad_(False)
-    assert all("head.weight" not in names(model, group) for group in decay_groups(model))
+    assert "head.weight" not in names(model, *parameter_groups(model, head=model.head))
 
 
-def test_adamw_decays_one_group_alone() -> None:
-    groups = [{"params": [torch.ones(1)], "decays": True}, {"params": [torch.ones(1)], "decays": False}]
-    assert [group["weight_decay"] for group in adamw(groups, **SETTINGS).param_groups] == [0.1, 0.0]
+@pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
+def test_decay_acts_where_it_should(build: Callable[..., Any], lively_model: Callable[..., PerformerLM]) -> None:
+    model = lively_model().float()
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    optimizer = build(parameter_groups(model, head=model.head))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for group in parameter_groups(model, head=model.head):
+        for name in names(model, group):
+            shrunk = not torch.equal(model.get_parameter(name), before[name])
+            assert shrunk == group["decays"], name
+
+
+class Bowl(nn.Module):
+    """A loss with its minimum at known weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(x).tanh())
+
+
+def train(build: Callable[..., Any], steps: int, saved: dict[str, Any] | None = None) -> tuple[list[float], Any]:
+    torch.manual_seed(0)
+    model, x = Bowl(), torch.randn(64, 6)
+    y = x[:, :2]
+    optimizer = build(parameter_groups(model, head=model.head))
+    schedule = LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    if saved:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+    return losses, parts
+
+
+@pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
+def test_learns_and_resumes_exactly(build: Callable[..., Any], tmp_path: Any) -> None:
+    whole, _ = train(build, 30)
+    assert whole[-1] < 0.9 * whole[0]
+    first, parts = train(build, 11)
+    torch.save(parts, tmp_path / "parts.pt")
+    second, _ = train(build, 19, torch.load(tmp_path / "parts.pt", weights_only=True))
+    assert first + second == whole
+
+
+def test_a_schedule_moves_the_rates_of_both_parts() -> None:
+    _, parts = train(BUILDERS["muon"], 3)
+    rates = [group["lr"] for part in parts["optimizer"]["parts"] for group in part["param_groups"]]
+    assert rates == pytest.approx([0.02 / 4, 1e-2 / 4, 1e-2 / 4])
 
 
 def test_bad_betas_are_refused() -> None:
     with pytest.raises(ValueError, match=r"optimizer\.betas must be two numbers"):
-        adamw([], **{**SETTINGS, "betas": [0.9]})
+        adamw([], **{**ADAMW, "betas": [0.9]})
