@@ -192,7 +192,7 @@ def initialise(model: PerformerLM) -> None:
     | linear layers that read the stream | normal(1 / sqrt(fan in)) |
     | linear layers that write to it | zeros: every layer starts as the identity |
     | output layer | zeros (tied: the embedding): the first loss is ln(vocab) |
-    | convolution | uniform within 1 / sqrt(taps) |
+    | convolution | the token itself (1), and a little of those before (normal(0.1)) |
     | decay | weight zeros; bias evenly from `shortest` to `longest` over the heads |
     | norms | gain 1, offset 0 (their constructors) |
     | projections of random features | their backend's own |
@@ -202,7 +202,8 @@ def initialise(model: PerformerLM) -> None:
             is_last = name.endswith("project_out") or module is model.head
             nn.init.normal_(module.weight, std=0.0 if is_last else module.in_features**-0.5)
         if isinstance(module, ShortConvolution):
-            nn.init.uniform_(module.weight, -(module.taps**-0.5), module.taps**-0.5)
+            nn.init.normal_(module.weight, std=0.1)
+            nn.init.ones_(module.weight[0])
     for module in model.modules():
         if isinstance(module, LogDecay):
             nn.init.zeros_(module.project.weight)
