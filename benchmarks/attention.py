@@ -15,7 +15,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from softmax_measure import RESULTS, THREADS, Run, peak_memory, time_together, write_results
+from measure import RESULTS, THREADS, Run, peak_memory, time_together, write_results
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 

@@ -11,7 +11,7 @@ from functools import partial
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from softmax_measure import RESULTS, THREADS, Run, peak_memory, time_together, write_results
+from measure import RESULTS, THREADS, Run, peak_memory, time_together, write_results
 from torch import Tensor
 
 from performer_lm.ops import chunked_attention, exact_attention, tiled_attention

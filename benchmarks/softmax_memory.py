@@ -14,7 +14,7 @@ from collections.abc import Callable
 import matplotlib.pyplot as plt
 import torch
 from einops import einsum, rearrange
-from softmax_measure import RESULTS, THREADS, Run, peak_memory, write_results
+from measure import RESULTS, THREADS, Run, peak_memory, write_results
 from torch import Tensor, nn
 
 from performer_lm.ops import chunked_attention, sdpa_attention

@@ -126,6 +126,16 @@ def test_a_mistake_in_generating_is_one_line(invoke: Invoke, arguments: list[str
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.slow
+def test_wandb_logs_offline_without_a_key(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    code, _, err = invoke(*TINY, "logger=wandb", "run_dir=runs/w")
+    assert code == 0, err
+    assert list(Path("runs/w/wandb").glob("offline-run-*"))
+    assert Path("runs/w/metrics.jsonl").exists()
+
+
 def test_a_sweep_numbers_its_jobs(invoke: Invoke) -> None:
     code, _, err = invoke(*TINY, "-m", "attn=exact,flash", "run_dir=runs/sweep")
     assert code == 0, err

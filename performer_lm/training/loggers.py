@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 
@@ -83,6 +83,18 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def tensorboard_logger(*, save_dir: str) -> TensorBoardLogger:
+    """Build the TensorBoard logger, which writes below `<save_dir>/tensorboard`.
+
+    Raises:
+        ValueError: where TensorBoard is not installed.
+    """
+    try:
+        return TensorBoardLogger(save_dir, name="tensorboard", version="")
+    except ModuleNotFoundError as error:
+        raise ValueError("logger=tensorboard needs TensorBoard: pip install -e '.[tensorboard]'") from error
 
 
 def wandb_logger(*, project: str, save_dir: str, mode: str | None) -> WandbLogger:

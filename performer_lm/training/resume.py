@@ -1,5 +1,6 @@
 """When a run may go on from a checkpoint, and the command that makes it."""
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,13 @@ def _differences(key: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
         names = sorted({*old, *new})
         return [found for name in names for found in _differences(f"{key}.{name}", old.get(name), new.get(name))]
     return [] if old == new else [(key, old, new)]
+
+
+def best_score(resumed: Checkpoint) -> float:
+    """Return the best validation bits per byte of the run so far; nan where it has not validated yet."""
+    states = [state for state in resumed.content["callbacks"].values() if isinstance(state, dict)]
+    scores = [state["best_model_score"] for state in states if state.get("best_model_score") is not None]
+    return min(map(float, scores), default=math.nan)
 
 
 def resume_command(overrides: Sequence[str], *, folder: Path, step: int, max_steps: int) -> str:

@@ -8,16 +8,19 @@ trains. A run lies in one folder:
 
 import json
 import logging
+import math
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import nn
@@ -39,7 +42,7 @@ from performer_lm.training.callbacks import (
 from performer_lm.training.loggers import MetricsLogger
 from performer_lm.training.optim import parameter_groups
 from performer_lm.training.report import card, describe_model, open_log, point_latest
-from performer_lm.training.resume import check_resumed, resume_command
+from performer_lm.training.resume import best_score, check_resumed, resume_command
 from performer_lm.training.task import LanguageModelTask
 
 log = logging.getLogger("performer_lm")
@@ -69,6 +72,9 @@ class Run:
         """
         self._open_folder()
         with open_log(self.folder / "train.log", self.console):
+            if self.resumed and self.resumed.content["global_step"] >= self.trainer.max_steps:
+                log.info("%s has finished; to go on: %s", self.folder, self._resume_command())
+                return best_score(self.resumed)
             self._train()
             if self.stop.received is None:
                 return self._close()
@@ -101,7 +107,7 @@ class Run:
     def _close(self) -> float:
         """Write `summary.json` and print the card that closes a run."""
         steps = self.trainer.global_step
-        best = float(self.trainer.checkpoint_callbacks[0].best_model_score)  # type: ignore[attr-defined]
+        best = float(cast(ModelCheckpoint, self.trainer.checkpoint_callbacks[0]).best_model_score or math.nan)
         summary: dict[str, Any] = {
             "steps": steps,
             "tokens": steps * self.throughput.tokens_per_step,
@@ -116,9 +122,8 @@ class Run:
         return best
 
     def _resume_command(self) -> str:
-        return resume_command(
-            self.overrides, folder=self.folder, step=self.trainer.global_step, max_steps=self.trainer.max_steps
-        )
+        step = max(self.trainer.global_step, self.resumed.content["global_step"] if self.resumed else 0)
+        return resume_command(self.overrides, folder=self.folder, step=step, max_steps=self.trainer.max_steps)
 
 
 def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None) -> Run:
@@ -157,7 +162,6 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
     optimizer, schedule = instantiate(cfg.optimizer), instantiate(cfg.schedule)
     optimizer(parameter_groups(nn.Linear(1, 1), head=nn.Identity()))
     schedule(trainer.max_steps)
-
     data.share(trainer)
 
     data.prepare()
@@ -188,11 +192,8 @@ def _choose_folder(wanted: Path, resumed: Checkpoint | None, job: int | None) ->
         holder = resumed.path.resolve().parent
         return holder.parent if holder.name == "checkpoints" else holder
     folder = wanted if job is None else wanted / str(job)
-    suffix = 1
-    while folder.exists():
-        suffix += 1
-        folder = folder.with_name(f"{(wanted if job is None else Path(str(job))).name}-{suffix}")
-    return folder
+    names = chain([folder.name], (f"{folder.name}-{number}" for number in count(2)))
+    return next(free for free in map(folder.with_name, names) if not free.exists())
 
 
 def _check_model(section: dict[str, Any], *, context: int) -> None:

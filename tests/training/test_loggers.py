@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from performer_lm.training.loggers import MetricsLogger, read_metrics, wandb_logger
+from performer_lm.training import loggers
+from performer_lm.training.loggers import MetricsLogger, read_metrics, tensorboard_logger, wandb_logger
 
 
 def test_the_record_is_appended_and_the_table_derived(tmp_path: Path) -> None:
@@ -47,3 +48,12 @@ def test_nothing_is_written_before_the_first_metric(tmp_path: Path) -> None:
 def test_wandb_mode_is_checked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"logger\.wandb\.mode must be online, offline or disabled, got 'onlin'"):
         wandb_logger(project="p", save_dir=str(tmp_path), mode="onlin")
+
+
+def test_missing_tensorboard_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise ModuleNotFoundError("tensorboard")
+
+    monkeypatch.setattr(loggers, "TensorBoardLogger", refuse)
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[tensorboard\]'"):
+        tensorboard_logger(save_dir=str(tmp_path))

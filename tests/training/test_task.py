@@ -1,20 +1,10 @@
-import math
-import signal
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 
-from performer_lm import checkpoint
-from performer_lm.cli import usage_errors
 from performer_lm.data.windows import IGNORE
-from performer_lm.training.run import Run, prepare
 from performer_lm.training.task import next_token_loss
-
-Start = Callable[..., Run]
 
 
 def test_the_loss_of_padding_is_zero(lively_model: Callable[..., Any]) -> None:
@@ -27,106 +17,9 @@ def test_the_loss_of_padding_is_zero(lively_model: Callable[..., Any]) -> None:
     assert not padded[1, 5:].any()
 
 
-@pytest.fixture
-def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
-    """Return a function from overrides to a tiny run on a text of our own."""
-    monkeypatch.chdir(tmp_path)
-    text = "".join(f"line {index} says {index * 37 % 101}\n" for index in range(1500))
-    Path("text.txt").write_text(text)
-
-    def prepared(*overrides: str) -> Run:
-        from hydra import compose, initialize_config_dir
-
-        base = ["debug=fast", "data=files", "data.path=text.txt", "tokenizer=bytes", "attn.chunk_size=16"]
-        own = [override for override in base if not (override.startswith("attn.") and "attn=" in str(overrides))]
-        configs = str(Path(__file__).parents[2] / "configs")
-        with initialize_config_dir(configs, version_base="1.3"):
-            cfg = compose("train", overrides=[*own, *overrides])
-        with usage_errors():
-            return prepare(cfg, overrides=list(overrides))
-
-    return prepared
-
-
-def losses(folder: Path) -> dict[int, float]:
-    from performer_lm.training.loggers import read_metrics
-
-    rows = read_metrics(folder / "metrics.jsonl")
-    return {int(row["step"]): row["train/loss"] for row in rows if "train/loss" in row}
-
-
-def test_a_run_leaves_its_files_and_learns(start: Start) -> None:
-    run = start("trainer.max_steps=25", "trainer.val_every=10", "run_dir=runs/a")
-    best = run.fit()
-    assert 0 < best < math.log2(257)
-    files = {str(path.relative_to("runs/a")) for path in Path("runs/a").rglob("*") if path.is_file()}
-    checkpoints = {f"checkpoints/{name}.ckpt{ending}" for name in ("best", "last") for ending in ("", ".sha256")}
-    texts = {"config.yaml", "train.log", "metrics.jsonl", "metrics.csv", "samples.txt", "summary.json"}
-    assert files == checkpoints | texts
-    assert Path("runs/latest").resolve() == Path("runs/a").resolve()
-    assert checkpoint.read(Path("runs/a/checkpoints/last.ckpt")).content["global_step"] == 25
-    assert sorted(losses(Path("runs/a"))) == list(range(1, 26))
-    assert Path("runs/a/samples.txt").read_text().count("=== sample at step") == 3
-
-
-@pytest.mark.parametrize("attn", ["favor", "flash"])
-def test_a_resumed_run_is_the_unbroken_one(start: Start, attn: str) -> None:
-    common = [f"attn={attn}", "trainer.max_steps=9", "trainer.accumulate_grad_batches=2"]
-    common += ["attn.redraw_interval=2"] if attn == "favor" else []
-    start(*common, "trainer.val_every=3", "run_dir=runs/whole").fit()
-    start(*common, "trainer.val_every=4", "run_dir=runs/broken").fit()
-    stopped = start(*common, "trainer.val_every=4", "run_dir=runs/stopped")
-    stopped.trainer.callbacks.insert(0, InterruptAt(5))
-    with pytest.raises(KeyboardInterrupt):
-        stopped.fit()
-    resumed = start(*common, "trainer.val_every=4", "ckpt=runs/stopped")
-    assert resumed.folder == Path("runs/stopped").resolve()
-    resumed.fit()
-    whole = checkpoint.read(Path("runs/whole/checkpoints/last.ckpt")).weights
-    for run in ("broken", "stopped"):
-        assert losses(Path(f"runs/{run}")) == losses(Path("runs/whole"))
-        other = checkpoint.read(Path(f"runs/{run}/checkpoints/last.ckpt")).weights
-        assert all(torch.equal(value, other[name]) for name, value in whole.items())
-
-
-class InterruptAt(Callback):
-    """Presses Ctrl-C in the middle of a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == self.step - 1 and batch_idx % trainer.accumulate_grad_batches == 0:
-            signal.raise_signal(signal.SIGINT)
-
-
-def test_exact_chunked_and_flash_train_alike(start: Start) -> None:
-    curves = []
-    for attn in ("exact", "chunked", "flash"):
-        start(f"attn={attn}", "trainer.max_steps=20", "trainer.val_every=20", f"run_dir=runs/{attn}").fit()
-        curves.append(losses(Path(f"runs/{attn}")))
-    for curve in curves[1:]:
-        assert curve == pytest.approx(curves[0], abs=1e-4)
-
-
-def test_resuming_another_run_is_refused(start: Start) -> None:
-    start("run_dir=runs/a").fit()
-    with pytest.raises(ValueError, match=r"belongs to another run: model\.dim was 32, is 64"):
-        start("ckpt=runs/a", "model.dim=64")
-    with pytest.raises(ValueError, match=r"fingerprint\.batch_size was 4, is 8"):
-        start("ckpt=runs/a", "data.batch_size=8")
-    with pytest.raises(ValueError, match=r"trainer\.max_steps \(2\) must be at least the step .* \(4\)"):
-        start("ckpt=runs/a", "trainer.max_steps=2")
-
-
-def test_nothing_is_written_where_something_is_wrong(start: Start) -> None:
-    before = set(Path().rglob("*"))
-    for wrong in ("model.heads=5", "attn.num_features=0", "schedule.warmup=2", "trainer.val_every=0", "ckpt=nowhere"):
-        with pytest.raises(ValueError, match=r"\d|nowhere"):
-            start(wrong)
-    assert set(Path().rglob("*")) == before
-
-
-def test_folders_are_never_shared(start: Start) -> None:
-    start("run_dir=runs/a").fit()
-    assert start("run_dir=runs/a").folder == Path("runs/a-2")
+def test_the_loss_is_that_of_each_next_token(lively_model: Callable[..., Any]) -> None:
+    model = lively_model()
+    windows = torch.randint(0, 40, (2, 9))
+    chances = model(windows[:, :-1]).float().log_softmax(-1)
+    wanted = -chances.gather(-1, windows[:, 1:, None])[..., 0]
+    torch.testing.assert_close(next_token_loss(model, windows), wanted)

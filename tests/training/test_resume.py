@@ -1,0 +1,51 @@
+import math
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from performer_lm.checkpoint import Checkpoint
+from performer_lm.training.resume import best_score, check_resumed, resume_command
+
+
+def saved(**section: object) -> Checkpoint:
+    return Checkpoint(Path("last.ckpt"), {"model": {}, "fingerprint": {}, "seed": 0, **section}, {}, {"global_step": 5})
+
+
+def test_the_same_run_goes_on() -> None:
+    check_resumed(saved(), {"model": {}, "fingerprint": {}, "seed": 0}, max_steps=5)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ({"model": {"dim": 1}}, {"model": {"dim": 2}}, r"model\.dim was 1, is 2"),
+        ({"model": {"a": {"b": 1}}}, {"model": {"a": {}}}, r"model\.a\.b was 1, is None"),
+        ({"seed": 1}, {"seed": 2}, "seed was 1, is 2"),
+        ({"fingerprint": {"corpus": "x"}, "seed": 1}, {"fingerprint": {"corpus": "y"}}, "corpus was .*; seed was"),
+    ],
+)
+def test_another_run_is_refused_with_both_values(old: dict, new: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_resumed(saved(**old), {"model": {}, "fingerprint": {}, "seed": 0, **new}, max_steps=9)
+
+
+def test_a_run_cannot_shrink() -> None:
+    with pytest.raises(ValueError, match=r"max_steps \(4\) must be at least the step of last\.ckpt \(5\)"):
+        check_resumed(saved(), {"model": {}, "fingerprint": {}, "seed": 0}, max_steps=4)
+
+
+def test_the_command_keeps_what_was_typed_and_quotes_for_the_shell() -> None:
+    typed = ["attn=flash", "data.path=my text.txt", "ckpt=old", "run_dir=elsewhere", "trainer.max_steps=10"]
+    stopped = resume_command(typed, folder=Path("runs/a"), step=4, max_steps=10)
+    wanted = ["python", "train.py", "attn=flash", "data.path=my text.txt"]
+    assert shlex.split(stopped) == [*wanted, "trainer.max_steps=10", "ckpt=runs/a"]
+    finished = resume_command(typed, folder=Path("runs/a"), step=10, max_steps=10)
+    assert shlex.split(finished) == [*wanted, "ckpt=runs/a", "trainer.max_steps=20"]
+
+
+def test_the_best_score_is_the_lowest_or_nan() -> None:
+    content = {"callbacks": {"a": {"best_model_score": None}, "b": {"best_model_score": torch.tensor(2.0)}, "c": 1}}
+    assert best_score(Checkpoint(Path(), {}, {}, content)) == 2.0
+    assert math.isnan(best_score(Checkpoint(Path(), {}, {}, {"callbacks": {}})))

@@ -1,0 +1,29 @@
+from typing import Any
+
+import pytest
+
+from performer_lm.training.trainer import make_trainer
+
+SETTINGS: dict[str, Any] = {
+    "max_steps": 4,
+    "val_every": 2,
+    "log_every": 1,
+    "accelerator": "cpu",
+    "devices": 1,
+    "precision": "auto",
+    "accumulate_grad_batches": 3,
+    "gradient_clip_val": 1.0,
+}
+
+
+def test_validation_is_counted_in_optimizer_steps() -> None:
+    trainer = make_trainer(**SETTINGS)
+    assert trainer.val_check_interval == 6
+    assert trainer.max_steps == 4
+    assert trainer.precision == "32-true"
+
+
+@pytest.mark.parametrize("name", ["max_steps", "val_every", "log_every", "accumulate_grad_batches"])
+def test_counts_below_one_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"trainer\.{name} must be at least 1, got 0"):
+        make_trainer(**{**SETTINGS, name: 0})
