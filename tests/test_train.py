@@ -126,6 +126,14 @@ def test_a_mistake_in_generating_is_one_line(invoke: Invoke, arguments: list[str
     assert len(err.splitlines()) == 1
 
 
+def test_a_run_that_diverges_stops_with_code_3(invoke: Invoke) -> None:
+    code, _, err = invoke(*TINY, "optimizer=adamw", "optimizer.lr=1e30", "schedule.warmup=0", "trainer.max_steps=20")
+    assert code == 3
+    told = [line for line in err.splitlines() if not line.startswith("data: ")]
+    assert len(told) == 1
+    assert "the gradient norm is nan at step" in told[0] or "the gradient norm is inf at step" in told[0]
+
+
 @pytest.mark.slow
 def test_wandb_logs_offline_without_a_key(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)

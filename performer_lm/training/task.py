@@ -30,6 +30,7 @@ class LanguageModelTask(LightningModule):
         schedule: factory called with the run's optimizer steps.
         byte_lengths: `(vocab,)` bytes of text that each token stands for.
         section: the plain-data section of the checkpoint that rebuilds model and tokenizer.
+        log_every: optimizer steps between logged metrics.
     """
 
     byte_lengths: Tensor
@@ -42,12 +43,14 @@ class LanguageModelTask(LightningModule):
         schedule: Callable[..., Callable[[int], float]],
         byte_lengths: Tensor,
         section: Mapping[str, Any],
+        log_every: int,
     ) -> None:
         super().__init__()
         self.model = model
         self.optimizer = optimizer
         self.schedule = schedule
         self.section = section
+        self.log_every = log_every
         self.register_buffer("byte_lengths", byte_lengths, persistent=False)
         self.nats = SumMetric()
         self.tokens = SumMetric()
@@ -91,11 +94,24 @@ class LanguageModelTask(LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Scale all gradients down to a global norm of at most `gradient_clip_val`, and log the norm they had."""
-        del optimizer, gradient_clip_algorithm
+        """Scale all gradients down to a global norm of at most `gradient_clip_val`, and log the norm they had.
+
+        Raises:
+            FloatingPointError: for a norm that is not finite, before it reaches the weights; on an accelerator, where
+                looking means waiting, only where metrics are logged anyway.
+        """
+        del gradient_clip_algorithm
         bound = math.inf if gradient_clip_val is None else gradient_clip_val
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), bound)
         self.log("train/grad_norm", norm)
+        step = self.global_step + 1
+        looks = norm.device.type == "cpu" or step % self.log_every == 0
+        if looks and not math.isfinite(norm.item()):
+            rate = optimizer.param_groups[0]["lr"]
+            raise FloatingPointError(
+                f"the gradient norm is {norm.item()} at step {step} (learning rate {rate:.3g}); "
+                f"a lower optimizer.lr may help"
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what makes the file enough to rebuild model and tokenizer."""
