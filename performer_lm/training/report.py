@@ -30,6 +30,7 @@ def open_log(path: Path, console: Console) -> Iterator[None]:
     handlers = [_ConsoleHandler(console), file]
     before = log.handlers[:], log.propagate, log.level
     log.handlers, log.propagate = handlers, False
+    log.disabled = False  # which `logging.config` leaves behind where another tool has set up logging
     log.setLevel(logging.INFO)
     try:
         yield
