@@ -3,7 +3,7 @@
     python benchmarks/attention.py
 
 About ten minutes on two quiet cores. Writes results/attention.json and results/attention.png, and prints the tables.
-`pip install performer-pytorch` adds the peer; without it that row is left out, and said to be.
+`pip install -e '.[bench]'` adds the peer; without it that row is left out, and said to be.
 """
 
 import math
