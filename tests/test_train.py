@@ -113,6 +113,7 @@ def test_generating_twice_with_one_seed_is_the_same(invoke: Invoke) -> None:
         (["temperature=-1"], "temperature must be at least 0"),
         (["top_k=0"], "top_k must be at least 1"),
         (["max_new_tokens=0"], "max_new_tokens must be at least 1"),
+        (["prompt=\udcff"], "text cannot be written as UTF-8"),
         (["device=cuda:99"], "device=cuda:99 is not available"),
         (["attn=falsh"], "attn=falsh: no such choice; did you mean attn=flash?"),
         (["tempreature=1"], "tempreature: unknown key; did you mean temperature?"),

@@ -61,18 +61,25 @@ def stream_text(
     """Yield the continuation of `prompt` piece by piece as it is made; it stops where the model ends the document.
 
     An empty prompt begins a new document. The model keeps its training or evaluation mode.
+
+    Raises:
+        ValueError: at once, for a prompt that cannot be written as UTF-8.
     """
-    device = model.head.weight.device
     ids = tokenizer.encode(prompt).tolist() or [tokenizer.end_id]
-    generator = torch.Generator(device).manual_seed(seed)
-    stream = TextStream(tokenizer)
-    for token in decode(
+    device = model.head.weight.device
+    tokens = decode(
         model,
         torch.tensor([ids], device=device),
         max_new_tokens=max_new_tokens,
         sampler=sampler,
         end_id=tokenizer.end_id,
-        generator=generator,
-    ):
+        generator=torch.Generator(device).manual_seed(seed),
+    )
+    return _spell(tokens, tokenizer)
+
+
+def _spell(tokens: Iterator[Tensor], tokenizer: Tokenizer) -> Iterator[str]:
+    stream = TextStream(tokenizer)
+    for token in tokens:
         yield stream.push(token.tolist())
     yield stream.finish()
