@@ -21,14 +21,31 @@ Forked = TypeVar("Forked")
 class Attention(nn.Module, ABC, Generic[State]):
     """What a model's heads run: `heads` queries over `key_heads` keys and values, built once per layer.
 
-    A backend stands in the config as a factory (`_partial_`) that the model calls with the five arguments below;
-    whatever else a backend takes comes from its yaml.
+    A backend stands in the config as a factory (`_partial_`) that the model calls with the first five arguments below;
+    whatever else a backend takes comes from its yaml, `dropout` (the share of attention probabilities dropped in
+    training) among it.
     """
 
-    def __init__(self, *, heads: int, key_heads: int, dim_head: int, dim_value: int, layer: int) -> None:
+    attends_across: bool = True
+    """Whether queries may belong to another sequence than the keys, as in cross-attention."""
+
+    drops_weights: bool = False
+    """Whether this backend has probabilities that can be dropped in training."""
+
+    def __init__(
+        self, *, heads: int, key_heads: int, dim_head: int, dim_value: int, layer: int, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         if heads % key_heads:
             raise ValueError(f"heads ({heads}) must be a multiple of key_heads ({key_heads})")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout of attention must be at least 0 and below 1, got {dropout}")
+        if dropout and not self.drops_weights:
+            name = type(self).__name__
+            raise ValueError(
+                f"{name} drops no attention probabilities (dropout={dropout}); attn=exact, chunked and flash_tiled do"
+            )
+        self.dropout = dropout
         self.heads = heads
         self.key_heads = key_heads
         self.dim_head = dim_head
@@ -87,8 +104,15 @@ class Attention(nn.Module, ABC, Generic[State]):
         """
 
     @abstractmethod
+    def absorb(self, k: Tensor, v: Tensor, state: State, *, mask: Tensor | None = None) -> State:
+        """Append keys and values that no queries come with, for `read`. May consume `state`."""
+
+    @abstractmethod
     def read(self, q: Tensor, state: State) -> Tensor:
-        """Attend from `q` `(b, h, i, d)` to all that `state` holds, adding nothing: `(b, h, i, e)`."""
+        """Attend from `q` `(b, h, i, d)` to all that `state` holds, adding nothing: `(b, h, i, e)`.
+
+        After `absorb` from an empty state it equals `forward(causal=False)`, where the backend `attends_across`.
+        """
 
     def redraw(self, step: int) -> None:
         """Set random projections to those of optimizer step `step`. Most backends draw none."""

@@ -9,6 +9,8 @@ from performer_lm.ops.chunked import chunked_attention
 class ChunkedAttention(CachedAttention):
     """Softmax attention in O(sqrt n) memory beyond inputs and outputs, on any device."""
 
+    drops_weights = True
+
     def __init__(
         self,
         *,
@@ -17,10 +19,13 @@ class ChunkedAttention(CachedAttention):
         dim_head: int,
         dim_value: int,
         layer: int,
+        dropout: float = 0.0,
         query_chunk_size: int | None = None,
         key_chunk_size: int | None = None,
     ) -> None:
-        super().__init__(heads=heads, key_heads=key_heads, dim_head=dim_head, dim_value=dim_value, layer=layer)
+        super().__init__(
+            heads=heads, key_heads=key_heads, dim_head=dim_head, dim_value=dim_value, layer=layer, dropout=dropout
+        )
         for name, size in (("query_chunk_size", query_chunk_size), ("key_chunk_size", key_chunk_size)):
             if size is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
@@ -49,4 +54,5 @@ class ChunkedAttention(CachedAttention):
             log_decay=log_decay,
             query_chunk_size=self.query_chunk_size,
             key_chunk_size=self.key_chunk_size,
+            **self.draw_dropout(),
         )

@@ -9,6 +9,8 @@ from performer_lm.ops.softmax import exact_attention
 class ExactAttention(CachedAttention):
     """Softmax attention in O(n^2) time and memory."""
 
+    drops_weights = True
+
     def forward(
         self,
         q: Tensor,
@@ -21,4 +23,6 @@ class ExactAttention(CachedAttention):
         log_decay: Tensor | None = None,
     ) -> Tensor:
         """Attend as `Attention.forward` says."""
-        return exact_attention(q, k, v, causal=causal, key_mask=mask, segments=segments, log_decay=log_decay)
+        return exact_attention(
+            q, k, v, causal=causal, key_mask=mask, segments=segments, log_decay=log_decay, **self.draw_dropout()
+        )

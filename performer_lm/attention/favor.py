@@ -42,6 +42,7 @@ class FavorAttention(Attention[LinearState]):
         redraw_interval: optimizer steps between new projections; None never redraws.
         redraw_until: last step at which they may be redrawn; None sets no end.
         chunk_size: tokens per block, which trades speed and memory, never the result.
+        dropout: 0: random features hold no probabilities that could be dropped.
     """
 
     def __init__(
@@ -58,8 +59,11 @@ class FavorAttention(Attention[LinearState]):
         redraw_interval: int | None,
         redraw_until: int | None,
         chunk_size: int,
+        dropout: float = 0.0,
     ) -> None:
-        super().__init__(heads=heads, key_heads=key_heads, dim_head=dim_head, dim_value=dim_value, layer=layer)
+        super().__init__(
+            heads=heads, key_heads=key_heads, dim_head=dim_head, dim_value=dim_value, layer=layer, dropout=dropout
+        )
         if redraw_interval is not None and redraw_interval < 1:
             raise ValueError(f"redraw_interval must be at least 1 or null, got {redraw_interval}")
         if chunk_size < 1:
@@ -166,6 +170,13 @@ class FavorAttention(Attention[LinearState]):
     ) -> tuple[Tensor, LinearState]:
         """Append n tokens; see `Attention.extend`."""
         return self._append(q, k, v, state, mask, None, log_decay)
+
+    def absorb(self, k: Tensor, v: Tensor, state: LinearState, *, mask: Tensor | None = None) -> LinearState:
+        """Add keys to the sums."""
+        nothing = k.new_zeros(k.shape[0], self.heads, 0, self.dim_head)
+        _, k, log_gain = self.features.prepare(nothing, k)
+        key_map = self.features.maps()[1]
+        return absorb_keys(k, v, state, key_map=key_map, chunk_size=self.chunk_size, mask=mask, log_gain=log_gain)
 
     def read(self, q: Tensor, state: LinearState) -> Tensor:
         """Attend from `(b, h, i, d)` to all that `state` holds."""

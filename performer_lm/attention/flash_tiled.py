@@ -9,8 +9,22 @@ from performer_lm.ops.flash import tile_sizes, tiled_attention
 class FlashTiledAttention(CachedAttention):
     """Softmax attention in O(n) memory, tile by tile."""
 
-    def __init__(self, *, heads: int, key_heads: int, dim_head: int, dim_value: int, layer: int, on_chip: int) -> None:
-        super().__init__(heads=heads, key_heads=key_heads, dim_head=dim_head, dim_value=dim_value, layer=layer)
+    drops_weights = True
+
+    def __init__(
+        self,
+        *,
+        heads: int,
+        key_heads: int,
+        dim_head: int,
+        dim_value: int,
+        layer: int,
+        on_chip: int,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(
+            heads=heads, key_heads=key_heads, dim_head=dim_head, dim_value=dim_value, layer=layer, dropout=dropout
+        )
         tile_sizes(on_chip, dim_head)  # refuse a wrong size here, not at the first batch
         self.on_chip = on_chip
 
@@ -27,5 +41,13 @@ class FlashTiledAttention(CachedAttention):
     ) -> Tensor:
         """Attend as `Attention.forward` says."""
         return tiled_attention(
-            q, k, v, causal=causal, key_mask=mask, segments=segments, log_decay=log_decay, on_chip=self.on_chip
+            q,
+            k,
+            v,
+            causal=causal,
+            key_mask=mask,
+            segments=segments,
+            log_decay=log_decay,
+            on_chip=self.on_chip,
+            **self.draw_dropout(),
         )

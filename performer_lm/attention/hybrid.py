@@ -43,6 +43,7 @@ class HybridAttention(Attention[Any]):
         self.chosen = backends[pattern[layer % len(pattern)]](
             heads=heads, key_heads=key_heads, dim_head=dim_head, dim_value=dim_value, layer=layer
         )
+        self.attends_across = self.chosen.attends_across
 
     def forward(
         self,
@@ -74,6 +75,10 @@ class HybridAttention(Attention[Any]):
     ) -> tuple[Tensor, Any]:
         """Append n tokens with this layer's backend."""
         return self.chosen.extend(q, k, v, state, mask=mask, log_decay=log_decay)
+
+    def absorb(self, k: Tensor, v: Tensor, state: Any, *, mask: Tensor | None = None) -> Any:
+        """Append keys to the chosen backend's state."""
+        return self.chosen.absorb(k, v, state, mask=mask)
 
     def read(self, q: Tensor, state: Any) -> Tensor:
         """Attend from q to what the state holds."""

@@ -4,7 +4,7 @@ Letters: `b` batch, `g` key heads, `n` new tokens, `d` head width, `e` value wid
 it is filled.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -81,6 +81,12 @@ def _write(stored: Tensor, new: Tensor, *, start: int, room: int, dim: int) -> T
 class CachedAttention(Attention[KVCache]):
     """A backend whose decoding is its own `forward` over a cache of all keys: it only has to say how to attend."""
 
+    def draw_dropout(self) -> dict[str, Any]:
+        """Return the `dropout` and `seed` of one call of an op: none in evaluation; the seed is the CPU generator's."""
+        if not (self.training and self.dropout):
+            return {"dropout": 0.0, "seed": None}
+        return {"dropout": self.dropout, "seed": int(torch.randint(2**62, (), device="cpu"))}
+
     def init_state(self, batch: int, *, max_len: int, device: torch.device, dtype: torch.dtype) -> KVCache:
         """Return an empty cache with room for `max_len` tokens."""
         k = torch.empty(batch, self.key_heads, max_len, self.dim_head, device=device, dtype=dtype)
@@ -101,6 +107,10 @@ class CachedAttention(Attention[KVCache]):
         state = state.append(k, v, mask=mask, log_decay=log_decay)
         keys, values, kept, decay = state.filled()
         return self.forward(q, keys, values, causal=True, mask=kept, log_decay=decay), state
+
+    def absorb(self, k: Tensor, v: Tensor, state: KVCache, *, mask: Tensor | None = None) -> KVCache:
+        """Append to the cache."""
+        return state.append(k, v, mask=mask, log_decay=None)
 
     def read(self, q: Tensor, state: KVCache) -> Tensor:
         """Attend to all that is cached; where it decays, every query stands at the last key."""

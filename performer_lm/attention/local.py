@@ -26,8 +26,22 @@ class LocalCache(NamedTuple):
 class LocalAttention(Attention[LocalCache]):
     """Softmax over the keys less than `window` tokens back (bidirectional: away), in O(n window)."""
 
-    def __init__(self, *, heads: int, key_heads: int, dim_head: int, dim_value: int, layer: int, window: int) -> None:
-        super().__init__(heads=heads, key_heads=key_heads, dim_head=dim_head, dim_value=dim_value, layer=layer)
+    attends_across = False  # a window needs one order of queries and keys
+
+    def __init__(
+        self,
+        *,
+        heads: int,
+        key_heads: int,
+        dim_head: int,
+        dim_value: int,
+        layer: int,
+        window: int,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(
+            heads=heads, key_heads=key_heads, dim_head=dim_head, dim_value=dim_value, layer=layer, dropout=dropout
+        )
         if window < 1:
             raise ValueError(f"window must be at least 1, got {window}")
         self.window = window
@@ -71,18 +85,24 @@ class LocalAttention(Attention[LocalCache]):
         out = local_attention(
             q, seen.k, seen.v, window=self.window, causal=True, key_mask=seen.mask, log_decay=seen.log_decay
         )
-        start = seen.mask.shape[-1] - (self.window - 1)
-        last = kept_last(seen.mask)[..., start:]
-        decay = None if seen.log_decay is None else take_tokens(seen.log_decay, last)
-        return out, LocalCache(
-            take_tokens(seen.k, last), take_tokens(seen.v, last), take_tokens(seen.mask, last), decay
-        )
+        return out, self._hold(seen)
+
+    def absorb(self, k: Tensor, v: Tensor, state: LocalCache, *, mask: Tensor | None = None) -> LocalCache:
+        """Hold the last `window - 1` kept of the held keys and the new ones."""
+        return self._hold(self._append(state, k, v, mask, None))
 
     def read(self, q: Tensor, state: LocalCache) -> Tensor:
         """Attend to the held keys, every query standing at the last of them."""
         alone = rearrange(q, "b (g r) i d -> b (g r i) 1 d", g=self.key_heads)
         out = exact_attention(alone, state.k, state.v, causal=True, key_mask=state.mask, log_decay=state.log_decay)
         return rearrange(out, "b (g r i) 1 e -> b (g r) i e", g=self.key_heads, i=q.shape[2])
+
+    def _hold(self, seen: LocalCache) -> LocalCache:
+        """Keep what the next query may see."""
+        start = seen.mask.shape[-1] - (self.window - 1)
+        last = kept_last(seen.mask)[..., start:]
+        decay = None if seen.log_decay is None else take_tokens(seen.log_decay, last)
+        return LocalCache(take_tokens(seen.k, last), take_tokens(seen.v, last), take_tokens(seen.mask, last), decay)
 
     @staticmethod
     def _append(state: LocalCache, k: Tensor, v: Tensor, mask: Tensor | None, log_decay: Tensor | None) -> LocalCache:

@@ -51,6 +51,7 @@ class SplitAttention(Attention[SplitState]):
         sizes = {"dim_head": dim_head, "dim_value": dim_value, "layer": layer}
         self.everywhere = attn(heads=self.heads_each[0], key_heads=self.keys_each[0], **sizes)
         self.nearby = local(heads=self.heads_each[1], key_heads=self.keys_each[1], **sizes)
+        self.attends_across = self.everywhere.attends_across and self.nearby.attends_across
 
     def forward(
         self,
@@ -91,6 +92,14 @@ class SplitAttention(Attention[SplitState]):
         everywhere, global_state = self.everywhere.extend(*first[:3], state.everywhere, mask=mask, log_decay=first[3])
         nearby, local_state = self.nearby.extend(*last[:3], state.nearby, mask=mask, log_decay=last[3])
         return torch.cat((everywhere, nearby), dim=1), SplitState(global_state, local_state)
+
+    def absorb(self, k: Tensor, v: Tensor, state: SplitState, *, mask: Tensor | None = None) -> SplitState:
+        """Append keys to both groups."""
+        (k_first, k_last), (v_first, v_last) = k.split(self.keys_each, dim=1), v.split(self.keys_each, dim=1)
+        return SplitState(
+            self.everywhere.absorb(k_first, v_first, state.everywhere, mask=mask),
+            self.nearby.absorb(k_last, v_last, state.nearby, mask=mask),
+        )
 
     def read(self, q: Tensor, state: SplitState) -> Tensor:
         """Attend from q to what both states hold."""

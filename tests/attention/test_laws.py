@@ -24,7 +24,7 @@ from performer_lm.ops.projections import draw_projection
 FAVOR: dict[str, Any] = {"seed": 0, "redraw_interval": None, "redraw_until": None, "chunk_size": 3}
 
 
-def build_favor(**shape: int) -> FavorAttention:
+def build_favor(**shape: Any) -> FavorAttention:
     """Build FAVOR+ with one projection for all heads, so that grouping them changes nothing."""
     softmax = partial(SoftmaxFeatures, coupling="orthogonal", regularized=False, antithetic=True, learned=False)
     features = partial(softmax, centred=False, momentum=None)
@@ -240,6 +240,22 @@ def test_reading_stands_at_the_last_key_and_adds_nothing(name, seed, chosen):
 
 
 @every_backend
+@given(queries=st.integers(1, 7), keys=st.integers(1, 9), cut_at=st.integers(0, 9), seed=st.integers(0, 99))
+@pytest.mark.parametrize("masked", [False, True])
+def test_absorbing_then_reading_is_attending_across(name, queries, keys, cut_at, seed, masked):
+    attention = build(name)
+    inputs, others = draw_tokens(keys, seed, mask=masked), draw_tokens(queries, seed + 1)
+    if not attention.attends_across:
+        return
+    whole = attention(others["q"], inputs["k"], inputs["v"], causal=False, mask=inputs.get("mask"))
+    state = attention.init_state(2, max_len=1, device=CPU, dtype=torch.float64)
+    for part in split_at(sorted({min(cut_at, keys), keys} - {0})):
+        piece = cut(inputs, part)
+        state = attention.absorb(piece["k"], piece["v"], state, mask=piece.get("mask"))
+    torch.testing.assert_close(attention.read(others["q"], state), whole, **TOLERANCE)
+
+
+@every_backend
 def test_decay_makes_old_keys_fade_as_the_weights_say(name):
     attention, inputs = build(name), draw_tokens(2, 0)
     half = torch.full((2, GROUPS, 2), 0.5).log()
@@ -291,3 +307,22 @@ def test_autocast_keeps_it_near_single(name):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = attention(**inputs, causal=True)
     torch.testing.assert_close(out.float(), attention(**inputs, causal=True), atol=2e-2, rtol=2e-2)  # 8 bits of q, k, v
+
+
+@every_backend
+def test_probabilities_are_dropped_in_training_only_and_alike(name):
+    factory = partial(FACTORIES[name], heads=HEADS, key_heads=GROUPS, dim_head=WIDTH, dim_value=VALUE_WIDTH, layer=0)
+    if not build(name).drops_weights:
+        with pytest.raises(ValueError, match="drops no attention probabilities"):
+            factory(dropout=0.5)
+        return
+    inputs, attention = draw_tokens(9, 0), factory(dropout=0.4)
+    torch.manual_seed(1)
+    out = attention(**inputs, causal=True)
+    torch.manual_seed(1)
+    reference = ExactAttention(
+        heads=HEADS, key_heads=GROUPS, dim_head=WIDTH, dim_value=VALUE_WIDTH, layer=0, dropout=0.4
+    )
+    torch.testing.assert_close(out, reference(**inputs, causal=True), **TOLERANCE)
+    assert not torch.equal(out, attention(**inputs, causal=True))
+    torch.testing.assert_close(attention.eval()(**inputs, causal=True), build(name)(**inputs, causal=True))
