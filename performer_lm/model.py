@@ -117,10 +117,14 @@ class PerformerLM(nn.Module):
             mask: `(b, n)` bool, False at padding.
             segments: `(b, n)` ids of packed documents, which do not see one another.
         """
+        return self.head(self.hidden(tokens, mask=mask, segments=segments))
+
+    def hidden(self, tokens: Tensor, *, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+        """Return what the output layer reads, `(b, n, dim)`: a loss over many tokens need not hold all logits."""
         x = self.dropout(self.embedding(tokens))
         for layer in self._blocks():
             x = layer(x, causal=True, mask=mask, segments=segments)
-        return self.head(self.norm(x))
+        return self.norm(x)
 
     def init_state(self, batch: int, *, max_len: int = 0) -> ModelState:
         """Return the state of `batch` streams before any token; `max_len` sizes caches and is no limit."""
