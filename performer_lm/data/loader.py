@@ -7,11 +7,12 @@ accumulation and worker processes only share out the same batches, and a positio
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, final
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from performer_lm.data.windows import Ids, gather_windows, num_validation_windows, validation_batch, window_starts
+from performer_lm.data.windows import FiniteWindows, Windows
 
 
 class Share(NamedTuple):
@@ -45,11 +46,9 @@ class Share(NamedTuple):
 class TrainBatches(Dataset[Tensor]):
     """The micro-batches `(micro_batch, context + 1)` of a run of `steps` on one rank."""
 
-    def __init__(self, ids: Ids, share: Share, *, seed: int, context: int, steps: int) -> None:
-        self._ids = ids
+    def __init__(self, windows: Windows, share: Share, *, steps: int) -> None:
+        self._windows = windows
         self._share = share
-        self._seed = seed
-        self._context = context
         self._steps = steps
 
     def __len__(self) -> int:
@@ -57,28 +56,25 @@ class TrainBatches(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         step, part = divmod(index, self._share.accumulation)
-        starts = window_starts(
-            len(self._ids), seed=self._seed, step=step, batch_size=self._share.batch_size, context=self._context
-        )
-        return gather_windows(self._ids, starts[self._share.rows(part)], context=self._context)
+        rows = self._share.rows(part)
+        return self._windows.rows(step * self._share.batch_size + np.arange(rows.start, rows.stop, dtype=np.int64))
 
 
 @final
 class ValidationBatches(Dataset[Tensor]):
     """The validation micro-batches of one rank: ranks take turns, and each has as many."""
 
-    def __init__(self, ids: Ids, share: Share, *, context: int) -> None:
-        self._ids = ids
+    def __init__(self, windows: FiniteWindows, share: Share) -> None:
+        self._windows = windows
         self._share = share
-        self._context = context
 
     def __len__(self) -> int:
-        windows = num_validation_windows(len(self._ids), context=self._context)
-        return -(-windows // (self._share.micro_batch * self._share.ranks))
+        return -(-len(self._windows) // (self._share.micro_batch * self._share.ranks))
 
     def __getitem__(self, index: int) -> Tensor:
-        place = index * self._share.ranks + self._share.rank
-        return validation_batch(self._ids, index=place, batch_size=self._share.micro_batch, context=self._context)
+        size = self._share.micro_batch
+        first = (index * self._share.ranks + self._share.rank) * size
+        return self._windows.rows(np.arange(first, first + size, dtype=np.int64))
 
 
 @final

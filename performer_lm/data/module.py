@@ -4,7 +4,7 @@ A run is one Lightning epoch of `max_steps` optimizer steps, so that its positio
 """
 
 from collections.abc import Callable
-from typing import Any, final
+from typing import Any, Literal, final
 
 import lightning
 import torch
@@ -13,9 +13,20 @@ from torch.utils.data import DataLoader
 
 from performer_lm.data.cache import TokenCache, open_cache
 from performer_lm.data.corpus import Corpus
+from performer_lm.data.ids import HostIds, Ids
+from performer_lm.data.layouts import (
+    DocumentLayout,
+    HeldOutDocuments,
+    HeldOutStream,
+    Layout,
+    StreamLayout,
+    document_bounds,
+)
 from performer_lm.data.loader import Positions, Share, TrainBatches, TrainLoader, ValidationBatches
 from performer_lm.data.tokenizer import Tokenizer
-from performer_lm.data.windows import first_bytes
+from performer_lm.data.windows import FiniteWindows, HeldOutWindows, TextWindows, Windows, count_first, first_bytes
+
+Documents = Literal["stream", "packed", "cropped"]
 
 
 @final
@@ -27,6 +38,8 @@ class TextData(lightning.LightningDataModule):
         tokenizer: a function from the training documents to a tokenizer.
         context: tokens that a model sees at once.
         batch_size: sequences per optimizer step, over all ranks and accumulated micro-batches.
+        documents: `stream` runs all documents into one, an end token between them; `packed` does so too, but a token
+            sees its own document only (`separator`); `cropped` takes one window at the start of each document.
         validation_fraction: share of the documents held out.
         validation_bytes: bytes of held-out text that a run validates on; the whole of it is in `held_out_ids`.
         cache_dir: where tokenized corpora are kept.
@@ -36,8 +49,15 @@ class TextData(lightning.LightningDataModule):
 
     After `prepare()`:
         tokenizer: the Tokenizer.
-        train_ids, validation_ids, held_out_ids: flat id arrays `(n,)`; the second is the first part of the third.
+        train_ids, held_out_ids: flat id arrays `(n,)`.
+        training: training's windows, without end.
+        validation, held_out: windows that a run validates on, and all that were held out.
     """
+
+    tokenizer: Tokenizer
+    training: Windows
+    validation: FiniteWindows
+    held_out: FiniteWindows
 
     def __init__(
         self,
@@ -46,6 +66,7 @@ class TextData(lightning.LightningDataModule):
         tokenizer: Callable[..., Tokenizer],
         context: int,
         batch_size: int,
+        documents: Documents,
         validation_fraction: float,
         validation_bytes: int,
         cache_dir: str,
@@ -65,6 +86,7 @@ class TextData(lightning.LightningDataModule):
                 raise ValueError(f"data.{name} ({value}) must be at least {least}")
         self.context = context
         self.batch_size = batch_size
+        self._documents = documents
         self._corpus = corpus
         self._build_tokenizer = tokenizer
         self._validation_fraction = validation_fraction
@@ -89,23 +111,52 @@ class TextData(lightning.LightningDataModule):
             validation_fraction=self._validation_fraction,
             cache_dir=self._cache_dir,
         )
-        if len(cache.train) < self.context + 1:
+        if self._documents != "cropped" and len(cache.train) < self.context + 1:
             raise ValueError(
                 f"{self._source} has {len(cache.train)} tokens for training; "
                 f"one window needs {self.context + 1} (data.context={self.context})"
             )
-        lengths = cache.tokenizer.byte_lengths()
-        validation_ids = first_bytes(cache.validation, lengths, limit=self._validation_bytes)
-        if not lengths[validation_ids].any():
+        self.tokenizer = cache.tokenizer
+        self.train_ids, self.held_out_ids = cache.train, cache.validation
+        self.training = self._windows(cache.train)
+        self.held_out = self._held_out(cache.validation)
+        self.validation = self._first_held_out(cache.validation)
+        self._cache = cache
+
+    @property
+    def separator(self) -> int | None:
+        """The id at which tokens begin to see another document (`segments_of`), or None where they see all."""
+        return self.tokenizer.end_id if self._documents == "packed" else None
+
+    def _windows(self, ids: Ids) -> Windows:
+        layout: Layout
+        if self._documents == "cropped":
+            bounds = document_bounds(ids, end_id=self.tokenizer.end_id)
+            layout = DocumentLayout(bounds, seed=self._seed, context=self.context)
+        else:
+            layout = StreamLayout(len(ids), seed=self._seed, context=self.context)
+        return TextWindows(HostIds(ids), layout, context=self.context)
+
+    def _held_out(self, ids: Ids, *, documents: int | None = None) -> FiniteWindows:
+        """Return all windows of held-out ids, or of the first `documents` of them."""
+        if self._documents == "cropped":
+            bounds = document_bounds(ids, end_id=self.tokenizer.end_id)[: None if documents is None else documents + 1]
+            return HeldOutWindows(HostIds(ids), HeldOutDocuments(bounds, context=self.context), context=self.context)
+        return HeldOutWindows(HostIds(ids), HeldOutStream(len(ids), context=self.context), context=self.context)
+
+    def _first_held_out(self, ids: Ids) -> FiniteWindows:
+        """Return the windows that a run validates on: about the first `validation_bytes` of what was held out."""
+        lengths = self.tokenizer.byte_lengths()
+        first = first_bytes(ids, lengths, limit=self._validation_bytes)
+        if not lengths[first].any():
             raise ValueError(
                 f"{self._source} has no token for validation (data.validation_fraction={self._validation_fraction}, "
-                f"data.validation_bytes={self._validation_bytes}, {len(cache.validation)} tokens held out)"
+                f"data.validation_bytes={self._validation_bytes}, {len(ids)} tokens held out)"
             )
-        self.tokenizer = cache.tokenizer
-        self.train_ids = cache.train
-        self.held_out_ids = cache.validation
-        self.validation_ids = validation_ids
-        self._cache = cache
+        if self._documents == "cropped":
+            count = count_first(self.held_out, lengths, limit=self._validation_bytes)
+            return self._held_out(ids, documents=count)
+        return self._held_out(first)
 
     def setup(self, stage: str) -> None:
         """Do what `prepare` does, for a trainer that was given data nobody prepared."""
@@ -122,6 +173,7 @@ class TextData(lightning.LightningDataModule):
             "validation_fraction": self._validation_fraction,
             "context": self.context,
             "batch_size": self.batch_size,
+            "documents": self._documents,
             "seed": self._seed,
         }
 
@@ -146,7 +198,7 @@ class TextData(lightning.LightningDataModule):
         """Return the micro-batches of a whole run on this rank."""
         trainer = self._fitting_trainer()
         share = self.share(trainer)
-        batches = TrainBatches(self.train_ids, share, seed=self._seed, context=self.context, steps=trainer.max_steps)
+        batches = TrainBatches(self.training, share, steps=trainer.max_steps)
         return TrainLoader(
             batches,
             accumulation=share.accumulation,
@@ -157,7 +209,7 @@ class TextData(lightning.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Tensor]:
         """Return the validation windows of this rank, in micro-batches of the size of training's."""
         share = self.share(self._fitting_trainer())
-        batches = ValidationBatches(self.validation_ids, share, context=self.context)
+        batches = ValidationBatches(self.validation, share)
         return DataLoader(batches, batch_size=None, sampler=Positions(batches), generator=torch.Generator())
 
     def _fitting_trainer(self) -> lightning.Trainer:

@@ -1,7 +1,4 @@
-"""Loss and bits per byte over held-out text, every byte of it counted once.
-
-Letters: `b` batch, `n` context.
-"""
+"""Loss and bits per byte over held-out text, every byte of it counted once."""
 
 import math
 from typing import NamedTuple
@@ -11,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from performer_lm.data.windows import IGNORE, Ids, num_validation_windows, shift, validation_batch
+from performer_lm.data.windows import IGNORE, FiniteWindows, segments_of, shift
 from performer_lm.model import PerformerLM
 
 
@@ -26,25 +23,31 @@ class BitsPerByte(NamedTuple):
 
 @torch.inference_mode()
 def measure_bits_per_byte(
-    model: PerformerLM, ids: Ids, byte_lengths: NDArray[np.int64], *, context: int, batch_size: int
+    model: PerformerLM,
+    windows: FiniteWindows,
+    byte_lengths: NDArray[np.int64],
+    *,
+    batch_size: int,
+    separator: int | None = None,
 ) -> BitsPerByte:
-    """Predict every id but the first, in windows of `context`.
+    """Predict every id of the windows but the first of each.
 
     Args:
         model: in evaluation mode.
-        ids: flat ids `(n,)`.
+        windows: of the text, each byte in one.
         byte_lengths: bytes of text that each id stands for, `(vocab,)`.
-        context: tokens that the model sees at once.
         batch_size: windows at a time.
+        separator: the id that begins a document where tokens see their own document only.
     """
     device = model.head.weight.device
     nats = torch.zeros((), dtype=torch.float64)
-    windows = num_validation_windows(len(ids), context=context)
-    for index in range(-(-windows // batch_size)):
-        batch = validation_batch(ids, index=index, batch_size=batch_size, context=context).to(device)
-        inputs, targets = shift(batch)
-        logits = model(inputs).flatten(0, 1).float()
+    tokens = text = 0
+    for first in range(0, len(windows), batch_size):
+        rows = windows.rows(np.arange(first, first + batch_size, dtype=np.int64))
+        inputs, targets = shift(rows.to(device))
+        segments = None if separator is None else segments_of(inputs, separator)
+        logits = model(inputs, segments=segments).flatten(0, 1).float()
         nats += F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum").double().cpu()
-    text = int(byte_lengths[np.asarray(ids[1:], dtype=np.int64)].sum())
-    tokens = len(ids) - 1
+        counted = rows[:, 1:][rows[:, 1:] != IGNORE].cpu().numpy()
+        tokens, text = tokens + len(counted), text + int(byte_lengths[counted].sum())
     return BitsPerByte(float(nats) / tokens, float(nats) / (math.log(2) * text), tokens, text)

@@ -183,6 +183,7 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
         byte_lengths=torch.from_numpy(data.tokenizer.byte_lengths()),
         section=section,
         log_every=cfg.trainer.log_every,
+        separator=data.separator,
     )
     return Run(cfg, overrides, folder, resumed, data, task, trainer, throughput, stop, console)
 

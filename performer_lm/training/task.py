@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import SumMetric
 
-from performer_lm.data.windows import IGNORE, shift
+from performer_lm.data.windows import IGNORE, segments_of, shift
 from performer_lm.model import PerformerLM
 from performer_lm.training.optim import parameter_groups
 
@@ -31,6 +31,7 @@ class LanguageModelTask(LightningModule):
         byte_lengths: `(vocab,)` bytes of text that each token stands for.
         section: the plain-data section of the checkpoint that rebuilds model and tokenizer.
         log_every: optimizer steps between logged metrics.
+        separator: the id that begins a document where tokens see their own document only; None where they see all.
     """
 
     byte_lengths: Tensor
@@ -44,6 +45,7 @@ class LanguageModelTask(LightningModule):
         byte_lengths: Tensor,
         section: Mapping[str, Any],
         log_every: int,
+        separator: int | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -51,6 +53,7 @@ class LanguageModelTask(LightningModule):
         self.schedule = schedule
         self.section = section
         self.log_every = log_every
+        self.separator = separator
         self.register_buffer("byte_lengths", byte_lengths, persistent=False)
         self.nats = SumMetric()
         self.tokens = SumMetric()
@@ -59,7 +62,7 @@ class LanguageModelTask(LightningModule):
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Return the mean loss in nats per token of windows `(b, n + 1)`."""
         del batch_idx
-        loss = next_token_loss(self.model, batch).mean()
+        loss = next_token_loss(self.model, batch, separator=self.separator).mean()
         self.log("train/loss", loss)
         self.log(
             "step", float(self.global_step + 1)
@@ -70,7 +73,7 @@ class LanguageModelTask(LightningModule):
         """Add up nats, tokens and bytes of text over windows `(b, n + 1)`, padded with `IGNORE`."""
         del batch_idx
         targets = batch[:, 1:]
-        self.nats.update(next_token_loss(self.model, batch).sum())
+        self.nats.update(next_token_loss(self.model, batch, separator=self.separator).sum())
         self.tokens.update((targets != IGNORE).sum())
         self.bytes.update(torch.where(targets == IGNORE, 0, self.byte_lengths[targets.clamp(min=0)]).sum())
 
@@ -118,9 +121,13 @@ class LanguageModelTask(LightningModule):
         checkpoint["performer_lm"] = dict(self.section)
 
 
-def next_token_loss(model: PerformerLM, windows: Tensor) -> Tensor:
-    """Return the loss `(b, n)` in nats of every next token of windows `(b, n + 1)`; zero where it is `IGNORE`."""
+def next_token_loss(model: PerformerLM, windows: Tensor, *, separator: int | None = None) -> Tensor:
+    """Return the loss `(b, n)` in nats of every next token of windows `(b, n + 1)`; zero where it is `IGNORE`.
+
+    With a `separator`, tokens see their own document only, which that id begins.
+    """
     inputs, targets = shift(windows)
-    logits = rearrange(model(inputs), "b n vocab -> (b n) vocab").float()
+    segments = None if separator is None else segments_of(inputs, separator)
+    logits = rearrange(model(inputs, segments=segments), "b n vocab -> (b n) vocab").float()
     losses = F.cross_entropy(logits, targets.reshape(-1), ignore_index=IGNORE, reduction="none")
     return losses.reshape(targets.shape)

@@ -4,11 +4,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from performer_lm.data.ids import HostIds
+from performer_lm.data.layouts import HeldOutStream, StreamLayout
 from performer_lm.data.loader import Positions, Share, TrainBatches, TrainLoader, ValidationBatches
-from performer_lm.data.windows import IGNORE, shift, window_batch
+from performer_lm.data.windows import IGNORE, HeldOutWindows, TextWindows, shift
 
 IDS = np.arange(1000, dtype=np.uint16)
 counts = st.integers(1, 4)
+
+
+def windows(context: int = 8, seed: int = 0) -> TextWindows:
+    return TextWindows(HostIds(IDS), StreamLayout(len(IDS), seed=seed, context=context), context=context)
+
+
+def held_out(num_ids: int) -> HeldOutWindows:
+    return HeldOutWindows(HostIds(IDS[:num_ids]), HeldOutStream(num_ids, context=10), context=10)
 
 
 def shares(micro_batch: int, accumulation: int, ranks: int) -> list[Share]:
@@ -18,26 +28,25 @@ def shares(micro_batch: int, accumulation: int, ranks: int) -> list[Share]:
 
 def loader(*, steps: int = 6, accumulation: int = 2, done: int = 0, num_workers: int = 0) -> TrainLoader:
     share = Share(batch_size=4, accumulation=accumulation, ranks=1, rank=0)
-    batches = TrainBatches(IDS, share, seed=0, context=8, steps=steps)
+    batches = TrainBatches(windows(), share, steps=steps)
     return TrainLoader(batches, accumulation=accumulation, done=lambda: done, num_workers=num_workers)
 
 
 @given(micro_batch=counts, accumulation=counts, ranks=counts)
 def test_ranks_and_accumulation_share_out_the_global_batch(micro_batch, accumulation, ranks):
-    parts = [
-        TrainBatches(IDS, share, seed=7, context=10, steps=3) for share in shares(micro_batch, accumulation, ranks)
-    ]
+    all_windows = windows(context=10, seed=7)
+    parts = [TrainBatches(all_windows, share, steps=3) for share in shares(micro_batch, accumulation, ranks)]
     assert {len(batches) for batches in parts} == {3 * accumulation}
     for step in range(3):
         size = micro_batch * accumulation * ranks
-        wanted = window_batch(IDS, seed=7, step=step, batch_size=size, context=10)
+        wanted = all_windows.rows(step * size + np.arange(size))
         got = [batches[step * accumulation + part] for part in range(accumulation) for batches in parts]
         assert torch.equal(torch.cat(got), wanted)
 
 
 @given(micro_batch=counts, ranks=counts, num_ids=st.integers(2, 200))
 def test_ranks_share_out_validation_with_equal_lengths(micro_batch, ranks, num_ids):
-    parts = [ValidationBatches(IDS[:num_ids], share, context=10) for share in shares(micro_batch, 1, ranks)]
+    parts = [ValidationBatches(held_out(num_ids), share) for share in shares(micro_batch, 1, ranks)]
     (length,) = {len(batches) for batches in parts}
     rows = torch.cat([batches[index] for index in range(length) for batches in parts])
     targets = shift(rows)[1]
@@ -65,7 +74,7 @@ def test_another_accumulation_is_refused_on_resume():
 
 
 def test_positions_are_what_a_trainer_with_several_ranks_leaves_alone():
-    positions = Positions(TrainBatches(IDS, shares(1, 1, 1)[0], seed=0, context=8, steps=4))
+    positions = Positions(TrainBatches(windows(), shares(1, 1, 1)[0], steps=4))
     assert isinstance(positions, torch.utils.data.DistributedSampler)
     positions.set_epoch(3)
     assert list(positions) == [0, 1, 2, 3]

@@ -1,6 +1,7 @@
 import functools
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import lightning
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from performer_lm.data.corpus import Files
 from performer_lm.data.module import TextData
 from performer_lm.data.tokenizer import build_bytes
-from performer_lm.data.windows import IGNORE, shift, window_batch
+from performer_lm.data.windows import IGNORE, shift
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -31,6 +32,7 @@ def text_data(folder: Path, **changes) -> TextData:
         "tokenizer": functools.partial(build_bytes),
         "context": 16,
         "batch_size": 8,
+        "documents": "stream",
         "validation_fraction": 0.2,
         "validation_bytes": 500,
         "cache_dir": str(folder / "cache"),
@@ -38,6 +40,10 @@ def text_data(folder: Path, **changes) -> TextData:
         "num_workers": 0,
     }
     return TextData(**{**options, **changes})
+
+
+def global_batch(data: TextData, step: int) -> Tensor:
+    return data.training.rows(step * 8 + np.arange(8))
 
 
 class Recorder(lightning.LightningModule):
@@ -106,7 +112,7 @@ def fit(data: TextData, steps: int, *callbacks: Callback, ckpt_path: str | None 
 def test_a_run_sees_the_batches_of_its_seed_whatever_the_accumulation(tmp_path, accumulation, workers):
     data = text_data(tmp_path, num_workers=workers)
     model = fit(data, 5, accumulate_grad_batches=accumulation, val_check_interval=100)
-    wanted = [window_batch(data.train_ids, seed=5, step=step, batch_size=8, context=16) for step in range(5)]
+    wanted = [global_batch(data, step) for step in range(5)]
     assert len(model.seen) == 5 * accumulation
     assert torch.equal(torch.cat(model.seen), torch.cat(wanted))
 
@@ -116,7 +122,7 @@ def test_ranks_share_out_the_same_global_batch(tmp_path, ranks, monkeypatch):
     data = text_data(tmp_path)
     data.prepare()
     monkeypatch.setattr(lightning.Trainer, "world_size", ranks)
-    wanted = [window_batch(data.train_ids, seed=5, step=step, batch_size=8, context=16) for step in range(3)]
+    wanted = [global_batch(data, step) for step in range(3)]
     trained, validated = [], []
     for rank in range(ranks):
         monkeypatch.setattr(lightning.Trainer, "global_rank", rank)
@@ -126,7 +132,10 @@ def test_ranks_share_out_the_same_global_batch(tmp_path, ranks, monkeypatch):
     assert torch.equal(torch.stack(trained, dim=1).reshape(3, 8, 17), torch.stack(wanted))
     rows = torch.stack(validated, dim=1).reshape(-1, 17)
     targets = shift(rows)[1]
-    assert torch.equal(targets[targets != IGNORE], torch.tensor(data.validation_ids[1:].astype(np.int64)))
+    assert torch.equal(
+        targets[targets != IGNORE],
+        torch.tensor(data.held_out_ids[1 : 1 + targets.numel()].astype(np.int64))[: (targets != IGNORE).sum()],
+    )
 
 
 @pytest.mark.parametrize(("accumulation", "workers", "stop"), [(1, 0, 1), (1, 2, 4), (2, 0, 3), (2, 1, 5)])
@@ -195,9 +204,47 @@ def test_a_corpus_with_nothing_to_validate_on_is_refused(tmp_path):
 def test_validation_keeps_to_its_bytes_and_the_held_out_rest_stays_at_hand(tmp_path):
     data = text_data(tmp_path, validation_bytes=50)
     data.prepare()
-    assert data.tokenizer.byte_lengths()[data.validation_ids].sum() == 50
-    assert np.array_equal(data.held_out_ids[: len(data.validation_ids)], data.validation_ids)
-    assert len(data.held_out_ids) > len(data.validation_ids)
+    targets, all_targets = (
+        shift(windows.rows(np.arange(len(windows))))[1] for windows in (data.validation, data.held_out)
+    )
+    assert torch.equal(all_targets[all_targets != IGNORE], torch.from_numpy(data.held_out_ids[1:].astype(np.int64)))
+    counted = targets[targets != IGNORE]
+    assert data.tokenizer.byte_lengths()[counted].sum() == 50
+    assert counted.tolist() == data.held_out_ids[1 : 1 + len(counted)].tolist()
+    assert len(data.held_out) > len(data.validation)
+
+
+def test_cropped_documents_are_one_window_each_and_none_is_dropped(tmp_path):
+    data = text_data(tmp_path, documents="cropped", validation_bytes=30)
+    data.prepare()
+    assert data.separator is None
+    end, lengths = data.tokenizer.end_id, data.tokenizer.byte_lengths()
+    for windows, ids in ((data.training, data.train_ids), (data.held_out, data.held_out_ids)):
+        bounds = np.flatnonzero(ids == end)
+        rows = windows.rows(np.arange(len(bounds) - 1))
+        wanted = [ids[first : last + 1][:17].tolist() for first, last in pairwise(bounds)]
+        assert sorted([token for token in row if token != IGNORE] for row in rows.tolist()) == sorted(wanted)
+        assert all(row[0] == end for row in rows.tolist())
+    targets = shift(data.validation.rows(np.arange(len(data.validation))))[1]
+    assert 0 < lengths[targets[targets != IGNORE]].sum() <= 30
+    assert len(data.validation) < len(data.held_out)
+
+
+def test_packed_documents_are_the_stream_with_a_separator(tmp_path):
+    stream, packed = text_data(tmp_path), text_data(tmp_path, documents="packed")
+    stream.prepare()
+    packed.prepare()
+    assert stream.separator is None
+    assert packed.separator == packed.tokenizer.end_id
+    assert torch.equal(global_batch(stream, 3), global_batch(packed, 3))
+
+
+def test_cropped_documents_may_be_shorter_than_the_context(tmp_path):
+    data = text_data(tmp_path, documents="cropped", context=4000)
+    data.prepare()
+    rows = data.training.rows(np.arange(4))
+    assert rows.shape == (4, 4001)
+    assert ((rows == IGNORE).sum(1) > 3000).all()
 
 
 @pytest.mark.parametrize(
@@ -230,7 +277,13 @@ def test_the_fingerprint_is_plain_and_follows_what_decides_the_batches(tmp_path)
     one = text_data(tmp_path).fingerprint()
     assert one == text_data(tmp_path, num_workers=2, validation_bytes=70).fingerprint()
     assert all(isinstance(value, (str, int, float)) for value in one.values())
-    for change in ({"seed": 6}, {"context": 15}, {"batch_size": 4}, {"validation_fraction": 0.5}):
+    for change in (
+        {"seed": 6},
+        {"context": 15},
+        {"batch_size": 4},
+        {"validation_fraction": 0.5},
+        {"documents": "packed"},
+    ):
         assert text_data(tmp_path, **change).fingerprint() != one
 
 
@@ -268,7 +321,10 @@ def test_two_processes_train_on_what_one_would(tmp_path):
     data.prepare()
     subprocess.run([sys.executable, script, str(tmp_path), str(Path(__file__).parent)], check=True, timeout=120)
     trained, validated = zip(*(torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)), strict=True)
-    wanted = [window_batch(data.train_ids, seed=5, step=step, batch_size=8, context=16) for step in range(3)]
+    wanted = [global_batch(data, step) for step in range(3)]
     assert torch.equal(torch.stack(trained, dim=1).reshape(3, 8, 17), torch.stack(wanted))
     targets = shift(torch.stack(validated, dim=1).reshape(-1, 17))[1]
-    assert torch.equal(targets[targets != IGNORE], torch.tensor(data.validation_ids[1:].astype(np.int64)))
+    assert torch.equal(
+        targets[targets != IGNORE],
+        torch.tensor(data.held_out_ids[1 : 1 + targets.numel()].astype(np.int64))[: (targets != IGNORE).sum()],
+    )

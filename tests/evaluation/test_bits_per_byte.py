@@ -7,6 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from performer_lm.data.ids import HostIds
+from performer_lm.data.layouts import HeldOutStream
+from performer_lm.data.windows import HeldOutWindows
 from performer_lm.evaluation.bits_per_byte import measure_bits_per_byte
 from performer_lm.model import PerformerLM
 from performer_lm.training.task import next_token_loss
@@ -22,10 +25,28 @@ def test_every_token_but_the_first_counts_once(
     if not lengths[ids[1:]].sum():
         return
     model = lively_model("attn=exact")
-    found = measure_bits_per_byte(model, ids, lengths, context=context, batch_size=batch_size)
+    windows = HeldOutWindows(HostIds(ids), HeldOutStream(n, context=context), context=context)
+    found = measure_bits_per_byte(model, windows, lengths, batch_size=batch_size)
     with torch.no_grad():
         pieces = [torch.from_numpy(ids[start : start + context + 1])[None] for start in range(0, n - 1, context)]
         nats = sum(float(next_token_loss(model, piece).sum()) for piece in pieces)
     assert (found.tokens, found.bytes) == (n - 1, lengths[ids[1:]].sum())
     assert found.loss == pytest.approx(nats / (n - 1), rel=1e-5)
     assert found.bits_per_byte == pytest.approx(nats / math.log(2) / found.bytes, rel=1e-5)
+
+
+def test_packed_documents_cost_what_they_cost_alone(lively_model: Callable[..., PerformerLM]) -> None:
+    end, model = 39, lively_model("attn=favor")
+    texts = [torch.randint(0, end, (size,)) for size in (5, 1, 9)]
+    ends = torch.tensor([end])
+    documents = [torch.cat((ends, text, ends)) for text in texts]
+    stream = torch.cat([ends, *(part for text in texts for part in (text, ends))]).numpy()
+    windows = HeldOutWindows(HostIds(stream), HeldOutStream(len(stream), context=40), context=40)
+    found = measure_bits_per_byte(model, windows, np.ones(40, dtype=np.int64), batch_size=1, separator=end)
+    with torch.no_grad():
+        alone = sum(float(next_token_loss(model, document[None]).sum()) for document in documents)
+    assert found.tokens == sum(len(document) - 1 for document in documents)
+    assert found.loss * found.tokens == pytest.approx(alone, rel=1e-5)
+    assert found.loss != pytest.approx(
+        measure_bits_per_byte(model, windows, np.ones(40, dtype=np.int64), batch_size=1).loss
+    )
