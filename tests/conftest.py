@@ -4,13 +4,16 @@ import os
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
 
-from collections.abc import Callable
+import runpy
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hypothesis import HealthCheck, settings
 from omegaconf import OmegaConf
 from torch import nn
@@ -23,13 +26,36 @@ settings.register_profile(
 )
 settings.load_profile("laws")
 
-CONFIGS = str(Path(__file__).parents[1] / "configs")
+ROOT = Path(__file__).parents[1]
+CONFIGS = str(ROOT / "configs")
 TINY = ["model.dim=32", "model.depth=2", "model.heads=4", "model.dim_head=8", "model.local.window=5", "data.context=64"]
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def invoke(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., tuple[int, str, str]]]:
+    """Return a function that runs a script of the project in this process, in an empty folder.
+
+    It takes the command line's words and returns exit code, output and errors. A process of its own would take seconds
+    to import what is here already.
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str, script: str = "train.py") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        out, err = capfd.readouterr()
+        return int(exit_.value.code or 0), out, err
+
+    yield run
+    GlobalHydra.instance().clear()
 
 
 @pytest.fixture(scope="session")

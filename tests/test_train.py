@@ -1,37 +1,23 @@
 """The training script as its users meet it: right and wrong command lines."""
 
 import os
-import runpy
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 
 ROOT = Path(__file__).parents[1]
 TINY = ["debug=fast", "data=files", "data.path=text.txt", "tokenizer=bytes"]
 Invoke = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def invoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Invoke]:
-    """Return a function that runs a script of the project in this process: exit code, output, errors."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(autouse=True)
+def _text(invoke: Invoke) -> None:
     Path("text.txt").write_text("".join(f"line {index} says {index * 37 % 101}\n" for index in range(1500)))
-
-    def run(*arguments: str, script: str = "train.py") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [script, *arguments])
-        with pytest.raises(SystemExit) as exit_:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-        out, err = capfd.readouterr()
-        return int(exit_.value.code or 0), out, err
-
-    yield run
-    GlobalHydra.instance().clear()
 
 
 @pytest.mark.parametrize(

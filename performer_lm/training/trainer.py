@@ -96,6 +96,7 @@ def _quiet() -> None:
     for advice in (
         ".*does not have many workers.*",
         ".*Checkpoint directory.*exists and is not empty.*",
+        ".*The number of training batches.*is smaller than the logging interval.*",  # short runs are no mistake
         ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning's own use of torch
     ):
         warnings.filterwarnings("ignore", advice)
