@@ -1,6 +1,7 @@
 """Pure functions of tensors, usable on their own as drop-in attention functions."""
 
 from performer_lm.ops.chunked import chunked_attention as chunked_attention
+from performer_lm.ops.cross_entropy import linear_cross_entropy as linear_cross_entropy
 from performer_lm.ops.features import Features as Features
 from performer_lm.ops.features import exponential as exponential
 from performer_lm.ops.flash import tiled_attention as tiled_attention

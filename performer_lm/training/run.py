@@ -159,7 +159,7 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
     ]
     loggers = list(instantiate(cfg.logger).values()) if cfg.logger else []
     trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
-    optimizer, schedule = instantiate(cfg.optimizer), instantiate(cfg.schedule)
+    objective, optimizer, schedule = (instantiate(cfg[name]) for name in ("objective", "optimizer", "schedule"))
     optimizer(parameter_groups(nn.Linear(1, 1), head=nn.Identity()))
     schedule(trainer.max_steps)
     data.share(trainer)
@@ -178,6 +178,7 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
         check_resumed(resumed, section, max_steps=trainer.max_steps)
     task = LanguageModelTask(
         model,
+        objective=objective,
         optimizer=optimizer,
         schedule=schedule,
         byte_lengths=torch.from_numpy(data.tokenizer.byte_lengths()),

@@ -1,4 +1,4 @@
-"""The training task: next-token loss, validation in bits per byte, optimizer and schedule.
+"""The training task: an objective's loss, validation in bits per byte, optimizer and schedule.
 
 Letters: `b` batch, `n` tokens.
 """
@@ -8,24 +8,24 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from einops import rearrange
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import SumMetric
 
-from performer_lm.data.windows import IGNORE, segments_of, shift
+from performer_lm.data.windows import IGNORE
 from performer_lm.model import PerformerLM
+from performer_lm.training.objectives import Objective
 from performer_lm.training.optim import parameter_groups
 
 
 class LanguageModelTask(LightningModule):
-    """Train a `PerformerLM` to predict each next token.
+    """Train a `PerformerLM` on an objective.
 
     Args:
         model: the language model.
+        objective: what it learns.
         optimizer: factory called with the parameter groups of `parameter_groups`.
         schedule: factory called with the run's optimizer steps.
         byte_lengths: `(vocab,)` bytes of text that each token stands for.
@@ -35,11 +35,13 @@ class LanguageModelTask(LightningModule):
     """
 
     byte_lengths: Tensor
+    _seen: Tensor
 
     def __init__(
         self,
         model: PerformerLM,
         *,
+        objective: Objective,
         optimizer: Callable[..., Optimizer],
         schedule: Callable[..., Callable[[int], float]],
         byte_lengths: Tensor,
@@ -49,33 +51,52 @@ class LanguageModelTask(LightningModule):
     ) -> None:
         super().__init__()
         self.model = model
+        self.objective = objective
         self.optimizer = optimizer
         self.schedule = schedule
         self.section = section
         self.log_every = log_every
         self.separator = separator
         self.register_buffer("byte_lengths", byte_lengths, persistent=False)
+        self.register_buffer("_seen", torch.zeros(2), persistent=False)  # nats and predictions of this step so far
         self.nats = SumMetric()
         self.tokens = SumMetric()
         self.bytes = SumMetric()
 
+    @property
+    def step(self) -> int:
+        """The optimizer step being taken, from 1; Lightning counts from 0."""
+        return self.global_step + 1
+
+    @property
+    def logs_now(self) -> bool:
+        """Whether the metrics of this step are logged; only then may the host wait for the device."""
+        return self.step % self.log_every == 0 or self.step == self.trainer.max_steps
+
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Return the mean loss in nats per token of windows `(b, n + 1)`."""
-        del batch_idx
-        loss = next_token_loss(self.model, batch, separator=self.separator).mean()
-        self.log("train/loss", loss)
-        self.log(
-            "step", float(self.global_step + 1)
-        )  # Lightning counts from 0: name what is logged by the step it ends
-        return loss
+        """Return the loss that windows `(b, n + 1)` add to their step; log the whole step's at its end."""
+        losses = self.objective(self.model, batch, step=self.global_step, separator=self.separator)
+        self._seen += torch.stack((losses.nats.detach().sum(), (losses.targets != IGNORE).sum()))
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
+            self._log_step()
+        return self.objective.mean(losses)
+
+    def _log_step(self) -> None:
+        """Log nats per predicted token over the step's micro-batches and ranks, where metrics are logged."""
+        if self.logs_now:
+            nats, predicted = self.trainer.strategy.reduce(self._seen, reduce_op="sum")
+            self.log("train/loss", nats / predicted)
+            self.log("step", float(self.step))
+        self._seen = torch.zeros_like(self._seen)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Add up nats, tokens and bytes of text over windows `(b, n + 1)`, padded with `IGNORE`."""
+        """Add up nats, tokens and bytes of whatever is predicted in windows `(b, n + 1)`."""
         del batch_idx
-        targets = batch[:, 1:]
-        self.nats.update(next_token_loss(self.model, batch, separator=self.separator).sum())
-        self.tokens.update((targets != IGNORE).sum())
-        self.bytes.update(torch.where(targets == IGNORE, 0, self.byte_lengths[targets.clamp(min=0)]).sum())
+        nats, targets = self.objective(self.model, batch, step=None, separator=self.separator)
+        predicted = targets != IGNORE
+        self.nats.update(nats.sum())
+        self.tokens.update(predicted.sum())
+        self.bytes.update(torch.where(predicted, self.byte_lengths[targets.clamp(min=0)], 0).sum())
 
     def on_validation_epoch_end(self) -> None:
         """Log `val/loss` (nats per token) and `val/bpb` (bits per byte of text, whatever the tokenizer)."""
@@ -106,28 +127,15 @@ class LanguageModelTask(LightningModule):
         del gradient_clip_algorithm
         bound = math.inf if gradient_clip_val is None else gradient_clip_val
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), bound)
-        self.log("train/grad_norm", norm)
-        step = self.global_step + 1
-        looks = norm.device.type == "cpu" or step % self.log_every == 0
-        if looks and not math.isfinite(norm.item()):
+        if self.logs_now:
+            self.log("train/grad_norm", norm)
+        if (norm.device.type == "cpu" or self.logs_now) and not math.isfinite(norm.item()):
             rate = optimizer.param_groups[0]["lr"]
             raise FloatingPointError(
-                f"the gradient norm is {norm.item()} at step {step} (learning rate {rate:.3g}); "
+                f"the gradient norm is {norm.item()} at step {self.step} (learning rate {rate:.3g}); "
                 f"a lower optimizer.lr may help"
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what makes the file enough to rebuild model and tokenizer."""
         checkpoint["performer_lm"] = dict(self.section)
-
-
-def next_token_loss(model: PerformerLM, windows: Tensor, *, separator: int | None = None) -> Tensor:
-    """Return the loss `(b, n)` in nats of every next token of windows `(b, n + 1)`; zero where it is `IGNORE`.
-
-    With a `separator`, tokens see their own document only, which that id begins.
-    """
-    inputs, targets = shift(windows)
-    segments = None if separator is None else segments_of(inputs, separator)
-    logits = rearrange(model(inputs, segments=segments), "b n vocab -> (b n) vocab").float()
-    losses = F.cross_entropy(logits, targets.reshape(-1), ignore_index=IGNORE, reduction="none")
-    return losses.reshape(targets.shape)

@@ -12,7 +12,11 @@ from performer_lm.data.layouts import HeldOutStream
 from performer_lm.data.windows import HeldOutWindows
 from performer_lm.evaluation.bits_per_byte import measure_bits_per_byte
 from performer_lm.model import PerformerLM
-from performer_lm.training.task import next_token_loss
+from performer_lm.training.objectives import NextToken
+
+
+def nats_of(model: PerformerLM, windows: torch.Tensor) -> float:
+    return float(NextToken(chunk_size=None)(model, windows, step=None).nats.sum())
 
 
 @given(n=st.integers(2, 60), context=st.integers(1, 20), batch_size=st.integers(1, 5))
@@ -29,7 +33,7 @@ def test_every_token_but_the_first_counts_once(
     found = measure_bits_per_byte(model, windows, lengths, batch_size=batch_size)
     with torch.no_grad():
         pieces = [torch.from_numpy(ids[start : start + context + 1])[None] for start in range(0, n - 1, context)]
-        nats = sum(float(next_token_loss(model, piece).sum()) for piece in pieces)
+        nats = sum(nats_of(model, piece) for piece in pieces)
     assert (found.tokens, found.bytes) == (n - 1, lengths[ids[1:]].sum())
     assert found.loss == pytest.approx(nats / (n - 1), rel=1e-5)
     assert found.bits_per_byte == pytest.approx(nats / math.log(2) / found.bytes, rel=1e-5)
@@ -44,7 +48,7 @@ def test_packed_documents_cost_what_they_cost_alone(lively_model: Callable[..., 
     windows = HeldOutWindows(HostIds(stream), HeldOutStream(len(stream), context=40), context=40)
     found = measure_bits_per_byte(model, windows, np.ones(40, dtype=np.int64), batch_size=1, separator=end)
     with torch.no_grad():
-        alone = sum(float(next_token_loss(model, document[None]).sum()) for document in documents)
+        alone = sum(nats_of(model, document[None]) for document in documents)
     assert found.tokens == sum(len(document) - 1 for document in documents)
     assert found.loss * found.tokens == pytest.approx(alone, rel=1e-5)
     assert found.loss != pytest.approx(

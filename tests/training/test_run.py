@@ -9,31 +9,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from performer_lm import checkpoint
-from performer_lm.cli import usage_errors
-from performer_lm.training.run import Run, prepare
+from performer_lm.training.run import Run
 
 Start = Callable[..., Run]
-
-
-@pytest.fixture
-def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
-    """Return a function from overrides to a tiny run on a text of our own."""
-    monkeypatch.chdir(tmp_path)
-    text = "".join(f"line {index} says {index * 37 % 101}\n" for index in range(1500))
-    Path("text.txt").write_text(text)
-
-    def prepared(*overrides: str) -> Run:
-        from hydra import compose, initialize_config_dir
-
-        base = ["debug=fast", "data=files", "data.path=text.txt", "tokenizer=bytes", "attn.chunk_size=16"]
-        own = [override for override in base if not (override.startswith("attn.") and "attn=" in str(overrides))]
-        configs = str(Path(__file__).parents[2] / "configs")
-        with initialize_config_dir(configs, version_base="1.3"):
-            cfg = compose("train", overrides=[*own, *overrides])
-        with usage_errors():
-            return prepare(cfg, overrides=list(overrides))
-
-    return prepared
 
 
 def losses(folder: Path) -> dict[int, float]:

@@ -1,36 +1,26 @@
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import torch
+import pytest
 
-from performer_lm.data.windows import IGNORE
-from performer_lm.training.task import next_token_loss
-
-
-def test_the_loss_of_padding_is_zero(lively_model: Callable[..., Any]) -> None:
-    model = lively_model()
-    windows = torch.randint(0, 40, (2, 9))
-    whole = next_token_loss(model, windows)
-    windows[1, 6:] = IGNORE
-    padded = next_token_loss(model, windows)
-    torch.testing.assert_close(padded[:, :5], whole[:, :5])
-    assert not padded[1, 5:].any()
+from performer_lm.training.loggers import read_metrics
 
 
-def test_the_loss_is_that_of_each_next_token(lively_model: Callable[..., Any]) -> None:
-    model = lively_model()
-    windows = torch.randint(0, 40, (2, 9))
-    chances = model(windows[:, :-1]).float().log_softmax(-1)
-    wanted = -chances.gather(-1, windows[:, 1:, None])[..., 0]
-    torch.testing.assert_close(next_token_loss(model, windows), wanted)
+@pytest.mark.parametrize("parts", [2, 4])
+def test_what_is_logged_is_the_whole_steps(start: Callable[..., Any], parts: int) -> None:
+    for run, options in {"whole": [], "parts": [f"trainer.accumulate_grad_batches={parts}"]}.items():
+        start("trainer.max_steps=3", "trainer.val_every=3", *options, f"run_dir=runs/{run}").fit()
+    whole, split = (read_metrics(Path(f"runs/{run}/metrics.jsonl")) for run in ("whole", "parts"))
+    for name in ("train/loss", "train/grad_norm", "val/loss", "val/bpb"):
+        expected = [(row["step"], row[name]) for row in whole if name in row]
+        found = [(row["step"], row[name]) for row in split if name in row]
+        assert [step for step, _ in found] == [step for step, _ in expected]
+        assert [value for _, value in found] == pytest.approx([value for _, value in expected], rel=1e-4)
 
 
-def test_with_a_separator_no_token_sees_another_document(lively_model: Callable[..., Any]) -> None:
-    model, end = lively_model(), 39
-    first, second, other = (torch.randint(0, end, (2, size)) for size in (6, 5, 6))
-    ends = torch.full((2, 1), end)
-    packed, changed = (torch.cat((ends, text, ends, second), 1) for text in (first, other))
-    loss = next_token_loss(model, packed, separator=end)
-    torch.testing.assert_close(loss[:, 7:], next_token_loss(model, changed, separator=end)[:, 7:])
-    torch.testing.assert_close(loss[:, 7:], next_token_loss(model, torch.cat((ends, second), 1)))
-    assert not torch.allclose(loss[:, 7:], next_token_loss(model, packed)[:, 7:])
+def test_steps_between_are_not_logged(start: Callable[..., Any]) -> None:
+    start("trainer.max_steps=5", "trainer.log_every=2", "trainer.accumulate_grad_batches=2", "run_dir=runs/a").fit()
+    rows = [row for row in read_metrics(Path("runs/a/metrics.jsonl")) if "train/loss" in row]
+    assert [row["step"] for row in rows] == [2, 4, 5]
+    assert all("train/grad_norm" in row for row in rows)
