@@ -30,15 +30,12 @@ from performer_lm.attention.local import LocalAttention
 from performer_lm.checkpoint import Checkpoint
 from performer_lm.data.module import TextData
 from performer_lm.model import PerformerLM
-from performer_lm.training.callbacks import (
-    FinalValidation,
-    ProgressReport,
-    Redraw,
-    Samples,
-    StopOnSignal,
-    Throughput,
-    checkpoints,
-)
+from performer_lm.training.callbacks.ending import FinalValidation, StopOnSignal
+from performer_lm.training.callbacks.progress import ProgressReport
+from performer_lm.training.callbacks.redraw import Redraw
+from performer_lm.training.callbacks.samples import Samples
+from performer_lm.training.callbacks.saving import checkpoints
+from performer_lm.training.callbacks.throughput import Throughput
 from performer_lm.training.loggers import MetricsLogger
 from performer_lm.training.optim import parameter_groups
 from performer_lm.training.report import card, describe_model, open_log, point_latest

@@ -1,0 +1,49 @@
+"""What the model writes while it learns."""
+
+import logging
+from pathlib import Path
+from typing import cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from performer_lm.data.tokenizer import Tokenizer
+from performer_lm.generation.decode import stream_text
+from performer_lm.generation.sampling import Sampler
+from performer_lm.model import PerformerLM
+
+log = logging.getLogger("performer_lm")
+
+
+class Samples(Callback):
+    """Print a sample at every validation and keep all of them in `samples.txt`.
+
+    Sampling has a generator of its own, so that it changes nothing in the run.
+    """
+
+    tokenizer: Tokenizer
+    path: Path
+
+    def __init__(self, *, prompt: str, max_new_tokens: int, temperature: float, top_k: int | None, seed: int) -> None:
+        self.prompt = prompt
+        self.max_new_tokens = max_new_tokens
+        self.sampler = Sampler(temperature=temperature, top_k=top_k)
+        self.seed = seed
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Continue the prompt with the model as it is; on the first rank only."""
+        if not trainer.is_global_zero:
+            return
+        continuation = "".join(
+            stream_text(
+                cast(PerformerLM, pl_module.model),
+                self.tokenizer,
+                self.prompt,
+                max_new_tokens=self.max_new_tokens,
+                sampler=self.sampler,
+                seed=self.seed,
+            )
+        )
+        title = f"sample at step {trainer.global_step}"
+        log.info("--- %s ---\n%s%s\n%s", title, self.prompt, continuation, "-" * (len(title) + 8))
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(f"=== {title} ===\n{self.prompt}{continuation}\n\n")
