@@ -18,7 +18,8 @@ from omegaconf import OmegaConf
 
 from performer_lm import checkpoint
 from performer_lm.attention.base import fork
-from performer_lm.model import ModelState, PerformerLM
+from performer_lm.model import PerformerLM
+from performer_lm.performer import PerformerState
 
 ROOT = Path(__file__).parents[1]
 CONTEXTS = (256, 8192)
@@ -39,7 +40,7 @@ def main() -> None:
     """Prefill once per backend and context, then decode in turns."""
     names = sys.argv[1:] or ["favor", "flash", "local"]
     models = {name: build(name) for name in names}
-    states: dict[tuple[str, int], ModelState] = {}
+    states: dict[tuple[str, int], PerformerState] = {}
     for name, model in models.items():
         for context in CONTEXTS:
             tokens = torch.randint(0, 2048, (1, context))

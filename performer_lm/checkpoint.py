@@ -24,8 +24,14 @@ from performer_lm.data.tokenizer import Tokenizer, tokenizer_from_dict
 from performer_lm.model import PerformerLM
 
 FORMAT = 1
-BUILDABLE = ("performer_lm.model", "performer_lm.encoder_decoder", "performer_lm.nn.", "performer_lm.attention.")
-BACKEND = ".attention.backend."  # keys of what a backend owns: it may change between saving and opening
+BUILDABLE = (
+    "performer_lm.model",
+    "performer_lm.performer",
+    "performer_lm.encoder_decoder",
+    "performer_lm.nn.",
+    "performer_lm.attention.",
+)
+BACKEND = ".backend."  # keys of what a backend owns: it may change between saving and opening
 
 
 class Checkpoint(NamedTuple):

@@ -28,7 +28,7 @@ settings.load_profile("laws")
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = str(ROOT / "configs")
-TINY = ["model.dim=32", "model.depth=2", "model.heads=4", "model.dim_head=8", "model.local.window=5", "data.context=64"]
+TINY = ["model.dim=32", "model.depth=2", "model.heads=4", "model.dim_head=8", "model.local.window=5"]
 
 
 @pytest.fixture(autouse=True)
@@ -62,9 +62,9 @@ def invoke(
 def model_section() -> Callable[..., dict[str, Any]]:
     """Return a function from config overrides to the plain section of a tiny model."""
 
-    def compose_section(*overrides: str, vocab_size: int = 40) -> dict[str, Any]:
+    def compose_section(*overrides: str, vocab_size: int = 40, tiny: list[str] = TINY) -> dict[str, Any]:
         with initialize_config_dir(CONFIGS, version_base="1.3"):
-            cfg = compose("train", overrides=[*TINY, *overrides])
+            cfg = compose("train", overrides=[*tiny, "data.context=64", *overrides])
         section: Any = OmegaConf.to_container(cfg.model, resolve=True)
         return {**section, "vocab_size": vocab_size}
 

@@ -1,6 +1,7 @@
 """The laws every model keeps, whatever its attention and options."""
 
 import copy
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from performer_lm import checkpoint
 from performer_lm.attention.base import fork
 from performer_lm.model import PerformerLM
+from performer_lm.performer import Performer
 
 Build = Callable[..., PerformerLM]
 
@@ -30,6 +32,18 @@ KINDS = {
     "rotary": ["attn=exact", "model/positions=rotary", "model.convolution=0", "model.decay=false"],
     "grouped keys": ["attn=favor", "attn.num_features=16", "model.key_heads=2", "model/positions=rotary"],
     "classic": ["model=performer_classic", "model.heads=4", "attn.num_features=16"],
+    "rich": [
+        *(
+            "attn=favor",
+            "attn.num_features=16",
+            "attn/features=hyperbolic",
+            "model.qk_norm=4",
+            "model.token_shift=true",
+        ),
+        *("model/absolute=sinusoidal", "model/norm=scale", "model.qkv_bias=true", "model.head_bias=true"),
+    ],
+    "reversible": ["attn=favor", "attn.num_features=16", "model.reversible=true"],
+    "rezero": ["attn=relu", "attn.num_features=16", "model.rezero=true", "model/norm=none", "model/absolute=axial"],
     "transformer": ["model=transformer", "attn=flash", "model.tie_embeddings=true"],
 }
 
@@ -150,7 +164,7 @@ def test_the_first_loss_is_that_of_a_uniform_guess(kind: str, model_section: Cal
 
 
 def test_decay_biases_run_from_1_to_7(model_section: Callable[..., dict[str, Any]]) -> None:
-    decay = checkpoint.build(model_section()).layers[0].attention.decay
+    decay = checkpoint.build(model_section()).performer.layers[0].attention.body.decay
     torch.testing.assert_close(decay.project.bias.data, torch.tensor([1.0, 3.0, 5.0, 7.0]))
 
 
@@ -160,7 +174,7 @@ def test_decay_biases_run_from_1_to_7(model_section: Callable[..., dict[str, Any
         (["model.heads=5", "model.dim_head=null"], r"dim \(32\) must be a multiple of heads \(5\)"),
         (["model.key_heads=3"], r"heads \(4\) must be a multiple of key_heads \(3\)"),
         (["model.local_heads=5"], r"local_heads must be within 0..4 \(heads\), got 5"),
-        (["model.local_heads=[1,2,3]"], r"one per layer \(2\), got 3"),
+        (["model.local_heads=[1,2,3]"], r"one per layer \(2\), got \[1, 2, 3\]"),
         (["model.depth=0"], "depth must be at least 1, got 0"),
         (["model/positions=rotary", "model.dim_head=7"], "rotary width must be even"),
         (["attn=hybrid", "attn.pattern=[favour]"], "no backend 'favour'; did you mean 'favor'"),
@@ -172,3 +186,26 @@ def test_sizes_that_do_not_fit_are_refused(
 ) -> None:
     with torch.device("meta"), pytest.raises(ValueError, match=message):
         checkpoint.build(model_section(*overrides))
+
+
+def test_an_encoder_reads_both_ways_and_minds_no_padding(lively_model: Build) -> None:
+    model, ids = lively_model("model=performer_encoder", "model.heads=4", "attn.num_features=16"), tokens(2, 9)
+    padded = torch.cat((tokens(2, 2), ids, tokens(2, 3)), 1)
+    mask = torch.tensor([False] * 2 + [True] * 9 + [False] * 3).expand(2, -1)
+    logits = model(ids)
+    torch.testing.assert_close(model(padded, mask=mask)[:, 2:11], logits, **CLOSE)
+    changed = ids.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 40
+    assert not torch.allclose(model(changed)[:, 0], logits[:, 0])
+    with pytest.raises(ValueError, match="does not decode token by token"):
+        model.init_state(1)
+
+
+def test_a_model_shows_and_takes_all_options_of_its_stack() -> None:
+    shown, stack = inspect.signature(PerformerLM).parameters, inspect.signature(Performer).parameters
+    assert set(shown) == {*stack, "vocab_size", "tie_embeddings", "head_bias"}
+    assert all(shown[name] == parameter for name, parameter in stack.items())
+    with pytest.raises(TypeError, match="dpeth"):
+        PerformerLM(vocab_size=3, dpeth=2)
+    with pytest.raises(ValueError, match=r"(?s)vocab_size must be at least 1.*depth must be at least 1"):
+        PerformerLM(vocab_size=0, dim=4, depth=0, heads=1, attn=None, positions=None, feed_forward=None, norm=None)

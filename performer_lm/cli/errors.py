@@ -79,7 +79,7 @@ def usage_errors() -> Iterator[None]:
             raise cause from error
         if not isinstance(cause, (ValueError, OSError)):
             raise
-        raise UsageError(f"{_config_key(error)}{_text(cause)}") from error
+        raise UsageError(*(f"{_config_key(error)}{line}" for line in _text(cause).splitlines())) from error
 
 
 def report(error: BaseException, *, job: str = "", show_traceback: bool = False) -> int:

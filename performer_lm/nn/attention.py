@@ -1,7 +1,7 @@
 """Multi-head attention around any backend: projections, convolution, positions, decay, gate, and its decoding state.
 
 This is the only room that turns `(b, n, dim)` into `(b, h, n, d)` and back.
-Letters: `b` batch, `n` tokens, `h` heads, `g` key heads, `d` head width, `c` channels.
+Letters: `b` batch, `n` tokens, `j` tokens of the context, `h` heads, `g` key heads, `d` head width, `c` channels.
 """
 
 from collections.abc import Callable
@@ -13,21 +13,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from performer_lm.attention.base import AttentionFactory
+from performer_lm.nn.branch import Body
+from performer_lm.nn.layout import Context, Layout
 from performer_lm.nn.mixing import LogDecay, ShortConvolution
-from performer_lm.nn.norm import RMSNorm
+from performer_lm.nn.norm import QueryKeyNorm, RMSNorm
 from performer_lm.nn.positions import Positions
 
 
-class LayerState(NamedTuple):
-    """What one layer carries from token to token while decoding."""
+class AttentionState(NamedTuple):
+    """What self-attention carries from token to token while decoding."""
 
     backend: Any
     tail: Tensor | None  # (b, k - 1, c): the convolution's last inputs
-    length: Tensor  # (b,): tokens seen so far, pads not counted
 
 
-class MultiHeadAttention(nn.Module):
-    """Attention over `(b, n, dim)`, whose global heads run whatever backend `attn` builds.
+class MultiHeadAttention(Body):
+    """Self-attention over `(b, n, dim)`, whose global heads run whatever backend `attn` builds.
 
     Args:
         dim: width of the stream.
@@ -36,10 +37,14 @@ class MultiHeadAttention(nn.Module):
         key_heads: key and value heads g; divides h.
         attn: factory of the backend.
         layer: index of this layer, from 0.
+        causal: whether a token sees only itself and those before it.
         convolution: taps of the short causal convolution on q, k and v; 0 for none.
-        decay: whether each key head fades by a data-dependent `log_decay`.
+        decay: whether each key head fades by a data-dependent `log_decay`; causal only.
         gate: whether each head's output is RMS-normalised and passes a sigmoid gate.
         positions: factory of the position scheme.
+        qk_norm: bound of the learned temperature of normalised queries and keys; None leaves them as they are.
+        qkv_bias: whether the projections to q, k and v have biases.
+        out_bias: whether the projection back to the stream has one.
     """
 
     def __init__(
@@ -51,85 +56,160 @@ class MultiHeadAttention(nn.Module):
         key_heads: int,
         attn: AttentionFactory,
         layer: int,
+        causal: bool,
         convolution: int,
         decay: bool,
         gate: bool,
         positions: Callable[..., Positions],
+        qk_norm: float | None,
+        qkv_bias: bool,
+        out_bias: bool,
     ) -> None:
         super().__init__()
-        self.heads = heads
-        self.key_heads = key_heads
-        channels = (heads + 2 * key_heads) * dim_head
-        self.project_in = nn.Linear(dim, channels, bias=False)
+        self.causal = causal
+        self.heads_each = (heads, key_heads, key_heads)
+        channels = sum(self.heads_each) * dim_head
+        self.project_in = nn.Linear(dim, channels, bias=qkv_bias)
         self.convolution = ShortConvolution(channels, taps=convolution) if convolution else None
+        self.norm = _qk_norm(qk_norm, key_heads=key_heads, dim_head=dim_head)
         self.positions = positions(dim_head=dim_head)
         self.decay = LogDecay(dim, key_heads=key_heads) if decay else None
         self.backend = attn(heads=heads, key_heads=key_heads, dim_head=dim_head, dim_value=dim_head, layer=layer)
-        self.norm = RMSNorm(dim_head) if gate else None
-        self.gate = nn.Linear(dim, heads * dim_head, bias=False) if gate else None
-        self.project_out = nn.Linear(heads * dim_head, dim, bias=False)
+        self.output = HeadOutput(dim, heads=heads, dim_head=dim_head, gate=gate, bias=out_bias)
 
-    def forward(self, x: Tensor, *, causal: bool, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
-        """Attend over whole sequences `(b, n, dim)`; mask and segments are `(b, n)`."""
-        tail = self._init_tail(x.shape[0], device=x.device, dtype=x.dtype)
-        q, k, v, _ = self._project(x, tail, _positions(x, mask, segments), mask=mask, segments=segments)
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """Attend over whole sequences `(b, n, dim)`."""
+        q, k, v, _ = self._project(x, self._init_tail(x.shape[0], device=x.device, dtype=x.dtype), layout)
         log_decay = None if self.decay is None else self.decay(x)
-        out = self.backend(q, k, v, causal=causal, mask=mask, segments=segments, log_decay=log_decay)
-        return self._finish(out, x)
+        out = self.backend(q, k, v, causal=self.causal, mask=layout.mask, segments=layout.segments, log_decay=log_decay)
+        return self.output(out, x)
 
-    def init_state(self, batch: int, *, max_len: int, device: torch.device, dtype: torch.dtype) -> LayerState:
+    def init_state(
+        self, batch: int, *, max_len: int, device: torch.device, dtype: torch.dtype, context: Context | None
+    ) -> AttentionState:
         """Return the state of `batch` streams before any token."""
+        del context
         backend = self.backend.init_state(batch, max_len=max_len, device=device, dtype=dtype)
-        length = torch.zeros(batch, device=device, dtype=torch.int64)
-        return LayerState(backend, self._init_tail(batch, device=device, dtype=dtype), length)
+        return AttentionState(backend, self._init_tail(batch, device=device, dtype=dtype))
 
-    def extend(self, x: Tensor, state: LayerState, *, mask: Tensor | None = None) -> tuple[Tensor, LayerState]:
-        """Append n tokens `(b, n, dim)` causally; `mask` `(b, n)` marks pads, which stand on the left."""
-        positions = state.length[:, None] + _positions(x, mask, None)
-        q, k, v, tail = self._project(x, state.tail, positions, mask=mask)
+    def extend(self, x: Tensor, state: AttentionState, layout: Layout) -> tuple[Tensor, AttentionState]:
+        """Append n tokens `(b, n, dim)` causally; pads stand on the left."""
+        q, k, v, tail = self._project(x, state.tail, layout)
         log_decay = None if self.decay is None else self.decay(x)
-        out, backend = self.backend.extend(q, k, v, state.backend, mask=mask, log_decay=log_decay)
-        length = state.length + (x.shape[1] if mask is None else mask.sum(1))
-        return self._finish(out, x), LayerState(backend, tail, length)
+        out, backend = self.backend.extend(q, k, v, state.backend, mask=layout.mask, log_decay=log_decay)
+        return self.output(out, x), AttentionState(backend, tail)
 
     def _init_tail(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> Tensor | None:
         return None if self.convolution is None else self.convolution.init_tail(batch, device=device, dtype=dtype)
 
-    def _project(
-        self,
-        x: Tensor,
-        tail: Tensor | None,
-        positions: Tensor,
-        *,
-        mask: Tensor | None = None,
-        segments: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _project(self, x: Tensor, tail: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return q `(b, h, n, d)`, k and v `(b, g, n, d)`, and the next convolution tail."""
         qkv = self.project_in(x)
         if self.convolution is not None:
             assert tail is not None
-            qkv, tail = self.convolution(qkv, tail, mask=mask, segments=segments)
-        heads = rearrange(qkv, "b n (h d) -> b h n d", h=self.heads + 2 * self.key_heads)
-        q, k, v = heads.split((self.heads, self.key_heads, self.key_heads), dim=1)
-        q, k = self.positions(q, k, positions)
+            qkv, tail = self.convolution(qkv, tail, mask=layout.mask, segments=layout.segments)
+        heads = rearrange(qkv, "b n (h d) -> b h n d", h=sum(self.heads_each))
+        q, k, v = heads.split(self.heads_each, dim=1)
+        if self.norm is not None:
+            q, k = self.norm(q), self.norm(k)
+        q, k = self.positions(q, k, layout.places)
         return q, k, v, tail
 
-    def _finish(self, out: Tensor, x: Tensor) -> Tensor:
-        """Gate the heads' outputs `(b, h, n, d)` and bring them back to the stream `(b, n, dim)`."""
+
+class CrossAttention(Body):
+    """Attention from a stream `(b, n, dim)` to another sequence, `layout.context`, without an order between the two.
+
+    While decoding, the state holds what the backend keeps of the context: the context itself is read once.
+    Arguments are those of `MultiHeadAttention`.
+
+    Raises:
+        ValueError: for a backend that cannot attend across sequences.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        heads: int,
+        dim_head: int,
+        key_heads: int,
+        attn: AttentionFactory,
+        layer: int,
+        gate: bool,
+        qk_norm: float | None,
+        qkv_bias: bool,
+        out_bias: bool,
+    ) -> None:
+        super().__init__()
+        self.heads, self.key_heads = heads, key_heads
+        self.project_query = nn.Linear(dim, heads * dim_head, bias=qkv_bias)
+        self.project_context = nn.Linear(dim, 2 * key_heads * dim_head, bias=qkv_bias)
+        self.norm = _qk_norm(qk_norm, key_heads=key_heads, dim_head=dim_head)
+        self.backend = attn(heads=heads, key_heads=key_heads, dim_head=dim_head, dim_value=dim_head, layer=layer)
+        if not self.backend.attends_across:
+            raise ValueError(
+                f"{type(self.backend).__name__} does not attend across sequences; favor, exact, chunked and flash do"
+            )
+        self.output = HeadOutput(dim, heads=heads, dim_head=dim_head, gate=gate, bias=out_bias)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """Attend from each token to all of the context.
+
+        Raises:
+            ValueError: without a context.
+        """
+        context = _required(layout.context)
+        k, v = self._keys_and_values(context)
+        return self.output(self.backend(self._queries(x), k, v, causal=False, mask=context.mask), x)
+
+    def init_state(
+        self, batch: int, *, max_len: int, device: torch.device, dtype: torch.dtype, context: Context | None
+    ) -> Any:
+        """Return the backend's state with the context in it."""
+        del max_len
+        context = _required(context)
+        k, v = self._keys_and_values(context)
+        state = self.backend.init_state(batch, max_len=k.shape[2], device=device, dtype=dtype)
+        return self.backend.absorb(k, v, state, mask=context.mask)
+
+    def extend(self, x: Tensor, state: Any, layout: Layout) -> tuple[Tensor, Any]:
+        """Attend from each of n tokens `(b, n, dim)` to what the state holds, which stays."""
+        del layout
+        return self.output(self.backend.read(self._queries(x), state), x), state
+
+    def _queries(self, x: Tensor) -> Tensor:
+        q = rearrange(self.project_query(x), "b n (h d) -> b h n d", h=self.heads)
+        return q if self.norm is None else self.norm(q)
+
+    def _keys_and_values(self, context: Context) -> tuple[Tensor, Tensor]:
+        both = self.project_context(context.vectors)
+        k, v = rearrange(both, "b j (two g d) -> two b g j d", two=2, g=self.key_heads)
+        return (k if self.norm is None else self.norm(k)), v
+
+
+class HeadOutput(nn.Module):
+    """Bring the heads' outputs back to the stream, each perhaps RMS-normalised and gated by the token itself."""
+
+    def __init__(self, dim: int, *, heads: int, dim_head: int, gate: bool, bias: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = RMSNorm(dim_head) if gate else None
+        self.gate = nn.Linear(dim, heads * dim_head, bias=False) if gate else None
+        self.project_out = nn.Linear(heads * dim_head, dim, bias=bias)
+
+    def forward(self, out: Tensor, x: Tensor) -> Tensor:
+        """Map the heads' outputs `(b, h, n, d)`, which came of x `(b, n, dim)`, to `(b, n, dim)`."""
         if self.norm is not None and self.gate is not None:
             gate = rearrange(F.sigmoid(self.gate(x)), "b n (h d) -> b h n d", h=self.heads)
             out = self.norm(out) * gate
         return self.project_out(rearrange(out, "b h n d -> b n (h d)"))
 
 
-def _positions(x: Tensor, mask: Tensor | None, segments: Tensor | None) -> Tensor:
-    """Return each token's place `(b, n)` in its own document, counting real tokens only, from 0."""
-    if mask is None:
-        places = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
-    else:
-        places = mask.to(torch.int64).cumsum(1) - 1
-    if segments is None:
-        return places
-    starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
-    first = places if mask is None else places + ~mask  # a document that opens with pads starts after them
-    return places - torch.where(starts, first, 0).cummax(1).values
+def _qk_norm(bound: float | None, *, key_heads: int, dim_head: int) -> QueryKeyNorm | None:
+    return None if bound is None else QueryKeyNorm(key_heads=key_heads, dim_head=dim_head, bound=bound)
+
+
+def _required(context: Context | None) -> Context:
+    if context is None:
+        raise ValueError("cross-attention needs a context: pass context=, the sequence to look at")
+    return context

@@ -1,4 +1,4 @@
-"""Cheap order and locality before attention: a short causal convolution, and decay that depends on the data.
+"""Cheap order and locality before attention: a token shift, a short causal convolution, decay that depends on the data.
 
 With them, random-feature attention trains as well as softmax given the same; without them it does not.
 Letters: `b` batch, `g` key heads, `n` tokens, `c` channels, `k` taps.
@@ -10,6 +10,61 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from performer_lm.ops.convolution import short_convolution
+
+
+class TokenShift(nn.Module):
+    """Let part of each token's channels be its neighbours': zeros beside the ends, pads and other documents.
+
+    Causal: the second half of the channels comes from the token before. Else the first third comes from the token
+    after and the last from the token before. It has no weights.
+
+    Raises:
+        ValueError: for a dim without a channel for each part.
+    """
+
+    def __init__(self, dim: int, *, causal: bool) -> None:
+        super().__init__()
+        parts = 2 if causal else 3
+        if dim < parts:
+            raise ValueError(f"token_shift needs a dim of at least {parts}, got {dim}")
+        self.size = dim // parts
+        self.causal = causal
+
+    def init_tail(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return the zeros `(b, 1, c)` that stand before the first token."""
+        return torch.zeros(batch, 1, self.size, device=device, dtype=dtype)
+
+    def forward(
+        self, x: Tensor, tail: Tensor, *, mask: Tensor | None = None, segments: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Map `(b, n, dim)` and the shifted channels of the token before it to `(b, n, dim)` and the next such tail."""
+        if mask is not None:
+            x = x * mask[..., None].to(x.dtype)
+        parts = list(x.split(self.size, dim=2))  # what does not divide stays at the end, unshifted
+        before = 1 if self.causal else 2
+        if not self.causal:
+            parts[0] = _from_after(parts[0], segments)
+        found = parts[before]
+        parts[before] = _from_before(found, tail, segments)
+        return torch.cat(parts, dim=2), torch.cat((tail.to(x.dtype), found), dim=1)[:, -1:]
+
+
+def _from_before(x: Tensor, tail: Tensor, segments: Tensor | None) -> Tensor:
+    """Give each token the values `(b, n, c)` of the one before it in its document."""
+    shifted = torch.cat((tail.to(x.dtype), x), dim=1)[:, :-1]
+    if segments is None:
+        return shifted
+    follows = F.pad(segments[:, 1:] == segments[:, :-1], (1, 0), value=False)
+    return shifted * follows[..., None].to(x.dtype)
+
+
+def _from_after(x: Tensor, segments: Tensor | None) -> Tensor:
+    """Give each token the values `(b, n, c)` of the one after it in its document."""
+    shifted = F.pad(x[:, 1:], (0, 0, 0, 1))
+    if segments is None:
+        return shifted
+    leads = F.pad(segments[:, 1:] == segments[:, :-1], (0, 1), value=False)
+    return shifted * leads[..., None].to(x.dtype)
 
 
 class ShortConvolution(nn.Module):

@@ -1,6 +1,9 @@
 """Normalisation of the residual stream and of heads, with statistics in float32."""
 
+import math
+
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,6 +33,63 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map `(..., dim)` to `(..., dim)` in x's dtype."""
         return F.layer_norm(_widen(x), self.gain.shape, self.gain, self.offset, self.eps).to(x.dtype)
+
+
+class ScaleNorm(nn.Module):
+    """Scale the last axis to one learned length, at first sqrt(dim) (arXiv 1910.05895)."""
+
+    def __init__(self, dim: int, *, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.gain = nn.Parameter(torch.tensor([math.sqrt(dim)]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(..., dim)` to `(..., dim)` in x's dtype; vectors shorter than `eps` are not scaled up further."""
+        wide = _widen(x)
+        return (wide * (self.gain / wide.norm(dim=-1, keepdim=True).clamp(min=self.eps))).to(x.dtype)
+
+
+class NoNorm(nn.Module):
+    """Leave the stream as it is, as ReZero does (arXiv 2003.04887)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        del dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x."""
+        return x
+
+
+class QueryKeyNorm(nn.Module):
+    """Make a head's logits a bounded, learned temperature times the cosine of query and key (arXiv 2010.04245).
+
+    Queries and keys get the length (temperature^2 d)^1/4, so that q.k / sqrt(d) is temperature * cosine. Random
+    features estimate softmax well only for short vectors (FAVOR's relative variance is (e^(|q + k|^2 / sqrt d) - 1) /
+    m): the bound keeps them short.
+
+    Args:
+        key_heads: each has a temperature of its own, which its queries share.
+        dim_head: width d of a head.
+        bound: what temperatures stay below; they start at half of it.
+
+    Raises:
+        ValueError: for a bound that is not positive.
+    """
+
+    def __init__(self, *, key_heads: int, dim_head: int, bound: float) -> None:
+        super().__init__()
+        if not bound > 0:
+            raise ValueError(f"qk_norm is the bound of a temperature, above 0 (null: no norm); got {bound}")
+        self.bound = bound
+        self.root_width = dim_head**0.25
+        self.logit = nn.Parameter(torch.zeros(key_heads))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give queries `(b, h, i, d)` or keys `(b, g, j, d)` their length, in their dtype."""
+        length = (self.bound * _widen(self.logit).sigmoid()).sqrt() * self.root_width
+        each = length.repeat_interleave(x.shape[1] // len(length))
+        return (F.normalize(_widen(x), dim=-1) * rearrange(each, "h -> h 1 1")).to(x.dtype)
 
 
 def _widen(x: Tensor) -> Tensor:

@@ -1,53 +1,88 @@
-"""How a layer's two parts join the residual stream."""
+"""Residual streams: how what the branches of all layers give adds up, and what is kept of it for the backward.
 
-from collections.abc import Callable
+A scheme carries one or two streams through the branches: each reads the last stream, and what it gives is added.
+Decoding, which needs no backward, goes through `open`, `add` and `close` one branch at a time.
+
+Letters: `b` batch, `n` tokens.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from performer_lm.nn.attention import LayerState, MultiHeadAttention
+from performer_lm.nn.branch import Branch
+from performer_lm.nn.layout import Layout
+from performer_lm.nn.reversible import run_reversible
+
+Streams = tuple[Tensor, ...]
 
 
-class PreNormBlock(nn.Module):
-    """One layer: `x + attention(norm(x))`, then `x + feed_forward(norm(x))` (arXiv 2002.04745).
+class Residual(ABC):
+    """A scheme of residual streams."""
 
-    Args:
-        dim: width of the stream.
-        norm: factory called with dim.
-        feed_forward: factory called with dim.
-        attention: the layer's attention.
-        dropout: share of each part's output dropped before it joins the stream.
+    def open(self, x: Tensor) -> Streams:
+        """Return the streams that x `(b, n, dim)` starts."""
+        return (x,)
+
+    def add(self, streams: Streams, given: Tensor) -> Streams:
+        """Add what a branch gave for the last stream."""
+        return (streams[-1] + given,)
+
+    def close(self, streams: Streams) -> Tensor:
+        """Return what the streams come to, `(b, n, dim)`."""
+        return streams[-1]
+
+    @abstractmethod
+    def run(self, branches: Sequence[Branch], x: Tensor, layout: Layout) -> Tensor:
+        """Map x `(b, n, dim)` through all branches."""
+
+
+class Plain(Residual):
+    """One stream, x + f(x); autograd keeps what each branch needs (pre-norm: arXiv 2002.04745)."""
+
+    def run(self, branches: Sequence[Branch], x: Tensor, layout: Layout) -> Tensor:
+        """Add up."""
+        for branch in branches:
+            x = x + branch(x, layout)
+        return x
+
+
+class Recomputed(Plain):
+    """One stream; the backward computes each branch anew from its input, which alone is kept (arXiv 1604.06174)."""
+
+    def run(self, branches: Sequence[Branch], x: Tensor, layout: Layout) -> Tensor:
+        """Add up, keeping one `(b, n, dim)` per branch."""
+        if not torch.is_grad_enabled():
+            return super().run(branches, x, layout)
+        for branch in branches:
+            x = x + checkpoint(branch, x, layout, use_reentrant=False, preserve_rng_state=branch.training)
+        return x
+
+
+class Reversible(Residual):
+    """Two streams that swap, (a, b) -> (b, a + f(b)); the backward computes the inputs from the outputs.
+
+    (RevNet, arXiv 1707.04585; Reformer, arXiv 2001.04451.) What is kept does not grow with depth. Both streams start as
+    x, and the result is their mean, so that branches that give zeros leave x as it is.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        norm: Callable[..., nn.Module],
-        feed_forward: Callable[..., nn.Module],
-        attention: MultiHeadAttention,
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.attention_norm = norm(dim)
-        self.attention = attention
-        self.feed_forward_norm = norm(dim)
-        self.feed_forward = feed_forward(dim)
-        self.dropout = nn.Dropout(dropout)
+    def open(self, x: Tensor) -> Streams:
+        """Start both streams as x."""
+        return x, x
 
-    def forward(self, x: Tensor, *, causal: bool, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
-        """Map whole sequences `(b, n, dim)` to `(b, n, dim)`."""
-        attended = self.attention(self.attention_norm(x), causal=causal, mask=mask, segments=segments)
-        return self._feed_forward(x + self.dropout(attended))
+    def add(self, streams: Streams, given: Tensor) -> Streams:
+        """Swap, and add to the one that the branch did not read."""
+        a, b = streams
+        return b, a + given
 
-    def init_state(self, batch: int, *, max_len: int, device: torch.device, dtype: torch.dtype) -> LayerState:
-        """Return the state of `batch` streams before any token."""
-        return self.attention.init_state(batch, max_len=max_len, device=device, dtype=dtype)
+    def close(self, streams: Streams) -> Tensor:
+        """Return the mean."""
+        a, b = streams
+        return 0.5 * (a + b)
 
-    def extend(self, x: Tensor, state: LayerState, *, mask: Tensor | None = None) -> tuple[Tensor, LayerState]:
-        """Append n tokens `(b, n, dim)` causally."""
-        attended, state = self.attention.extend(self.attention_norm(x), state, mask=mask)
-        return self._feed_forward(x + self.dropout(attended)), state
-
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+    def run(self, branches: Sequence[Branch], x: Tensor, layout: Layout) -> Tensor:
+        """Run all branches, keeping the last streams alone."""
+        return self.close(run_reversible(branches, x, layout))

@@ -8,17 +8,19 @@ from einops import rearrange
 from torch import Tensor
 
 
-def rotate(x: Tensor, positions: Tensor, *, base: float = 10_000.0, width: int | None = None) -> Tensor:
+def rotate(
+    x: Tensor, positions: Tensor, *, base: float = 10_000.0, width: int | None = None, interleaved: bool = False
+) -> Tensor:
     """Rotate the first `width` channels of every head by angles proportional to the token's position.
 
-    Channel c of the first half is paired with channel c of the second half of the rotated width; pair c turns by
-    `position * base ** (-2 c / width)` radians (RoFormer eq. 34, half layout).
+    Pair c of channels turns by `position * base ** (-2 c / width)` radians (RoFormer eq. 34).
 
     Args:
         x: `(b, h, n, d)`.
         positions: `(b, n)` or `(n,)`, any integer or float dtype.
         base: the longest wavelength is about `2 pi base` tokens.
         width: how many channels turn (all by default); must be even.
+        interleaved: pair c is channels 2c and 2c + 1; else (half layout) channels c and c + width / 2.
 
     Raises:
         ValueError: for an odd width, or one above d.
@@ -32,6 +34,8 @@ def rotate(x: Tensor, positions: Tensor, *, base: float = 10_000.0, width: int |
     angles = rearrange(angles, "... n w -> ... 1 n w")
     cos, sin = angles.cos(), angles.sin()
     turned, kept = x[..., :width], x[..., width:]
-    first, second = turned.to(dtype).chunk(2, dim=-1)
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-    return torch.cat((rotated, kept), dim=-1) if kept.shape[-1] else rotated
+    pairs = "b h n (w two) -> two b h n w" if interleaved else "b h n (two w) -> two b h n w"
+    first, second = rearrange(turned.to(dtype), pairs, two=2)
+    rotated = torch.stack((first * cos - second * sin, second * cos + first * sin))
+    turned = rearrange(rotated, " -> ".join(reversed(pairs.split(" -> "))), two=2).to(x.dtype)
+    return torch.cat((turned, kept), dim=-1) if kept.shape[-1] else turned

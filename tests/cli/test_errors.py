@@ -119,3 +119,9 @@ def test_the_nearest_name():
     assert did_you_mean("zzz", ["flash", "favor"]) == ""
     assert nearest_key("zzz", ["flash", "favor"]) == " (known: flash, favor)"
     assert nearest_key("zzz", []) == ""
+
+
+def test_each_line_that_a_constructor_refuses_is_a_problem_of_its_own():
+    with pytest.raises(UsageError) as raised, usage_errors():
+        raise ValueError("one thing\nanother")
+    assert raised.value.problems == ("one thing", "another")

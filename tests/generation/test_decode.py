@@ -6,7 +6,8 @@ import torch
 from performer_lm.data.tokenizer import ByteTokenizer
 from performer_lm.generation.decode import decode, stream_text
 from performer_lm.generation.sampling import Sampler
-from performer_lm.model import ModelState, PerformerLM
+from performer_lm.model import PerformerLM
+from performer_lm.performer import PerformerState
 
 GREEDY = Sampler(temperature=0)
 Build = Callable[..., PerformerLM]
@@ -18,8 +19,8 @@ class CountingModel(PerformerLM):
     calls: list[int]
 
     def extend(
-        self, tokens: torch.Tensor, state: ModelState, *, mask: torch.Tensor | None = None, last_only: bool = False
-    ) -> tuple[torch.Tensor, ModelState]:
+        self, tokens: torch.Tensor, state: PerformerState, *, mask: torch.Tensor | None = None, last_only: bool = False
+    ) -> tuple[torch.Tensor, PerformerState]:
         self.calls.append(tokens.shape[1])
         return super().extend(tokens, state, mask=mask, last_only=last_only)
 

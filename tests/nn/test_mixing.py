@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from performer_lm.nn.mixing import LogDecay, ShortConvolution
+from performer_lm.nn.mixing import LogDecay, ShortConvolution, TokenShift
 
 
 def convolution(channels: int, taps: int) -> ShortConvolution:
@@ -78,3 +78,55 @@ def test_decay_is_never_above_zero_and_per_head() -> None:
     assert out.shape == (2, 3, 7)
     assert out.dtype == torch.float32
     assert bool((out <= 0).all())
+
+
+def shift(x: torch.Tensor, *, causal: bool, **options: torch.Tensor) -> torch.Tensor:
+    layer = TokenShift(x.shape[2], causal=causal)
+    return layer(x, layer.init_tail(x.shape[0], device=x.device, dtype=x.dtype), **options)[0]
+
+
+@pytest.mark.parametrize("dim", [2, 6, 7])
+def test_causal_shift_takes_half_from_the_token_before(dim: int) -> None:
+    x, half = torch.randn(2, 5, dim), dim // 2
+    out = shift(x, causal=True)
+    torch.testing.assert_close(out[:, 1:, half : 2 * half], x[:, :-1, half : 2 * half])
+    assert bool((out[:, 0, half : 2 * half] == 0).all())
+    torch.testing.assert_close(out[..., :half], x[..., :half])
+    torch.testing.assert_close(out[..., 2 * half :], x[..., 2 * half :])
+
+
+@pytest.mark.parametrize("dim", [3, 6, 8])
+def test_bidirectional_shift_takes_a_third_from_each_side(dim: int) -> None:
+    x, third = torch.randn(2, 5, dim), dim // 3
+    out = shift(x, causal=False)
+    torch.testing.assert_close(out[:, :-1, :third], x[:, 1:, :third])
+    torch.testing.assert_close(out[:, 1:, 2 * third : 3 * third], x[:, :-1, 2 * third : 3 * third])
+    assert bool((out[:, -1, :third] == 0).all())
+    assert bool((out[:, 0, 2 * third : 3 * third] == 0).all())
+    torch.testing.assert_close(out[..., third : 2 * third], x[..., third : 2 * third])
+
+
+@given(n=st.integers(1, 9), cut=st.integers(0, 9), pads=st.integers(0, 4))
+def test_any_split_of_a_shifted_stream_gives_the_whole(n: int, cut: int, pads: int) -> None:
+    layer, x = TokenShift(6, causal=True), torch.randn(1, pads + n, 6)
+    mask = torch.arange(pads + n)[None] >= pads
+    start = layer.init_tail(1, device=x.device, dtype=x.dtype)
+    whole, tail = layer(x, start, mask=mask)
+    first, middle = layer(x[:, :cut], start, mask=mask[:, :cut])
+    second, end = layer(x[:, cut:], middle, mask=mask[:, cut:])
+    torch.testing.assert_close(torch.cat((first, second), 1), whole)
+    torch.testing.assert_close(end, tail)
+    torch.testing.assert_close(whole[:, pads:], layer(x[:, pads:], start)[0])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_shift_stops_at_documents(causal: bool) -> None:
+    one, two = torch.randn(1, 4, 6), torch.randn(1, 3, 6)
+    segments = torch.tensor([[0] * 4 + [1] * 3])
+    apart = torch.cat([shift(x, causal=causal) for x in (one, two)], 1)
+    torch.testing.assert_close(shift(torch.cat((one, two), 1), causal=causal, segments=segments), apart)
+
+
+def test_a_shift_needs_channels() -> None:
+    with pytest.raises(ValueError, match="dim of at least 3, got 2"):
+        TokenShift(2, causal=False)

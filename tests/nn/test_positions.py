@@ -1,24 +1,75 @@
 import pytest
 import torch
 
-from performer_lm.nn.positions import NoPositions, Rotary
+from performer_lm.nn.positions import (
+    AbsolutePositions,
+    AxialPositions,
+    LearnedPositions,
+    NoAbsolutePositions,
+    NoPositions,
+    Rotary,
+    SinusoidalPositions,
+)
 from performer_lm.ops.rotary import rotate
 
 
-def test_rotary_turns_both_by_position() -> None:
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_turns_both_by_position(interleaved: bool) -> None:
     q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
-    places = torch.arange(5)[None]
-    turned_q, turned_k = Rotary(dim_head=8, base=100.0, width=4)(q, k, places)
-    torch.testing.assert_close(turned_q, rotate(q, places, base=100.0, width=4))
-    torch.testing.assert_close(turned_k, rotate(k, places, base=100.0, width=4))
+    places, options = torch.arange(5)[None], {"base": 100.0, "width": 4, "interleaved": interleaved}
+    turned_q, turned_k = Rotary(dim_head=8, **options)(q, k, places)
+    torch.testing.assert_close(turned_q, rotate(q, places, **options))
+    torch.testing.assert_close(turned_k, rotate(k, places, **options))
 
 
-def test_no_positions_changes_nothing() -> None:
-    q, k = torch.randn(2, 1, 2, 3, 4)
-    assert NoPositions(dim_head=4)(q, k, torch.arange(3)[None]) == (q, k)
+def test_no_positions_change_nothing() -> None:
+    q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
+    assert NoPositions(dim_head=8)(q, k, torch.arange(5)[None]) == (q, k)
+    assert NoAbsolutePositions(8)(q, torch.arange(5)[None]) is q
 
 
-@pytest.mark.parametrize("arguments", [{"dim_head": 7}, {"dim_head": 8, "width": 3}, {"dim_head": 8, "width": 10}])
-def test_odd_or_large_width_is_refused(arguments: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="rotary width must be even"):
-        Rotary(**arguments)
+@pytest.mark.parametrize("options", [{"width": 3}, {"width": 10}, {"width": 0}, {"base": 0.0}])
+def test_rotations_that_cannot_be_are_refused(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"rotary (width|base) must be"):
+        Rotary(dim_head=8, **options)
+
+
+def added(scheme: AbsolutePositions, places: torch.Tensor, dim: int = 6) -> torch.Tensor:
+    for parameter in scheme.parameters():
+        torch.nn.init.normal_(parameter)
+    return scheme(torch.zeros(*places.shape, dim), places).detach()
+
+
+def test_sinusoids_are_the_papers() -> None:
+    places = torch.tensor([[0, 1, 7]])
+    found = added(SinusoidalPositions(6), places)
+    for pair in range(3):
+        angle = places / 10_000.0 ** (2 * pair / 6)
+        torch.testing.assert_close(found[..., pair], angle.sin())
+        torch.testing.assert_close(found[..., pair + 3], angle.cos())
+
+
+def test_a_place_has_its_vector_wherever_its_token_lies() -> None:
+    for scheme in (LearnedPositions(6, max_len=12), AxialPositions(6, shape=[3, 4])):
+        found = added(scheme, torch.arange(12)[None])
+        assert len(found[0].unique(dim=0)) == 12
+        shuffled = torch.tensor([[4, 0, 11, -1], [7, 7, 1, 2]])
+        torch.testing.assert_close(
+            scheme(torch.zeros(2, 4, 6), shuffled)[shuffled >= 0], found[0, shuffled[shuffled >= 0]]
+        )
+        assert scheme.max_len == 12
+
+
+def test_axial_places_are_a_row_and_a_column() -> None:
+    scheme = AxialPositions(6, shape=[3, 4])
+    found = added(scheme, torch.arange(12)[None])[0]
+    torch.testing.assert_close(found.reshape(3, 4, 6), (scheme.rows[:, None] + scheme.columns[None]).detach())
+
+
+def test_sizes_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="even dim, got 5"):
+        SinusoidalPositions(5)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        LearnedPositions(4, max_len=0)
+    with pytest.raises(ValueError, match=r"two sizes, \[rows, columns\], got \[3, 0\]"):
+        AxialPositions(4, shape=[3, 0])

@@ -51,3 +51,12 @@ def test_positions_may_differ_by_row() -> None:
 def test_bad_width_is_refused(width: int) -> None:
     with pytest.raises(ValueError, match="rotary width"):
         rotate(torch.randn(1, 1, 2, 8), torch.arange(2), width=width)
+
+
+@pytest.mark.parametrize("width", [4, 8])
+def test_the_interleaved_layout_pairs_neighbours(width: int) -> None:
+    x = torch.randn(2, 3, 6, 8)
+    to_halves = torch.cat([torch.arange(0, width, 2), torch.arange(1, width, 2), torch.arange(width, 8)])
+    interleaved = rotate(x, torch.arange(6), width=width, interleaved=True)
+    half = rotate(x[..., to_halves], torch.arange(6), width=width)
+    torch.testing.assert_close(interleaved[..., to_halves], half)

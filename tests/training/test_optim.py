@@ -26,7 +26,7 @@ def test_parameters_stand_in_one_group_each(lively_model: Callable[..., Performe
     assert names(model, matrices, outputs, rest) == {name for name, _ in model.named_parameters()}
     assert sum(len(group["params"]) for group in (matrices, outputs, rest)) == len(list(model.parameters()))
     assert names(model, outputs) == {"head.weight"}
-    assert "layers.0.attention.project_in.weight" in names(model, matrices)
+    assert "performer.layers.0.attention.body.project_in.weight" in names(model, matrices)
     for word in ("norm.gain", "convolution.weight", "project.bias", "embedding.weight"):
         assert any(name.endswith(word) for name in names(model, rest))
         assert not any(name.endswith(word) for name in names(model, matrices, outputs))

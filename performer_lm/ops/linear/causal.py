@@ -102,7 +102,8 @@ class CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, grad_sums: Tensor, _: Tensor) -> tuple[Any, ...]:
         """Walk the blocks from the end."""
         count, blocks = len(ctx.needs_input_grad) - 2, len(ctx.dense)
-        leaves, (out, mass, *kept) = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        saved = ctx.saved_tensors  # asked for once, as checkpointing wants it
+        leaves, (out, mass, *kept) = saved[:count], saved[count:]
         inputs, tensors = Inputs(*leaves[:7]), leaves[9:]
         maps, wanted = ctx.maps.with_tensors(tensors), any(ctx.needs_input_grad[-len(tensors) :])
         found = _room_for_gradients(inputs)

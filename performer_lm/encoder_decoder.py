@@ -1,0 +1,116 @@
+"""The encoder-decoder: a bidirectional stack reads a source, a causal one writes a target while looking at it.
+
+Letters: `b` batch, `n` tokens of the target, `j` tokens of the source.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from performer_lm.model import initialise_vocabulary
+from performer_lm.nn.problems import Problems
+from performer_lm.performer import Performer, PerformerState
+
+
+class PerformerEncoderDecoder(nn.Module):
+    """Predict a target from a source: `encoder` bidirectional, `decoder` causal with cross-attention.
+
+    Decoding reads the source once; what the decoder's layers keep of it belongs to the state, which for FAVOR has one
+    size for any source.
+
+    Args:
+        vocab_size: number of token ids of the target, and of the source unless `source_vocab_size` is given.
+        dim: width of both streams.
+        encoder: factory of the encoder, called with dim; bidirectional.
+        decoder: factory of the decoder, called with dim; causal, with cross-attention.
+        source_vocab_size: number of the source's token ids, with an embedding of its own; None shares the target's.
+        tie_embeddings: whether the output layer shares the target embedding's weight.
+        head_bias: whether the output layer has a bias.
+        start_id: the id that a target starts with; None takes the last, which ends documents.
+
+    Raises:
+        ValueError: for sizes or options that do not fit together; all that is wrong, a line each.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        dim: int,
+        encoder: Callable[..., Performer],
+        decoder: Callable[..., Performer],
+        source_vocab_size: int | None = None,
+        tie_embeddings: bool = False,
+        head_bias: bool = False,
+        start_id: int | None = None,
+    ) -> None:
+        super().__init__()
+        problems = Problems()
+        problems.unless(vocab_size >= 1, f"vocab_size must be at least 1, got {vocab_size}")
+        self.start_id = vocab_size - 1 if start_id is None else start_id
+        problems.unless(
+            0 <= self.start_id < vocab_size, f"start_id must be within 0..{vocab_size - 1}, got {self.start_id}"
+        )
+        with problems.gathered():
+            self.encoder = encoder(dim=dim)
+            problems.unless(not self.encoder.causal, "the encoder must be bidirectional: set encoder.causal to false")
+            problems.unless(
+                not self.encoder.cross_attend, "the encoder has nothing to look at: set encoder.cross_attend to false"
+            )
+        with problems.gathered():
+            self.decoder = decoder(dim=dim)
+            problems.unless(self.decoder.causal, "the decoder must be causal: set decoder.causal to true")
+            problems.unless(
+                self.decoder.cross_attend, "the decoder would never see the source: set decoder.cross_attend to true"
+            )
+        problems.raise_any()
+        self.embedding = nn.Embedding(vocab_size, dim)
+        self.source_embedding = self.embedding
+        if source_vocab_size is not None:
+            self.source_embedding = nn.Embedding(source_vocab_size, dim)
+            nn.init.normal_(self.source_embedding.weight)
+        self.head = nn.Linear(dim, vocab_size, bias=head_bias)
+        if tie_embeddings:
+            self.head.weight = self.embedding.weight
+        initialise_vocabulary(self.embedding, self.head)
+
+    def forward(
+        self, source: Tensor, target: Tensor, *, mask: Tensor | None = None, source_mask: Tensor | None = None
+    ) -> Tensor:
+        """Predict the target's next tokens: ids `(b, j)` and `(b, n)` to logits `(b, n, vocab)`.
+
+        Args:
+            source: `(b, j)` ids.
+            target: `(b, n)` ids, from `start_id` on.
+            mask: `(b, n)` bool, False at the target's padding.
+            source_mask: `(b, j)` bool, False at the source's.
+        """
+        return self.head(self.hidden(source, target, mask=mask, source_mask=source_mask))
+
+    def hidden(
+        self, source: Tensor, target: Tensor, *, mask: Tensor | None = None, source_mask: Tensor | None = None
+    ) -> Tensor:
+        """Return what the output layer reads, `(b, n, dim)`."""
+        context = self.encode(source, mask=source_mask)
+        return self.decoder(self.embedding(target), mask=mask, context=context, context_mask=source_mask)
+
+    def encode(self, source: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """Read the source: ids `(b, j)` to vectors `(b, j, dim)`."""
+        return self.encoder(self.source_embedding(source), mask=mask)
+
+    def init_state(self, source: Tensor, *, mask: Tensor | None = None, max_len: int = 0) -> PerformerState:
+        """Read a source `(b, j)` and return the state of targets before any token."""
+        context = self.encode(source, mask=mask)
+        return self.decoder.init_state(source.shape[0], max_len=max_len, context=context, context_mask=mask)
+
+    def extend(
+        self, tokens: Tensor, state: PerformerState, *, mask: Tensor | None = None, last_only: bool = False
+    ) -> tuple[Tensor, PerformerState]:
+        """Append tokens to the targets, as `PerformerLM.extend` does."""
+        x, state = self.decoder.extend(self.embedding(tokens), state, mask=mask)
+        return self.head(x[:, -1:] if last_only else x), state
+
+    def redraw(self, step: int) -> None:
+        """Set every random projection to that of optimizer step `step`; call it between steps only."""
+        self.encoder.redraw(step)
+        self.decoder.redraw(step)

@@ -1,0 +1,132 @@
+"""Reversible layers: a backward that recovers every branch's input from the outputs, so none has to be kept.
+
+With streams (a, b) a branch f gives (a', b') = (b, a + f(b)); so b = a', and a = b' - f(a'), where f(a') is computed
+anew with the random numbers and the autocast of its forward. Those belong to the call, not to the module: several
+forwards may come before one backward, in training or in evaluation mode. Parameters and the context are inputs of the
+autograd node, so that their gradients arrive once, as hooks of data-parallel wrappers expect.
+
+Letters: `b` batch, `n` tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from performer_lm.nn.branch import Branch
+from performer_lm.nn.layout import Layout
+
+
+@torch.compiler.disable  # a compiled model calls this as it is
+def run_reversible(branches: Sequence[Branch], x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Run both streams, started as x `(b, n, dim)`, through the branches."""
+    vectors = None if layout.context is None else layout.context.vectors
+    parameters = [p for branch in branches for p in branch.parameters() if p.requires_grad]
+    wanted = any(t.requires_grad for t in (x, *([] if vectors is None else [vectors]), *parameters))
+    if torch.is_grad_enabled() and wanted:
+        return _Reversible.apply(branches, layout, x, vectors, *parameters)
+    a, b = x, x
+    for branch in branches:
+        a, b = b, a + branch(b, layout)
+    return a, b
+
+
+class _Reversible(torch.autograd.Function):
+    """`apply(branches, layout, x, context vectors, *trainable parameters of the branches in order)`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, branches: Sequence[Branch], layout: Layout, x: Tensor, vectors: Tensor | None, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.branches, ctx.layout, ctx.surroundings = branches, layout, []
+        a, b = x, x
+        for branch in branches:
+            ctx.surroundings.append(_Surroundings.now(branch, b))
+            a, b = b, a + branch(b, layout)
+        ctx.save_for_backward(a, b, vectors)
+        return a, b
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_a: Tensor, grad_b: Tensor) -> tuple[Any, ...]:
+        a, b, vectors = ctx.saved_tensors
+        grad_vectors = None if vectors is None else torch.zeros_like(vectors)
+        grads: list[Tensor | None] = []
+        for branch, surroundings in zip(reversed(ctx.branches), reversed(ctx.surroundings), strict=True):
+            with surroundings.restored():
+                given, pulled = _pull(branch, a, vectors, ctx.layout, grad_b)
+            a, b = b - given, a
+            grad_a, grad_b = grad_b, grad_a + pulled.x
+            if grad_vectors is not None and pulled.vectors is not None:
+                grad_vectors += pulled.vectors
+            grads = [*pulled.parameters, *grads]
+        return None, None, grad_a + grad_b, grad_vectors, *grads
+
+
+class _Pulled(NamedTuple):
+    """Gradients at what a branch was given."""
+
+    x: Tensor
+    vectors: Tensor | None
+    parameters: Sequence[Tensor | None]
+
+
+def _pull(branch: Branch, x: Tensor, vectors: Tensor | None, layout: Layout, grad: Tensor) -> tuple[Tensor, _Pulled]:
+    """Compute a branch anew, and pull the gradient at what it gave back through it."""
+    x = x.detach().requires_grad_()
+    leaves: list[Tensor] = [x, *(p for p in branch.parameters() if p.requires_grad)]
+    if vectors is not None and layout.context is not None:
+        vectors = vectors.detach().requires_grad_()
+        leaves.append(vectors)
+        layout = layout._replace(context=layout.context._replace(vectors=vectors))
+    with torch.enable_grad():
+        given = branch(x, layout)
+    found = list(torch.autograd.grad(given, leaves, grad.to(given.dtype), allow_unused=True))
+    grad_vectors = found.pop() if vectors is not None else None
+    grad_x, *grad_parameters = found
+    assert grad_x is not None, "a branch that ignores its input"
+    return given.detach(), _Pulled(grad_x, grad_vectors, grad_parameters)
+
+
+class _Surroundings(NamedTuple):
+    """What a branch's forward depends on beside its inputs: autocast and, in training, the random generators."""
+
+    autocasts: list[dict[str, Any]]
+    device: str
+    host_random: Tensor | None
+    device_random: tuple[list[int], list[Tensor]]
+
+    @classmethod
+    def now(cls, branch: Branch, x: Tensor) -> "_Surroundings":
+        """Record them for a branch that is about to be given x."""
+        device = x.device.type
+        kinds = [kind for kind in dict.fromkeys(("cpu", device)) if torch.amp.is_autocast_available(kind)]
+        autocasts = [
+            {
+                "device_type": kind,
+                "dtype": torch.get_autocast_dtype(kind),
+                "enabled": torch.is_autocast_enabled(kind),
+                "cache_enabled": torch.is_autocast_cache_enabled(),
+            }
+            for kind in kinds
+        ]
+        if not branch.training:
+            return cls(autocasts, device, None, ([], []))
+        return cls(autocasts, device, torch.get_rng_state(), get_device_states(x))
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Put all of it back as it was, for a while."""
+        with ExitStack() as stack:
+            if self.host_random is not None:
+                devices, states = self.device_random
+                stack.enter_context(torch.random.fork_rng(devices, device_type=self.device if devices else None))
+                torch.set_rng_state(self.host_random)
+                set_device_states(devices, states, device_type=self.device)
+            for autocast in self.autocasts:
+                stack.enter_context(torch.autocast(**autocast))
+            yield

@@ -1,0 +1,273 @@
+"""The stack of layers: vectors to vectors, causal or bidirectional, perhaps looking at another sequence.
+
+Letters: `b` batch, `n` tokens, `j` tokens of the context.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from performer_lm.attention.base import Attention, AttentionFactory
+from performer_lm.attention.split import SplitAttention
+from performer_lm.nn.attention import CrossAttention, MultiHeadAttention
+from performer_lm.nn.branch import Body, Branch, BranchState
+from performer_lm.nn.initial import initialise
+from performer_lm.nn.layout import Context, Layout, find_places
+from performer_lm.nn.mixing import TokenShift
+from performer_lm.nn.positions import AbsolutePositions, NoAbsolutePositions, Positions
+from performer_lm.nn.problems import Problems
+from performer_lm.nn.residual import Plain, Recomputed, Residual, Reversible
+
+
+class PerformerState(NamedTuple):
+    """What a decoding stack carries from token to token."""
+
+    length: Tensor  # (b,): tokens seen so far, pads not counted
+    branches: tuple[BranchState, ...]
+
+
+class Performer(nn.Module):
+    """Layers of attention and feed-forward over `(b, n, dim)`, whose heads run any attention backend.
+
+    Args:
+        dim: width of the residual stream.
+        depth: number of layers.
+        heads: query heads per layer.
+        attn: factory of the attention backend, called per layer.
+        positions: factory of the position scheme of q and k.
+        feed_forward: factory of the feed-forward layer, called with dim.
+        norm: factory of the norms before each branch, called with dim.
+        final_norm: factory of the norm after the last layer; None for that of the branches.
+        causal: whether a token sees only itself and those before it.
+        cross_attend: whether each layer also attends to a context.
+        dim_head: width of a head; None for dim / heads.
+        key_heads: key and value heads per layer, a divisor of heads; None for as many as heads.
+        local: factory of the local heads' backend; needed where `local_heads` asks for some.
+        local_heads: how many of each layer's heads see a local window only: one number, or one per layer.
+        convolution: taps of the short causal convolution on q, k, v; 0 for none.
+        decay: whether heads fade their keys by a data-dependent `log_decay`; causal only.
+        gate: whether each head's output is normalised and gated.
+        token_shift: whether part of each branch's input channels is the neighbours' (not for cross-attention).
+        qk_norm: bound of the learned temperature of normalised queries and keys; None leaves them as they are.
+        qkv_bias: whether the projections to q, k, v have biases.
+        out_bias: whether the projections of the heads' outputs have biases.
+        absolute: factory of positions added to the input, called with dim; None adds none.
+        rezero: whether each branch is weighed by a learned gate that starts at 0, in place of norms.
+        reversible: run two streams, whose backward recovers inputs from outputs: memory constant in depth.
+        recompute: compute each branch anew in the backward: memory of one vector per token and branch.
+        dropout: share dropped of the input and of what each branch adds.
+        embedding_dropout: of the input alone, in place of `dropout`.
+        attention_dropout: of what attention adds, in place of `dropout`.
+
+    Raises:
+        ValueError: for sizes or options that do not fit together; all that is wrong, a line each.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        depth: int,
+        heads: int,
+        attn: AttentionFactory,
+        positions: Callable[..., Positions],
+        feed_forward: Callable[..., Body],
+        norm: Callable[..., nn.Module],
+        final_norm: Callable[..., nn.Module] | None = None,
+        causal: bool = True,
+        cross_attend: bool = False,
+        dim_head: int | None = None,
+        key_heads: int | None = None,
+        local: AttentionFactory | None = None,
+        local_heads: int | list[int] = 0,
+        convolution: int = 0,
+        decay: bool = False,
+        gate: bool = False,
+        token_shift: bool = False,
+        qk_norm: float | None = None,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        absolute: Callable[..., AbsolutePositions] | None = None,
+        rezero: bool = False,
+        reversible: bool = False,
+        recompute: bool = False,
+        dropout: float = 0.0,
+        embedding_dropout: float | None = None,
+        attention_dropout: float | None = None,
+    ) -> None:
+        super().__init__()
+        problems = Problems()
+        dim_head = _check_sizes(problems, dim=dim, depth=depth, heads=heads, dim_head=dim_head)
+        _check_order(problems, causal=causal, decay=decay, convolution=convolution)
+        problems.unless(not (reversible and recompute), "reversible already recomputes: set recompute to false")
+        with problems.gathered():
+            is_normed = any(True for _ in norm(dim).parameters())
+            problems.unless(not (rezero and is_normed), "rezero stands in the place of norms: set norm to none")
+        locals_each = [local_heads] * depth if isinstance(local_heads, int) else list(local_heads)
+        problems.unless(
+            len(locals_each) == depth, f"local_heads must be one number or one per layer ({depth}), got {locals_each}"
+        )
+        shared: dict[str, Any] = {
+            "dim": dim,
+            "heads": heads,
+            "dim_head": dim_head,
+            "key_heads": heads if key_heads is None else key_heads,
+            "gate": gate,
+            "qk_norm": qk_norm,
+            "qkv_bias": qkv_bias,
+            "out_bias": out_bias,
+        }
+        mixing: dict[str, Any] = {"positions": positions, "convolution": convolution, "decay": decay}
+        branch = partial(Branch, dim, norm=norm, rezero=rezero)
+        shift = partial(TokenShift, dim, causal=causal) if token_shift else _no_shift
+        attention_dropout = dropout if attention_dropout is None else attention_dropout
+
+        self.dropout = nn.Dropout(dropout if embedding_dropout is None else embedding_dropout)
+        self.layers = nn.ModuleList()
+        for layer, own_local in enumerate(locals_each):
+            parts = nn.ModuleDict()
+            with problems.gathered():
+                backend = _with_local_heads(attn, local, heads=heads, local_heads=own_local)
+                attention = MultiHeadAttention(**shared, **mixing, attn=backend, layer=layer, causal=causal)
+                parts["attention"] = branch(body=attention, shift=shift(), dropout=attention_dropout)
+            if cross_attend:
+                with problems.gathered():
+                    cross = CrossAttention(**shared, attn=attn, layer=depth + layer)  # with projections of its own
+                    parts["cross_attention"] = branch(body=cross, dropout=attention_dropout)
+            with problems.gathered():
+                parts["feed_forward"] = branch(body=feed_forward(dim), shift=shift(), dropout=dropout)
+            self.layers.append(parts)
+        with problems.gathered():
+            self.absolute = NoAbsolutePositions(dim) if absolute is None else absolute(dim)
+            self.norm = (final_norm or norm)(dim)
+        problems.raise_any()
+        self.dim, self.causal, self.cross_attend = dim, causal, cross_attend
+        self.residual: Residual = Reversible() if reversible else Recomputed() if recompute else Plain()
+        initialise(self)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        segments: Tensor | None = None,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Map whole sequences `(b, n, dim)` to `(b, n, dim)`, after the final norm.
+
+        Args:
+            x: `(b, n, dim)`.
+            mask: `(b, n)` bool, False at padding.
+            segments: `(b, n)` ids of packed documents, which do not see one another.
+            context: `(b, j, dim)`, what cross-attention looks at; given exactly where the stack has it.
+            context_mask: `(b, j)` bool, False at padding of the context.
+
+        Raises:
+            ValueError: for a context missing or without use, or more tokens than learned positions.
+        """
+        if self.max_len is not None and x.shape[1] > self.max_len:
+            raise ValueError(f"{x.shape[1]} tokens are more than the {self.max_len} learned positions")
+        if segments is not None and self.cross_attend:
+            raise ValueError("segments: packed documents have one context for all; give each a row of its own")
+        layout = Layout(find_places(x, mask, segments), mask, segments, self._context(context, context_mask))
+        x = self.dropout(self.absolute(x, layout.places))
+        return self.norm(self.residual.run(self.branches, x, layout))
+
+    def init_state(
+        self, batch: int, *, max_len: int = 0, context: Tensor | None = None, context_mask: Tensor | None = None
+    ) -> PerformerState:
+        """Return the state of `batch` streams before any token, with what is to be kept of the context.
+
+        `max_len` sizes caches and is no limit.
+
+        Raises:
+            ValueError: for a bidirectional stack, or a context missing or without use.
+        """
+        if not self.causal:
+            raise ValueError("a bidirectional model (causal=False) does not decode token by token")
+        weight = next(self.parameters())
+        found = self._context(context, context_mask)
+        states = [
+            branch.init_state(batch, max_len=max_len, device=weight.device, dtype=weight.dtype, context=found)
+            for branch in self.branches
+        ]
+        return PerformerState(torch.zeros(batch, device=weight.device, dtype=torch.int64), tuple(states))
+
+    def extend(self, x: Tensor, state: PerformerState, *, mask: Tensor | None = None) -> tuple[Tensor, PerformerState]:
+        """Append tokens `(b, n, dim)` to the streams: `(b, n, dim)` and the next state.
+
+        Any split of a sequence gives what `forward` gives for the whole. May consume `state`. `mask` `(b, n)` is False
+        at the padding that stands left of shorter prompts.
+        """
+        layout = Layout(state.length[:, None] + find_places(x, mask, None), mask)
+        streams = self.residual.open(self.absolute(x, layout.places))
+        states = []
+        for branch, branch_state in zip(self.branches, state.branches, strict=True):
+            given, branch_state = branch.extend(streams[-1], branch_state, layout)
+            streams = self.residual.add(streams, given)
+            states.append(branch_state)
+        length = state.length + (x.shape[1] if mask is None else mask.sum(1))
+        return self.norm(self.residual.close(streams)), PerformerState(length, tuple(states))
+
+    def redraw(self, step: int) -> None:
+        """Set every random projection to that of optimizer step `step`; call it between steps only."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.redraw(step)
+
+    @property
+    def max_len(self) -> int | None:
+        """Return how many places there are, None where there is no end."""
+        return self.absolute.max_len
+
+    @property
+    def branches(self) -> list[Branch]:
+        """Return the branches of all layers, in the order they run."""
+        return [cast(Branch, branch) for parts in self.layers for branch in cast(nn.ModuleDict, parts).values()]
+
+    def _context(self, vectors: Tensor | None, mask: Tensor | None) -> Context | None:
+        if self.cross_attend and vectors is None:
+            raise ValueError("a model with cross-attention needs a context: pass context=, the sequence to look at")
+        if not self.cross_attend and vectors is not None:
+            raise ValueError("a context was given, but the model has no cross-attention (cross_attend=True)")
+        return None if vectors is None else Context(vectors, mask)
+
+
+def _check_sizes(problems: Problems, *, dim: int, depth: int, heads: int, dim_head: int | None) -> int:
+    """Return the width of a head; sizes below 1 are raised at once, as nothing can be built with them."""
+    for name, size in {"dim": dim, "depth": depth, "heads": heads}.items():
+        problems.unless(size >= 1, f"{name} must be at least 1, got {size}")
+    problems.unless(dim_head is None or dim_head >= 1, f"dim_head must be at least 1, got {dim_head}")
+    problems.raise_any()
+    if dim_head is None:
+        problems.unless(dim % heads == 0, f"dim ({dim}) must be a multiple of heads ({heads}), or give dim_head")
+    return max(1, dim // heads) if dim_head is None else dim_head
+
+
+def _check_order(problems: Problems, *, causal: bool, decay: bool, convolution: int) -> None:
+    if not causal:
+        problems.unless(not decay, "decay needs a causal model: without an order keys have no age; set decay to false")
+        problems.unless(
+            not convolution, "convolution needs a causal model: set convolution to 0 (token_shift looks both ways)"
+        )
+
+
+def _no_shift() -> None:
+    return None
+
+
+def _with_local_heads(
+    attn: AttentionFactory, local: AttentionFactory | None, *, heads: int, local_heads: int
+) -> AttentionFactory:
+    """Return the factory of one layer's backend: all global, all local, or split between the two."""
+    if not 0 <= local_heads <= heads:
+        raise ValueError(f"local_heads must be within 0..{heads} (heads), got {local_heads}")
+    if not local_heads:
+        return attn
+    if local is None:
+        raise ValueError(f"local_heads ({local_heads}) needs `local`, the factory of a local backend")
+    return local if local_heads == heads else partial(SplitAttention, attn=attn, local=local, local_heads=local_heads)
