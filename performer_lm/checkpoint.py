@@ -31,11 +31,16 @@ BUILDABLE = (
     "performer_lm.nn.",
     "performer_lm.attention.",
 )
+AVERAGES = "averages"  # key of a checkpoint: running averages of the model's parameters by name
 BACKEND = ".backend."  # keys of what a backend owns: it may change between saving and opening
 
 
 class Checkpoint(NamedTuple):
-    """A file as read: the project's own section, the weights, and all the trainer keeps."""
+    """A file as read: the project's own section, the weights, and all the trainer keeps.
+
+    The weights are for use: where training kept a running average of them, that. `content` has those that training
+    goes on from.
+    """
 
     path: Path
     section: dict[str, Any]
@@ -146,7 +151,7 @@ def read(path: Path) -> Checkpoint:
     if section.get("format") != FORMAT:
         raise ValueError(f"{path} has checkpoint format {section.get('format')!r}; this version reads format {FORMAT}")
     weights = {name.removeprefix("model."): value for name, value in content["state_dict"].items()}
-    return Checkpoint(path, section, weights, content)
+    return Checkpoint(path, section, weights | content.get(AVERAGES, {}), content)
 
 
 def open_model(checkpoint: Checkpoint, *, attn: Mapping[str, Any] | None = None) -> tuple[PerformerLM, Tokenizer]:

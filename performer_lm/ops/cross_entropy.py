@@ -15,18 +15,25 @@ from performer_lm.ops.softmax import no_autocast, sum_dtype
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_size: int, ignore_index: int = -100
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    chunk_size: int,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
 ) -> Tensor:
-    """Return -log softmax(hidden weight^T)[target] of every position, in O(chunk_size vocab) memory.
+    """Return -log softmax(hidden weight^T + bias)[target] of every position, in O(chunk_size vocab) memory.
 
-    Products are computed in the inputs' dtype, or autocast's; softmax, losses and the sum of the weight's gradient
-    over blocks in float32 or wider.
+    Products are computed in the inputs' dtype, or autocast's; softmax, losses and the sums of gradients over blocks in
+    float32 or wider.
 
     Args:
         hidden: `(..., dim)`.
         weight: `(vocab, dim)`, the output layer's.
         targets: `(...)` ids.
         chunk_size: positions whose logits are held at once.
+        bias: `(vocab,)`, added to the logits.
         ignore_index: the target of positions that do not count: their loss and gradient are zero.
 
     Returns:
@@ -53,8 +60,8 @@ def linear_cross_entropy(
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    nats = _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), chunk_size, ignore_index, dtype)
-    return nats.reshape(targets.shape)
+    flat = hidden.flatten(0, -2), weight, bias, targets.flatten()
+    return _LinearCrossEntropy.apply(*flat, chunk_size, ignore_index, dtype).reshape(targets.shape)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -65,6 +72,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
+        bias: Tensor | None,
         targets: Tensor,
         chunk_size: int,
         ignore_index: int,
@@ -74,40 +82,49 @@ class _LinearCrossEntropy(torch.autograd.Function):
         nats, log_totals = [], []
         with no_autocast(hidden.device):
             for x, target in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
-                logits = _logits(x, columns)
+                logits = _logits(x, columns, bias)
                 log_total = logits.logsumexp(-1)
                 counts = target != ignore_index
                 chosen = logits.gather(-1, torch.where(counts, target, 0)[:, None])[:, 0]
                 nats.append(torch.where(counts, log_total - chosen, 0.0))
                 log_totals.append(log_total)
-        ctx.save_for_backward(hidden, weight, targets, torch.cat(log_totals))
+        ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(log_totals))
         ctx.chunk_size, ctx.ignore_index, ctx.dtype = chunk_size, ignore_index, dtype
         return torch.cat(nats)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, log_totals = ctx.saved_tensors
+        hidden, weight, bias, targets, log_totals = ctx.saved_tensors
         rows = weight.to(ctx.dtype)
         counts = targets != ctx.ignore_index
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=grad.dtype) if ctx.needs_input_grad[2] else None
         with no_autocast(hidden.device):
             for start in range(0, len(hidden), ctx.chunk_size):
                 part = slice(start, start + ctx.chunk_size)
                 x = hidden[part]
-                shares = _logits(x, rows.mT).sub_(log_totals[part, None]).exp_()
+                shares = _logits(x, rows.mT, bias).sub_(log_totals[part, None]).exp_()
                 target = torch.where(counts[part], targets[part], 0)[:, None]
                 shares.scatter_add_(-1, target, shares.new_full((), -1.0).expand_as(target))
-                shares = shares.mul_(torch.where(counts[part], grad[part], 0.0)[:, None]).to(ctx.dtype)
+                shares.mul_(torch.where(counts[part], grad[part], 0.0)[:, None])
+                if grad_bias is not None:
+                    grad_bias += shares.sum(0)
+                shares = shares.to(ctx.dtype)
                 if grad_hidden is not None:
                     grad_hidden[part] = shares @ rows
                 if grad_weight is not None:
                     grad_weight += shares.mT @ x.to(ctx.dtype)
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
+        grad_weight, grad_bias = (
+            None if found is None else found.to(like.dtype)
+            for found, like in ((grad_weight, weight), (grad_bias, bias))
+        )
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
-def _logits(x: Tensor, columns: Tensor) -> Tensor:
-    """Return x `(c, dim)` times columns `(dim, vocab)`, widened for sums."""
+def _logits(x: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x `(c, dim)` times columns `(dim, vocab)`, widened for sums, with the bias `(vocab,)`."""
     logits = x.to(columns.dtype) @ columns
-    return logits.to(sum_dtype(logits))
+    logits = logits.to(sum_dtype(logits))
+    return logits if bias is None else logits.add_(bias)

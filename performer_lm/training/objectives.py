@@ -94,8 +94,10 @@ def token_losses(
     """
     chunk_size = chunk_size or choose_chunk_size(targets.numel(), vocab_size=model.head.out_features)
     if chunk_size < targets.numel():
-        hidden = model.hidden(tokens, segments=segments)
-        return linear_cross_entropy(hidden, model.head.weight, targets, chunk_size=chunk_size, ignore_index=IGNORE)
+        hidden, head = model.hidden(tokens, segments=segments), model.head
+        return linear_cross_entropy(
+            hidden, head.weight, targets, chunk_size=chunk_size, bias=head.bias, ignore_index=IGNORE
+        )
     logits = rearrange(model(tokens, segments=segments), "b n vocab -> (b n) vocab")
     logits = logits.to(sum_dtype(logits))
     losses = F.cross_entropy(logits, targets.reshape(-1), ignore_index=IGNORE, reduction="none")

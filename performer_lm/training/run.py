@@ -30,10 +30,12 @@ from performer_lm.attention.local import LocalAttention
 from performer_lm.checkpoint import Checkpoint
 from performer_lm.data.module import TextData
 from performer_lm.model import PerformerLM
+from performer_lm.training.callbacks.base import RunCallback, Surroundings
 from performer_lm.training.callbacks.ending import FinalValidation, StopOnSignal
+from performer_lm.training.callbacks.guard import NonFiniteGuard
+from performer_lm.training.callbacks.learning_rates import LearningRates
 from performer_lm.training.callbacks.progress import ProgressReport
 from performer_lm.training.callbacks.redraw import Redraw
-from performer_lm.training.callbacks.samples import Samples
 from performer_lm.training.callbacks.saving import checkpoints
 from performer_lm.training.callbacks.throughput import Throughput
 from performer_lm.training.loggers import MetricsLogger
@@ -107,7 +109,7 @@ class Run:
         best = float(cast(ModelCheckpoint, self.trainer.checkpoint_callbacks[0]).best_model_score or math.nan)
         summary: dict[str, Any] = {
             "steps": steps,
-            "tokens": steps * self.throughput.tokens_per_step,
+            "tokens": steps * self.throughput.run.tokens_per_step,
             "tokens_per_second": round(self.throughput.tokens_per_second, 1),
             "best_val_bpb": best,
             "last_val_bpb": float(self.trainer.callback_metrics["val/bpb"]),
@@ -142,14 +144,17 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
     _check_model(model_section, context=cfg.data.context)
 
     data: TextData = instantiate(cfg.data)
-    throughput = Throughput(tokens_per_step=cfg.data.batch_size * cfg.data.context, every=cfg.trainer.log_every)
+    throughput = Throughput()
     stop = StopOnSignal(path=folder / "checkpoints" / "last.ckpt")
-    own: list[Callback] = list(instantiate(cfg.callbacks).values()) if cfg.callbacks else []
+    chosen = instantiate(cfg.callbacks).values() if cfg.callbacks else ()
+    own: list[Callback] = [callback for callback in chosen if callback is not None]  # None: switched off
     callbacks = [
         Redraw(),
+        NonFiniteGuard(),
         FinalValidation(),
         throughput,
-        ProgressReport(console=console, every=cfg.trainer.log_every),
+        LearningRates(),
+        ProgressReport(),
         *own,
         *checkpoints(folder / "checkpoints"),
         stop,
@@ -162,9 +167,16 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
     data.share(trainer)
 
     data.prepare()
-    for callback in own:
-        if isinstance(callback, Samples):
-            callback.tokenizer, callback.path = data.tokenizer, folder / "samples.txt"
+    surroundings = Surroundings(
+        folder=folder,
+        console=console,
+        tokenizer=data.tokenizer,
+        tokens_per_step=cfg.data.batch_size * cfg.data.context,
+        log_every=cfg.trainer.log_every,
+    )
+    for callback in callbacks:
+        if isinstance(callback, RunCallback):  # a config may add Lightning's own
+            callback.join(surroundings)
     model_section["vocab_size"] = data.tokenizer.vocab_size
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     model: PerformerLM = checkpoint.build(model_section)

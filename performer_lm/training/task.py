@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import SumMetric
 
 from performer_lm.data.windows import IGNORE
 from performer_lm.model import PerformerLM
+from performer_lm.training.callbacks.base import RunCallback
 from performer_lm.training.objectives import Objective
 from performer_lm.training.optim import parameter_groups
 
@@ -59,9 +62,19 @@ class LanguageModelTask(LightningModule):
         self.separator = separator
         self.register_buffer("byte_lengths", byte_lengths, persistent=False)
         self.register_buffer("_seen", torch.zeros(2), persistent=False)  # nats and predictions of this step so far
+        self._measured = (model,)  # a tuple, for a module would become a part of this one
         self.nats = SumMetric()
         self.tokens = SumMetric()
         self.bytes = SumMetric()
+
+    @property
+    def measured(self) -> PerformerLM:
+        """The model that validation and samples run: the one that trains, or what `measure` was given."""
+        return self._measured[0]
+
+    def measure(self, model: PerformerLM) -> None:
+        """Let validation and samples run another model than the one that trains."""
+        self._measured = (model,)
 
     @property
     def step(self) -> int:
@@ -78,21 +91,24 @@ class LanguageModelTask(LightningModule):
         losses = self.objective(self.model, batch, step=self.global_step, separator=self.separator)
         self._seen += torch.stack((losses.nats.detach().sum(), (losses.targets != IGNORE).sum()))
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
-            self._log_step()
+            self._finish_loss()
         return self.objective.mean(losses)
 
-    def _log_step(self) -> None:
-        """Log nats per predicted token over the step's micro-batches and ranks, where metrics are logged."""
-        if self.logs_now:
-            nats, predicted = self.trainer.strategy.reduce(self._seen, reduce_op="sum")
-            self.log("train/loss", nats / predicted)
-            self.log("step", float(self.step))
+    def _finish_loss(self) -> None:
+        """Take nats per predicted token over the step's micro-batches and ranks; log it where metrics are logged."""
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(self._seen)  # queued on the device: the host does not wait
+        nats, predicted = self._seen
+        self._loss = nats / predicted
         self._seen = torch.zeros_like(self._seen)
+        if self.logs_now:
+            self.log("train/loss", self._loss)
+            self.log("step", float(self.step))
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Add up nats, tokens and bytes of whatever is predicted in windows `(b, n + 1)`."""
         del batch_idx
-        nats, targets = self.objective(self.model, batch, step=None, separator=self.separator)
+        nats, targets = self.objective(self.measured, batch, step=None, separator=self.separator)
         predicted = targets != IGNORE
         self.nats.update(nats.sum())
         self.tokens.update(predicted.sum())
@@ -103,6 +119,7 @@ class LanguageModelTask(LightningModule):
         nats, tokens, text = (metric.compute() for metric in (self.nats, self.tokens, self.bytes))
         for metric in (self.nats, self.tokens, self.bytes):
             metric.reset()
+        self.log("step", float(self.global_step))
         self.log("val/loss", nats / tokens)
         self.log("val/bpb", nats / (math.log(2) * text), prog_bar=True)
 
@@ -118,23 +135,21 @@ class LanguageModelTask(LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Scale all gradients down to a global norm of at most `gradient_clip_val`, and log the norm they had.
+        """Show the step's loss and gradient norm to the callbacks, then scale the gradients to `gradient_clip_val`.
 
-        Raises:
-            FloatingPointError: for a norm that is not finite, before it reaches the weights; on an accelerator, where
-                looking means waiting, only where metrics are logged anyway.
+        This is our own clipping: Lightning's refuses fused optimizers under mixed precision.
         """
-        del gradient_clip_algorithm
-        bound = math.inf if gradient_clip_val is None else gradient_clip_val
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), bound)
+        del optimizer, gradient_clip_algorithm
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of gradients that lie on several ranks
         if self.logs_now:
             self.log("train/grad_norm", norm)
-        if (norm.device.type == "cpu" or self.logs_now) and not math.isfinite(norm.item()):
-            rate = optimizer.param_groups[0]["lr"]
-            raise FloatingPointError(
-                f"the gradient norm is {norm.item()} at step {self.step} (learning rate {rate:.3g}); "
-                f"a lower optimizer.lr may help"
-            )
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, RunCallback):
+                callback.on_gradients(self.trainer, self, loss=self._loss, norm=norm)
+        if gradient_clip_val is not None:
+            clip_grads_with_norm_(parameters, gradient_clip_val, norm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what makes the file enough to rebuild model and tokenizer."""

@@ -13,8 +13,8 @@ from performer_lm.ops import linear_cross_entropy
 IGNORE = -100
 
 
-def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    logits = (hidden @ weight.mT).flatten(0, -2)
+def plain(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
+    logits = F.linear(hidden, weight, bias).flatten(0, -2)
     return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="none").reshape(targets.shape)
 
 
@@ -25,19 +25,16 @@ def inputs(*shape: int, vocab: int = 30, dim: int = 7, dtype: torch.dtype = torc
     return hidden, weight, targets
 
 
-@given(n=st.integers(1, 40), chunk_size=st.integers(1, 45))
-def test_any_chunk_gives_the_losses_and_gradients_of_the_whole(n: int, chunk_size: int) -> None:
+@given(n=st.integers(1, 40), chunk_size=st.integers(1, 45), biased=st.booleans())
+def test_any_chunk_gives_the_losses_and_gradients_of_the_whole(n: int, chunk_size: int, biased: bool) -> None:
     hidden, weight, targets = inputs(2, n)
+    bias = torch.randn(30, dtype=torch.float64).requires_grad_() if biased else None
     upstream = torch.randn(2, n, dtype=torch.float64)
-    expected = plain(hidden, weight, targets)
-    found = linear_cross_entropy(hidden, weight, targets, chunk_size=chunk_size)
-    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
-    for one, other in zip(
-        torch.autograd.grad(found, (hidden, weight), upstream),
-        torch.autograd.grad(expected, (hidden, weight), upstream),
-        strict=True,
-    ):
-        torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-10)
+    expected = plain(hidden, weight, targets, bias)
+    found = linear_cross_entropy(hidden, weight, targets, chunk_size=chunk_size, bias=bias)
+    learned = [hidden, weight, *([bias] if bias is not None else [])]
+    results = [(losses, *torch.autograd.grad(losses, learned, upstream)) for losses in (found, expected)]
+    torch.testing.assert_close(results[0], results[1], atol=1e-10, rtol=1e-10)
 
 
 def test_loud_logits_stay_finite() -> None:

@@ -43,7 +43,7 @@ def test_with_a_separator_no_token_sees_another_document(lively_model: Callable[
     assert not torch.allclose(packed, loss(ends, first, ends, second, separator=None)[:, 7:])
 
 
-@pytest.mark.parametrize("options", [[], ["model.tie_embeddings=true"]], ids=["own head", "tied"])
+@pytest.mark.parametrize("options", [[], ["model.tie_embeddings=true"], ["model.head_bias=true"]])
 @pytest.mark.parametrize("chunk_size", [1, 5, 16, 100])
 def test_chunks_change_neither_losses_nor_gradients(
     lively_model: Callable[..., Any], options: list[str], chunk_size: int

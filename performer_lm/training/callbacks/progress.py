@@ -1,20 +1,25 @@
 """What a run shows while it goes."""
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
+from lightning.pytorch import LightningModule, Trainer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from performer_lm.training.callbacks.base import RunCallback, Surroundings
+
+if TYPE_CHECKING:
+    from performer_lm.training.task import LanguageModelTask
 
 log = logging.getLogger("performer_lm")
 
 
-class ProgressReport(Callback):
+class ProgressReport(RunCallback):
     """Show a bar with loss and tokens/s on a terminal, plain lines elsewhere; a line per validation on both."""
 
-    def __init__(self, *, console: Console, every: int) -> None:
-        self.every = every  # optimizer steps between readings of the metrics
+    def join(self, run: Surroundings) -> None:
+        """Make the bar, which only a terminal that can redraw a line shows."""
+        super().join(run)
         self.bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -22,8 +27,8 @@ class ProgressReport(Callback):
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[metrics]}"),
-            console=console,
-            disable=not console.is_terminal,
+            console=run.console,
+            disable=not run.console.is_terminal or run.console.is_dumb_terminal,
         )
         self.shown = self.bar.add_task("train", metrics="", total=None)
 
@@ -32,21 +37,18 @@ class ProgressReport(Callback):
         self.bar.update(self.shown, total=trainer.max_steps, completed=trainer.global_step)
         self.bar.start()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_step_end(self, trainer: Trainer, task: "LanguageModelTask", step: int) -> None:
         """Move the bar; read the metrics, which waits for the device, only where they are logged anyway."""
-        step = trainer.global_step
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self.bar.update(self.shown, completed=step)
-            if step % self.every == 0 or step == trainer.max_steps:
-                metrics = trainer.callback_metrics
-                speed = metrics.get("train/tokens_per_second")
-                line = f"loss {float(metrics['train/loss']):.3f}"
-                line += f"  {float(speed):,.0f} tokens/s" if speed is not None else ""
-                self.bar.update(self.shown, metrics=line)
-                if self.bar.disable:
-                    log.info("step %d/%d  %s", step, trainer.max_steps, line)
+        self.bar.update(self.shown, completed=step)
+        if step % self.run.log_every and step != trainer.max_steps:
+            return
+        metrics = trainer.callback_metrics
+        speed = metrics.get("train/tokens_per_second")
+        line = f"loss {float(metrics['train/loss']):.3f}"
+        line += f"  {float(speed):,.0f} tokens/s" if speed is not None else ""
+        self.bar.update(self.shown, metrics=line)
+        if self.bar.disable:
+            log.info("step %d/%d  %s", step, trainer.max_steps, line)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what validation found."""

@@ -1,16 +1,18 @@
 """Random projections, set between optimizer steps."""
 
-from typing import Any, cast
+from typing import TYPE_CHECKING
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 
-from performer_lm.model import PerformerLM
+from performer_lm.training.callbacks.base import RunCallback
+
+if TYPE_CHECKING:
+    from performer_lm.training.task import LanguageModelTask
 
 
-class Redraw(Callback):
+class Redraw(RunCallback):
     """Set random projections before each optimizer step, as a function of the step alone; never inside one."""
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Redraw where an accumulation window begins."""
-        if batch_idx % trainer.accumulate_grad_batches == 0:
-            cast(PerformerLM, pl_module.model).redraw(trainer.global_step)
+    def on_step_start(self, trainer: Trainer, task: "LanguageModelTask", step: int) -> None:
+        """Redraw where a step begins."""
+        task.model.redraw(step - 1)

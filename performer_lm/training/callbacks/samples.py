@@ -1,27 +1,25 @@
 """What the model writes while it learns."""
 
 import logging
-from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
-from performer_lm.data.tokenizer import Tokenizer
 from performer_lm.generation.decode import stream_text
 from performer_lm.generation.sampling import Sampler
-from performer_lm.model import PerformerLM
+from performer_lm.training.callbacks.base import RunCallback
+
+if TYPE_CHECKING:
+    from performer_lm.training.task import LanguageModelTask
 
 log = logging.getLogger("performer_lm")
 
 
-class Samples(Callback):
+class Samples(RunCallback):
     """Print a sample at every validation and keep all of them in `samples.txt`.
 
     Sampling has a generator of its own, so that it changes nothing in the run.
     """
-
-    tokenizer: Tokenizer
-    path: Path
 
     def __init__(self, *, prompt: str, max_new_tokens: int, temperature: float, top_k: int | None, seed: int) -> None:
         self.prompt = prompt
@@ -30,13 +28,13 @@ class Samples(Callback):
         self.seed = seed
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Continue the prompt with the model as it is; on the first rank only."""
+        """Continue the prompt with the model that validation runs; on the first rank only."""
         if not trainer.is_global_zero:
             return
         continuation = "".join(
             stream_text(
-                cast(PerformerLM, pl_module.model),
-                self.tokenizer,
+                cast("LanguageModelTask", pl_module).measured,
+                self.run.tokenizer,
                 self.prompt,
                 max_new_tokens=self.max_new_tokens,
                 sampler=self.sampler,
@@ -45,5 +43,5 @@ class Samples(Callback):
         )
         title = f"sample at step {trainer.global_step}"
         log.info("--- %s ---\n%s%s\n%s", title, self.prompt, continuation, "-" * (len(title) + 8))
-        with self.path.open("a", encoding="utf-8") as file:
+        with (self.run.folder / "samples.txt").open("a", encoding="utf-8") as file:
             file.write(f"=== {title} ===\n{self.prompt}{continuation}\n\n")

@@ -1,0 +1,61 @@
+"""A callback that counts in optimizer steps, whatever the accumulation, and knows the run it belongs to."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from torch import Tensor
+
+from performer_lm.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from performer_lm.training.task import LanguageModelTask
+
+
+class Surroundings(NamedTuple):
+    """What a callback may need to know of its run."""
+
+    folder: Path
+    console: Console
+    tokenizer: Tokenizer
+    tokens_per_step: int  # of all ranks and micro-batches
+    log_every: int  # optimizer steps between logged metrics
+
+
+class RunCallback(Callback):
+    """Lightning's hooks count micro-batches; these count optimizer steps, from 1."""
+
+    run: Surroundings
+
+    def join(self, run: Surroundings) -> None:
+        """Take part in a run, before it starts."""
+        self.run = run
+
+    def on_step_start(self, trainer: Trainer, task: "LanguageModelTask", step: int) -> None:
+        """Act before the first micro-batch of a step."""
+
+    def on_gradients(self, trainer: Trainer, task: "LanguageModelTask", *, loss: Tensor, norm: Tensor) -> None:
+        """Act between a step's gradients and its update.
+
+        Args:
+            trainer: at step `task.step`.
+            task: whose parameters hold the clipped gradients.
+            loss: nats per predicted token of the whole step, on the device.
+            norm: of the gradients before they were clipped, on the device.
+        """
+
+    def on_step_end(self, trainer: Trainer, task: "LanguageModelTask", step: int) -> None:
+        """Act after a step's update."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Call `on_step_start` where an accumulation window begins."""
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self.on_step_start(trainer, cast("LanguageModelTask", pl_module), trainer.global_step + 1)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Call `on_step_end` where an accumulation window ends."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.on_step_end(trainer, cast("LanguageModelTask", pl_module), trainer.global_step)

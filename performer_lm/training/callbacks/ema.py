@@ -1,0 +1,74 @@
+"""An exponential moving average of the weights, which validates, samples and generates in their place.
+
+The average is a model of its own. Nothing is ever swapped, so that whatever happens in the middle of a validation, what
+trains is what trains and what is saved as its weights are its weights. Buffers are no weights: the two models share
+them, so that random projections are the current ones, where an average of redraws would be no projection at all.
+"""
+
+import copy
+import logging
+from typing import TYPE_CHECKING, Any, cast
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from performer_lm.checkpoint import AVERAGES
+from performer_lm.model import PerformerLM
+from performer_lm.training.callbacks.base import RunCallback
+
+if TYPE_CHECKING:
+    from performer_lm.training.task import LanguageModelTask
+
+log = logging.getLogger("performer_lm")
+
+
+class WeightAverage(RunCallback):
+    """Move an average of all parameters towards them after every step.
+
+    Args:
+        decay: share of the average that a step keeps, once there were many: step s keeps at most (1 + s) / (10 + s),
+            so that the average forgets the initial weights however short a run is.
+
+    Raises:
+        ValueError: for a decay outside (0, 1).
+    """
+
+    model: PerformerLM
+
+    def __init__(self, *, decay: float) -> None:
+        if not 0 < decay < 1:
+            raise ValueError(f"callbacks.ema.decay must be above 0 and below 1, or null; got {decay}")
+        self.decay = decay
+        self._saved: dict[str, Tensor] | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Copy the model, on its device, or its saved average; from now on the task measures the average."""
+        task = cast("LanguageModelTask", pl_module)
+        self.model = copy.deepcopy(task.model, {id(buffer): buffer for buffer in task.model.buffers()})
+        self.model.eval().requires_grad_(False)
+        if self._saved is not None:
+            for name, average in self.model.named_parameters():
+                average.copy_(self._saved.pop(name))
+        elif trainer.ckpt_path:
+            log.info("%s holds no average of weights: it starts from the weights themselves", trainer.ckpt_path)
+        task.measure(self.model)
+
+    def on_step_end(self, trainer: Trainer, task: "LanguageModelTask", step: int) -> None:
+        """Take in the new weights."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        averages, weights = list(self.model.parameters()), list(task.model.parameters())
+        get_ema_multi_avg_fn(decay)(averages, weights, step)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save the averages beside the weights, each under all names that it has."""
+        checkpoint[AVERAGES] = {name: value.data for name, value in self.model.named_parameters(remove_duplicate=False)}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the saved averages until there is a model for them."""
+        self._saved = checkpoint.get(AVERAGES)
+
+
+def average_weights(*, decay: float | None) -> WeightAverage | None:
+    """Build a `WeightAverage`, unless `decay` is None."""
+    return None if decay is None else WeightAverage(decay=decay)

@@ -1,0 +1,125 @@
+"""The end of a run whose loss or gradient is not finite, before that reaches its weights.
+
+The loss is summed over ranks, and gradients are, so that every rank sees the same numbers and stops with the others.
+Where the CPU computes, it looks before each update. Looking at an accelerator's numbers means waiting for it, so there
+the numbers of a step are copied aside while it goes on, and looked at when the next step's gradients are there, or
+before anything is validated or saved: the update of that one step is lost with the process, and no file holds it.
+"""
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from performer_lm.training.callbacks.base import RunCallback
+from performer_lm.training.callbacks.learning_rates import learning_rates
+
+if TYPE_CHECKING:
+    from performer_lm.training.task import LanguageModelTask
+
+log = logging.getLogger("performer_lm")
+
+
+class _Noted(NamedTuple):
+    """One step's numbers, which may still be on their way from the device."""
+
+    step: int
+    values: Tensor  # (2,) on the host: loss, gradient norm
+    arrived: torch.Event | None
+    batches: list[Tensor]
+    rates: dict[str, float]
+
+
+class NonFiniteGuard(RunCallback):
+    """Stop with `FloatingPointError` (exit code 3) at a loss or gradient that is not finite.
+
+    What it saw goes to `nonfinite/` in the run folder: a readable json, and a file per rank with the step's batch and
+    the norms of all weights and, where they are still there, gradients. With `trainer.precision=16-mixed` gradients
+    overflow now and then, and their scaler skips the update: there only the loss counts.
+    """
+
+    def __init__(self) -> None:
+        self._batches: list[Tensor] = []
+        self._noted: _Noted | None = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keep the micro-batches of the step at hand."""
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._batches = []
+        self._batches.append(batch)
+
+    def on_gradients(self, trainer: Trainer, task: "LanguageModelTask", *, loss: Tensor, norm: Tensor) -> None:
+        """Look at the last step's numbers, if they were not there yet, and take this step's."""
+        self._look(trainer, task)
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        values = torch.stack((loss, torch.zeros_like(norm) if scaled else norm)).detach()
+        host, arrived = _send_to_host(values)
+        self._noted = _Noted(task.step, host, arrived, self._batches, learning_rates(trainer))
+        if arrived is None:
+            self._look(trainer, task)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look before anything is measured."""
+        self._look(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Look before anything is saved."""
+        self._look(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the last step."""
+        self._look(trainer, pl_module)
+
+    def _look(self, trainer: Trainer, task: LightningModule) -> None:
+        noted, self._noted = self._noted, None
+        if noted is None:
+            return
+        if noted.arrived is not None:
+            noted.arrived.synchronize()
+        loss, norm = noted.values.tolist()
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        folder = self.run.folder / "nonfinite"
+        self._save(folder, noted, task, rank=trainer.global_rank, gradients=noted.arrived is None)
+        what = f"gradient norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
+        rates = ", ".join(f"{name} {rate:.3g}" for name, rate in noted.rates.items())
+        raise FloatingPointError(
+            f"the {what} at step {noted.step} (loss {loss:.4g}, gradient norm {norm:.4g}, {rates}); its batch and "
+            f"norms lie in {folder}; a lower optimizer.lr may help"
+        )
+
+    @torch.no_grad()
+    def _save(self, folder: Path, noted: _Noted, task: LightningModule, *, rank: int, gradients: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"step={noted.step:06d}"
+        loss, norm = noted.values.tolist()
+        weights = {key: float(value.norm()) for key, value in task.named_parameters()}
+        slopes = {key: value.grad for key, value in task.named_parameters() if gradients and value.grad is not None}
+        norms = {key: float(value.norm()) for key, value in slopes.items()}
+        told = {"step": noted.step, "loss": loss, "grad_norm": norm, **noted.rates}
+        torch.save(
+            {**told, "batch": [x.cpu() for x in noted.batches], "weight_norms": weights, "gradient_norms": norms},
+            folder / f"{name}-rank{rank}.pt",
+        )
+        if rank == 0:
+            spoilt = {
+                f"not_finite_{kind}": [key for key, value in found.items() if not math.isfinite(value)]
+                for kind, found in (("weights", weights), ("gradients", norms))
+            }
+            (folder / f"{name}.json").write_text(json.dumps({**told, **spoilt}, indent=2) + "\n")
+
+
+def _send_to_host(values: Tensor) -> tuple[Tensor, torch.Event | None]:
+    """Return the numbers on the host, and what tells that they have arrived; None where they are there already."""
+    if values.device.type == "cpu":
+        return values, None
+    host = torch.empty_like(values, device="cpu", pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    arrived = torch.Event(values.device)
+    arrived.record()
+    return host, arrived

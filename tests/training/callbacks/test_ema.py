@@ -1,0 +1,127 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from performer_lm import checkpoint
+from performer_lm.data.windows import FiniteWindows
+from performer_lm.evaluation.bits_per_byte import measure_bits_per_byte
+from performer_lm.training.callbacks.ema import WeightAverage, average_weights
+from performer_lm.training.run import Run
+
+Start = Callable[..., Run]
+EMA = "callbacks.ema.decay=0.6"
+LAST = "checkpoints/last.ckpt"
+
+
+class Recorder(Callback):
+    """Keeps all weights at the start and after each step."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, torch.Tensor]] = []
+
+    def record(self, pl_module: LightningModule) -> None:
+        self.weights.append({name: value.detach().clone() for name, value in pl_module.model.named_parameters()})
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.record(pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *arguments: Any) -> None:
+        self.record(pl_module)
+
+
+def test_it_is_the_average_of_the_weights_after_each_step(start: Start) -> None:
+    run, recorder = start(EMA, "trainer.max_steps=5", "run_dir=runs/a"), Recorder()
+    run.trainer.callbacks.append(recorder)
+    run.fit()
+    expected = {name: value.clone() for name, value in recorder.weights[0].items()}
+    for step in range(1, 6):
+        decay = min(0.6, (1 + step) / (10 + step))
+        for name, value in expected.items():
+            value.mul_(decay).add_(recorder.weights[step][name], alpha=1 - decay)
+    saved = checkpoint.read(Path("runs/a") / LAST)
+    assert set(saved.content["averages"]) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(saved.weights[name], value)
+        assert torch.equal(saved.content["state_dict"][f"model.{name}"], recorder.weights[5][name])
+
+
+def test_projections_are_left_alone(start: Start) -> None:
+    run = start(EMA, "attn.redraw_interval=2", "trainer.max_steps=5", "run_dir=runs/a")
+    run.fit()
+    own = dict(run.task.model.named_buffers())
+    averaged = dict(run.task.measured.named_buffers())
+    assert run.task.measured is not run.task.model
+    assert any(name.endswith("projection") for name in own)
+    assert all(torch.equal(averaged[name], buffer) for name, buffer in own.items())
+
+
+@pytest.mark.parametrize("options", [[], ["model.tie_embeddings=true"]], ids=["own head", "tied"])
+def test_validation_and_opening_use_the_average(start: Start, options: list[str]) -> None:
+    run = start(EMA, *options, "optimizer=adamw", "optimizer.lr=0.1", "run_dir=runs/a")
+    run.fit()
+    found = run.trainer.callback_metrics["val/bpb"].item()
+    saved = checkpoint.read(Path("runs/a") / LAST)
+    model, tokenizer = checkpoint.open_model(saved)
+    windows: FiniteWindows = run.data.val_dataloader().dataset._windows  # type: ignore[attr-defined]
+    measured = measure_bits_per_byte(model, windows, tokenizer.byte_lengths(), batch_size=4)
+    assert measured.bits_per_byte == pytest.approx(found, rel=1e-5)
+    raw = saved._replace(weights={k.removeprefix("model."): v for k, v in saved.content["state_dict"].items()})
+    unlike = measure_bits_per_byte(checkpoint.open_model(raw)[0], windows, tokenizer.byte_lengths(), batch_size=4)
+    assert unlike.bits_per_byte != pytest.approx(found, rel=1e-3)
+
+
+def test_a_resumed_average_is_the_unbroken_one(start: Start) -> None:
+    common = [EMA, "trainer.max_steps=8", "trainer.accumulate_grad_batches=2", "attn.redraw_interval=3"]
+    start(*common, "trainer.val_every=4", "run_dir=runs/whole").fit()
+    part = start(*common, "trainer.val_every=4", "run_dir=runs/part")
+    part.trainer.callbacks.append(Fail(at=5))
+    with pytest.raises(RuntimeError, match="no step 5"):
+        part.fit()
+    start(*common, "trainer.val_every=4", "ckpt=runs/part").fit()
+    whole, part = (checkpoint.read(Path(f"runs/{name}") / LAST).content for name in ("whole", "part"))
+    for key in ("averages", "state_dict"):
+        assert all(
+            torch.equal(torch.as_tensor(value), torch.as_tensor(part[key][name])) for name, value in whole[key].items()
+        )
+
+
+class Fail(Callback):
+    """Fails in the middle of a step, or of its validation."""
+
+    def __init__(self, *, at: int, validating: bool = False) -> None:
+        self.at = at
+        self.validating = validating
+
+    def on_train_batch_start(self, trainer: Trainer, *arguments: Any) -> None:
+        if not self.validating and trainer.global_step == self.at - 1:
+            raise RuntimeError(f"no step {self.at}")
+
+    def on_validation_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
+        if self.validating and trainer.global_step == self.at:
+            raise RuntimeError(f"no validation at {self.at}")
+
+
+def test_a_failing_validation_leaves_the_weights(start: Start) -> None:
+    run, recorder = start(EMA, "run_dir=runs/a"), Recorder()
+    run.trainer.callbacks += [recorder, Fail(at=2, validating=True)]
+    with pytest.raises(RuntimeError, match="no validation at 2"):
+        run.fit()
+    assert all(torch.equal(value, recorder.weights[-1][name]) for name, value in run.task.model.named_parameters())
+
+
+def test_a_run_may_begin_to_average_when_it_resumes(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+    start("run_dir=runs/a").fit()
+    start(EMA, "trainer.max_steps=6", "ckpt=runs/a").fit()
+    assert "holds no average of weights" in capsys.readouterr().out
+    assert "averages" in checkpoint.read(Path("runs/a") / LAST).content
+
+
+def test_null_is_off_and_other_decays_are_refused() -> None:
+    assert average_weights(decay=None) is None
+    for decay in (0.0, 1.0, -1.0):
+        with pytest.raises(ValueError, match=r"callbacks\.ema\.decay must be above 0 and below 1"):
+            WeightAverage(decay=decay)

@@ -1,0 +1,99 @@
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from performer_lm.training.callbacks import guard
+from performer_lm.training.run import Run
+
+Start = Callable[..., Run]
+BATCHES = ["trainer.max_steps=6", "trainer.accumulate_grad_batches=2", "run_dir=runs/a"]
+
+
+class Spoil(Callback):
+    """Puts a number that is not finite into a gradient of step `at`; keeps that step's weights and micro-batches."""
+
+    def __init__(self, at: int, value: float) -> None:
+        self.at = at
+        self.value = value
+        self.batches: list[Tensor] = []
+        self.weights: list[Tensor] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.at - 1:
+            self.batches.append(batch)
+            self.weights = [value.detach().clone() for value in pl_module.parameters()]
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        if trainer.global_step == self.at - 1:
+            gradient = pl_module.model.head.weight.grad
+            gradient[0, 0] = self.value
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_spoilt_gradient_stops_before_the_update(start: Start, value: float) -> None:
+    run, spoil = start(*BATCHES), Spoil(3, value)
+    run.trainer.callbacks.append(spoil)
+    with pytest.raises(FloatingPointError, match=rf"the gradient norm is {value} at step 3 .*lr_matrices"):
+        run.fit()
+    assert all(map(torch.equal, run.task.parameters(), spoil.weights))
+    saved = torch.load("runs/a/nonfinite/step=000003-rank0.pt", weights_only=True)
+    assert all(map(torch.equal, saved["batch"], spoil.batches))
+    assert len(spoil.batches) == 2
+    assert all(map(math.isfinite, saved["weight_norms"].values()))
+    told = json.loads(Path("runs/a/nonfinite/step=000003.json").read_text())
+    assert told["step"] == 3
+    assert math.isfinite(told["loss"])
+    assert told["not_finite_gradients"] == ["model.head.weight"]
+    assert told["not_finite_weights"] == []
+
+
+class _Arrived:
+    def synchronize(self) -> None:
+        pass
+
+
+def on_an_accelerator(values: Tensor) -> tuple[Tensor, Any]:
+    return values.clone(), _Arrived()
+
+
+def test_on_an_accelerator_it_looks_one_step_later(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "_send_to_host", on_an_accelerator)
+    run, spoil = start(*BATCHES, "trainer.val_every=6"), Spoil(3, math.nan)
+    run.trainer.callbacks.append(spoil)
+    with pytest.raises(FloatingPointError, match="the gradient norm is nan at step 3"):
+        run.fit()
+    assert run.trainer.global_step == 3
+    saved = torch.load("runs/a/nonfinite/step=000003-rank0.pt", weights_only=True)
+    assert all(map(torch.equal, saved["batch"], spoil.batches))
+    assert saved["gradient_norms"] == {}
+
+
+@pytest.mark.parametrize("at", [3, 6])
+def test_on_an_accelerator_it_looks_before_anything_is_saved(
+    start: Start, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    monkeypatch.setattr(guard, "_send_to_host", on_an_accelerator)
+    run = start(*BATCHES, "trainer.val_every=3")
+    run.trainer.callbacks.append(Spoil(at, math.nan))
+    with pytest.raises(FloatingPointError, match=f"is nan at step {at}"):
+        run.fit()
+    kept = [torch.load(path, weights_only=True)["global_step"] for path in Path("runs/a").rglob("*.ckpt")]
+    assert set(kept) == ({3} if at == 6 else set())
+
+
+def test_a_loss_that_is_not_finite_stops_too(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = start(*BATCHES)
+    weight = run.task.model.head.weight
+    with torch.no_grad():
+        weight[0, 0] = math.inf
+    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at step 1"):
+        run.fit()
+    told = json.loads(Path("runs/a/nonfinite/step=000001.json").read_text())
+    assert told["not_finite_weights"] == ["model.head.weight"]
