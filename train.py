@@ -8,7 +8,7 @@ from performer_lm.cli import as_typed, main, usage_errors
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-FREE_TEXT = ("ckpt", "data.path", "run_dir")
+FREE_TEXT = ("ckpt", "data.path", "run_dir", "tokenizer.path")
 
 
 def run(cfg: "DictConfig") -> float:

@@ -6,7 +6,6 @@ nothing that could be taken for a cache. An array reads `end, document, end, doc
 after an end token and closes with one, so that, given the first id, every byte of text is predicted once.
 """
 
-import functools
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from performer_lm.data.corpus import Corpus, split_names, split_text
-from performer_lm.data.tokenizer import Tokenizer, TokenizerBuilder, tokenizer_from_dict
+from performer_lm.data.tokenizer import Tokenizer, TokenizerRecipe, tokenizer_from_dict
 
 FORMAT: Final = 1
 BATCH_BYTES: Final = 1 << 22  # text encoded in one go; the ids of a batch are all that is held in memory
@@ -47,14 +46,12 @@ class Survey(NamedTuple):
     content_hash: str
 
 
-def open_cache(
-    corpus: Corpus, build_tokenizer: TokenizerBuilder, *, validation_fraction: float, cache_dir: str
-) -> TokenCache:
+def open_cache(corpus: Corpus, recipe: TokenizerRecipe, *, validation_fraction: float, cache_dir: str) -> TokenCache:
     """Open the cache of a corpus, building it first if there is none. Other processes wait, then open the same one.
 
     Args:
         corpus: read once to know it; a build reads it several times more, never holding all of it.
-        build_tokenizer: a function or a partial of one; called with the training documents only.
+        recipe: of the tokenizer; built from the training documents only.
         validation_fraction: share of the documents held out (`split_names`); of a single document, its last part.
         cache_dir: where caches live; relative to the working directory.
 
@@ -66,7 +63,7 @@ def open_cache(
         {
             "format": FORMAT,
             "content": survey.content_hash,
-            "tokenizer": _describe(build_tokenizer),
+            "tokenizer": recipe.key(),
             "validation_fraction": validation_fraction,
         }
     )
@@ -78,7 +75,7 @@ def open_cache(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not (cache := _read(folder)):
-                _build(folder, corpus, survey, build_tokenizer, validation_fraction)
+                _build(folder, corpus, survey, recipe, validation_fraction)
                 cache = _read(folder)
     except OSError as error:
         raise ValueError(f"data.cache_dir={cache_dir} cannot be written: {error.strerror or error}") from error
@@ -97,9 +94,7 @@ def read_through(corpus: Corpus) -> Survey:
     return Survey(sizes, content.hexdigest())
 
 
-def _build(
-    folder: Path, corpus: Corpus, survey: Survey, build_tokenizer: TokenizerBuilder, validation_fraction: float
-) -> None:
+def _build(folder: Path, corpus: Corpus, survey: Survey, recipe: TokenizerRecipe, validation_fraction: float) -> None:
     """Write a complete cache to `folder`, replacing a broken one."""
     partial = folder.with_name(f"{folder.name}.partial")  # alone under the lock: what lies there was left by a kill
     shutil.rmtree(partial, ignore_errors=True)
@@ -107,7 +102,7 @@ def _build(
     sides = _Sides(corpus, survey, validation_fraction)
     progress = _Progress(sum(survey.sizes.values()))
     progress.show("data: building the tokenizer")
-    tokenizer = build_tokenizer(sides.train())
+    tokenizer = recipe.build(_Training(sides), num_bytes=sum(map(len, sides.train())))
     dtype = np.min_scalar_type(tokenizer.end_id)
     counts = {
         side: _write_ids(partial / f"{side}.bin", texts, tokenizer, dtype, progress)
@@ -168,6 +163,16 @@ class _Sides:
     def _cut(self) -> tuple[bytes, bytes]:
         (document,) = self._corpus.documents()
         return split_text(document.text, fraction=self._fraction)
+
+
+class _Training:
+    """The training documents, to be gone through any number of times."""
+
+    def __init__(self, sides: _Sides) -> None:
+        self._sides = sides
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self._sides.train()
 
 
 class _Progress:
@@ -233,15 +238,6 @@ def _write_synced(path: Path, chunks: Iterable[bytes]) -> None:
         file.writelines(chunks)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _describe(build_tokenizer: TokenizerBuilder) -> dict[str, Any]:
-    """Return what names a tokenizer builder and its options."""
-    function: Any = build_tokenizer
-    options: dict[str, Any] = {}
-    while isinstance(function, functools.partial):
-        function, options = function.func, {**function.keywords, **options}
-    return {"builder": f"{function.__module__}.{function.__qualname__}", "options": options}
 
 
 def _digest(plain: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 A run is one Lightning epoch of `max_steps` optimizer steps, so that its position is one number.
 """
 
-from collections.abc import Callable
 from typing import Any, Literal, final
 
 import lightning
@@ -23,7 +22,7 @@ from performer_lm.data.layouts import (
     document_bounds,
 )
 from performer_lm.data.loader import Positions, Share, TrainBatches, TrainLoader, ValidationBatches
-from performer_lm.data.tokenizer import Tokenizer
+from performer_lm.data.tokenizer import Tokenizer, TokenizerRecipe
 from performer_lm.data.windows import FiniteWindows, HeldOutWindows, TextWindows, Windows, count_first, first_bytes
 
 Documents = Literal["stream", "packed", "cropped"]
@@ -35,7 +34,7 @@ class TextData(lightning.LightningDataModule):
 
     Args:
         corpus: where the text comes from.
-        tokenizer: a function from the training documents to a tokenizer.
+        tokenizer: how the tokenizer comes from the training documents.
         context: tokens that a model sees at once.
         batch_size: sequences per optimizer step, over all ranks and accumulated micro-batches.
         documents: `stream` runs all documents into one, an end token between them; `packed` does so too, but a token
@@ -63,7 +62,7 @@ class TextData(lightning.LightningDataModule):
         self,
         *,
         corpus: Corpus,
-        tokenizer: Callable[..., Tokenizer],
+        tokenizer: TokenizerRecipe,
         context: int,
         batch_size: int,
         documents: Documents,
@@ -88,7 +87,7 @@ class TextData(lightning.LightningDataModule):
         self.batch_size = batch_size
         self._documents = documents
         self._corpus = corpus
-        self._build_tokenizer = tokenizer
+        self._recipe = tokenizer
         self._validation_fraction = validation_fraction
         self._validation_bytes = validation_bytes
         self._cache_dir = cache_dir
@@ -107,7 +106,7 @@ class TextData(lightning.LightningDataModule):
             return
         cache = open_cache(
             self._corpus,
-            self._build_tokenizer,
+            self._recipe,
             validation_fraction=self._validation_fraction,
             cache_dir=self._cache_dir,
         )

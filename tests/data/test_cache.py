@@ -1,5 +1,4 @@
 import errno
-import functools
 import os
 import signal
 import subprocess
@@ -15,9 +14,28 @@ import pytest
 from performer_lm.data import cache as room
 from performer_lm.data.cache import TokenCache, open_cache
 from performer_lm.data.corpus import Corpus, Document
-from performer_lm.data.tokenizer import build_bytes, train_byte_pairs
+from performer_lm.data.tokenizer import ByteTokenizer, TokenizerRecipe
+from performer_lm.data.tokenizer.recipes import BytePairs, Bytes
 
 TEXTS = {f"{index}.txt": (f"{index} times {index} is {index * index}\n" * (5 + index)).encode() for index in range(20)}
+
+BYTES = Bytes()
+PAIRS = BytePairs(vocab_size=300, train_bytes=10**6)
+
+
+class Listening(TokenizerRecipe):
+    """Remembers the texts it was given."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[bytes]] = []
+
+    def build(self, texts, *, num_bytes):
+        self.seen.append(list(texts))
+        assert sum(map(len, self.seen[-1])) == num_bytes
+        return ByteTokenizer()
+
+    def key(self):
+        return {}
 
 
 class Texts(Corpus):
@@ -29,8 +47,10 @@ class Texts(Corpus):
             yield Document(name, text)
 
 
-def build(folder: Path, texts: dict[str, bytes] = TEXTS, builder=build_bytes, fraction: float = 0.2) -> TokenCache:
-    return open_cache(Texts(texts), builder, validation_fraction=fraction, cache_dir=str(folder))
+def build(
+    folder: Path, texts: dict[str, bytes] = TEXTS, recipe: TokenizerRecipe = BYTES, fraction: float = 0.2
+) -> TokenCache:
+    return open_cache(Texts(texts), recipe, validation_fraction=fraction, cache_dir=str(folder))
 
 
 def caches(folder: Path) -> list[Path]:
@@ -43,9 +63,9 @@ def same(left: TokenCache, right: TokenCache) -> bool:
     return bool(arrays and hashes and left.tokenizer.to_dict() == right.tokenizer.to_dict())
 
 
-@pytest.mark.parametrize("builder", [build_bytes, functools.partial(train_byte_pairs, vocab_size=300)])
-def test_both_sides_together_hold_every_document_once_between_end_tokens(tmp_path, builder):
-    cache = build(tmp_path, builder=builder)
+@pytest.mark.parametrize("recipe", [BYTES, PAIRS])
+def test_both_sides_together_hold_every_document_once_between_end_tokens(tmp_path, recipe):
+    cache = build(tmp_path, recipe=recipe)
     end, found = cache.tokenizer.end_id, []
     for ids in (cache.train, cache.validation):
         assert ids[0] == ids[-1] == end
@@ -57,14 +77,9 @@ def test_both_sides_together_hold_every_document_once_between_end_tokens(tmp_pat
 
 
 def test_a_tokenizer_learns_from_the_training_documents_only(tmp_path):
-    seen: list[bytes] = []
-
-    def builder(texts):
-        seen.extend(texts)
-        return build_bytes([])
-
-    cache = build(tmp_path, builder=builder)
-    assert b"".join(seen) == cache.tokenizer.decode_bytes(cache.train)
+    recipe = Listening()
+    cache = build(tmp_path, recipe=recipe)
+    assert b"".join(recipe.seen[0]) == cache.tokenizer.decode_bytes(cache.train)
 
 
 def test_a_single_document_gives_its_last_lines_to_validation(tmp_path):
@@ -84,14 +99,13 @@ def test_a_cache_is_built_once_and_reopened(tmp_path, capsys):
 
 
 def test_everything_a_cache_depends_on_makes_another(tmp_path):
-    pairs = functools.partial(train_byte_pairs, vocab_size=300)
     build(tmp_path)
     build(tmp_path, fraction=0.3)
     build(tmp_path, {**TEXTS, "0.txt": b"changed"})
     build(tmp_path, {f"x{name}": text for name, text in TEXTS.items()})
     build(tmp_path, dict(reversed(TEXTS.items())))
-    build(tmp_path, builder=pairs)
-    build(tmp_path, builder=functools.partial(pairs, vocab_size=301))
+    build(tmp_path, recipe=PAIRS)
+    build(tmp_path, recipe=BytePairs(vocab_size=301, train_bytes=10**6))
     assert len(caches(tmp_path)) == 7
 
 
@@ -110,15 +124,10 @@ def test_a_damaged_cache_is_built_again(tmp_path, file, harm):
 
 
 def test_several_at_once_build_it_once(tmp_path):
-    built = []
-
-    def builder(texts):
-        built.append(sum(map(len, texts)))
-        return build_bytes([])
-
+    recipe = Listening()
     with ThreadPoolExecutor(8) as threads:
-        opened = list(threads.map(lambda _: build(tmp_path, builder=builder), range(8)))
-    assert len(built) == 1
+        opened = list(threads.map(lambda _: build(tmp_path, recipe=recipe), range(8)))
+    assert len(recipe.seen) == 1
     assert all(same(cache, opened[0]) for cache in opened)
 
 
@@ -129,10 +138,10 @@ def test_a_corpus_that_changes_meanwhile_is_refused(tmp_path):
         def documents(self) -> Iterator[Document]:
             self.readings += 1
             yield Document("a", b"first")
-            yield Document("b", b"second" if self.readings < 3 else b"other")
+            yield Document("b", b"second" if self.readings < 4 else b"other")
 
     with pytest.raises(ValueError, match="the corpus changed while it was tokenized"):
-        open_cache(Changing(), build_bytes, validation_fraction=0.2, cache_dir=str(tmp_path))
+        open_cache(Changing(), BYTES, validation_fraction=0.2, cache_dir=str(tmp_path))
     assert not list(tmp_path.glob("*/manifest.json"))
 
 
@@ -162,7 +171,7 @@ import sys, time
 from pathlib import Path
 from performer_lm.data.cache import open_cache
 from performer_lm.data.corpus import Corpus, Document
-from performer_lm.data.tokenizer import build_bytes
+from performer_lm.data.tokenizer.recipes import Bytes
 
 folder, stall_in = sys.argv[1], int(sys.argv[2])
 
@@ -179,16 +188,19 @@ class Texts(Corpus):
                 stall()
             yield Document(f"{index}.txt", (f"{index} times {index} is {index * index}\\n" * (5 + index)).encode())
 
-def learn(texts):
-    list(texts)
-    return build_bytes([])
+class Learning(Bytes.__mro__[1]):
+    def build(self, texts, *, num_bytes):
+        list(texts)
+        return Bytes().build([], num_bytes=0)
 
-learn.__module__, learn.__qualname__ = build_bytes.__module__, build_bytes.__qualname__
+    def key(self):
+        return Bytes().key()
+
 if stall_in == 0:
     Path.rename = lambda *_: stall()
-open_cache(Texts(), learn, validation_fraction=0.2, cache_dir=folder)
+open_cache(Texts(), Learning(), validation_fraction=0.2, cache_dir=folder)
 """
-MOMENTS = {"reading": 1, "training": 2, "train ids": 3, "validation ids": 4, "checking": 5, "renaming": 0}
+MOMENTS = {"reading": 1, "training": 3, "train ids": 4, "validation ids": 5, "checking": 6, "renaming": 0}
 
 
 @pytest.mark.parametrize("moment", MOMENTS)

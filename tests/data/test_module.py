@@ -1,4 +1,3 @@
-import functools
 import subprocess
 import sys
 from itertools import pairwise
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from performer_lm.data.corpus import Files
 from performer_lm.data.module import TextData
-from performer_lm.data.tokenizer import build_bytes
+from performer_lm.data.tokenizer.recipes import Bytes
 from performer_lm.data.windows import IGNORE, shift
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -29,7 +28,7 @@ def text_data(folder: Path, **changes) -> TextData:
             (text / f"{index}.txt").write_text(f"document {index}: {index * index} " * (index + 3))
     options = {
         "corpus": Files(path=str(text), include=["*.txt"]),
-        "tokenizer": functools.partial(build_bytes),
+        "tokenizer": Bytes(),
         "context": 16,
         "batch_size": 8,
         "documents": "stream",
@@ -163,7 +162,7 @@ def test_a_finished_run_can_be_made_longer(tmp_path):
 
 
 @pytest.mark.parametrize("choice", [["data=stdlib"], ["data=files", "data.path=my text.txt"]])
-@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe", "characters", "wordpiece", "unigram"])
 def test_the_configs_build_text_data(choice, tokenizer):
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose(overrides=["+" + choice[0], f"+tokenizer={tokenizer}", "+seed=3", *choice[1:]])

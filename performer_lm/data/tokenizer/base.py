@@ -1,0 +1,118 @@
+"""Text to ids and back, byte by byte: every id stands for some bytes of text.
+
+A tokenizer is its table of pieces, `pieces[id] -> bytes`, so bits per byte can be counted from ids alone. After the
+pieces comes the end of a document, then special tokens by name; neither stands for bytes, and no text spells them.
+Tokenizers are saved as plain data (`to_dict`), which a checkpoint holds and `tokenizer_from_dict` checks before it
+builds anything.
+"""
+
+import codecs
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int64]
+Text = str | bytes
+
+
+class Tokenizer(ABC):
+    """A table of byte pieces and a way to write text with them.
+
+    Args:
+        pieces: the bytes that each id stands for.
+        specials: names of special tokens, whose ids follow the end's.
+    """
+
+    def __init__(self, pieces: Sequence[bytes], *, specials: Sequence[str] = ()) -> None:
+        _check_specials(specials)
+        self._pieces = [*pieces, b"", *(b"" for _ in specials)]
+        self.end_id: Final[int] = len(pieces)
+        self.specials: Final[dict[str, int]] = {name: len(pieces) + 1 + place for place, name in enumerate(specials)}
+        self.vocab_size: Final[int] = len(self._pieces)
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[Text]) -> list[Ids]:
+        """Return the ids of each text; never `end_id`, never a special token's.
+
+        Raises:
+            ValueError: for a string that cannot be written as UTF-8, and, where the tokenizer cannot take them, for
+                bytes that are not UTF-8.
+        """
+
+    @abstractmethod
+    def _plain(self) -> dict[str, Any]:
+        """Return the kind, and what rebuilds the pieces."""
+
+    @final
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data from which `tokenizer_from_dict` builds an equal tokenizer."""
+        return {**self._plain(), **({"specials": list(self.specials)} if self.specials else {})}
+
+    def encode(self, text: Text) -> Ids:
+        """Return the ids `(n,)` of a text; `decode_bytes` gives back its bytes exactly."""
+        return self.encode_batch([text])[0]
+
+    def special_id(self, name: str) -> int:
+        """Return the id of a special token.
+
+        Raises:
+            ValueError: if the tokenizer has none of that name.
+        """
+        if name not in self.specials:
+            near = difflib.get_close_matches(name, self.specials, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"tokenizer.specials=[{name}] adds it"
+            raise ValueError(f"the tokenizer has no special token '{name}'; {hint}")
+        return self.specials[name]
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes of text that one id stands for."""
+        if not 0 <= token < self.vocab_size:
+            raise ValueError(f"token id ({token}) must lie in 0..{self.vocab_size - 1}")
+        return self._pieces[token]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Return the bytes that ids `(n,)` stand for."""
+        return b"".join(self.token_bytes(int(token)) for token in ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text that ids `(n,)` stand for; broken UTF-8 becomes the replacement character."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def byte_lengths(self) -> Ids:
+        """Return how many bytes of text each id stands for, `(vocab,)`."""
+        return np.array([len(piece) for piece in self._pieces], dtype=np.int64)
+
+
+@final
+class TextStream:
+    """Turn ids into text as they come; a character is given out once its last byte has come."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, ids: Iterable[int]) -> str:
+        """Return the text that is complete once `ids` are added."""
+        return self._decoder.decode(self._tokenizer.decode_bytes(ids))
+
+    def finish(self) -> str:
+        """Return what is left: the replacement character for an unfinished one."""
+        return self._decoder.decode(b"", final=True)
+
+
+def short(value: object) -> str:
+    """Return a value as an error message can show it."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _check_specials(names: Sequence[str]) -> None:
+    for name in names:
+        if not isinstance(name, str) or not name.isidentifier() or name == "end":
+            raise ValueError(f"tokenizer.specials: {short(name)} must be a name such as mask, and not end")
+    if len(set(names)) != len(names):
+        raise ValueError(f"tokenizer.specials ({', '.join(names)}) must differ from each other")

@@ -1,0 +1,139 @@
+"""Any `tokenizer.json` of the `tokenizers` library, as a table of byte pieces.
+
+The bytes that an id stands for are read off its decoder: bytes spelled by visible characters (GPT-2's way), byte
+tokens such as <0x0A>, or else what the id adds to the text that the decoder gives. Such a tokenizer may lose text (a
+normaliser that lowers case, words without their spaces) or add to it (a space before the first word); who counts
+bits per byte compares `byte_lengths` with the text.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Final, final
+
+import tokenizers
+
+from performer_lm.data.tokenizer.base import Ids, Text, Tokenizer, short
+from performer_lm.data.tokenizer.byte_level import encode_in_runs, unspell
+from performer_lm.data.tokenizer.text import as_str
+
+_BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+@final
+class LibraryTokenizer(Tokenizer):
+    """A tokenizer that somebody trained; its own special tokens stay in the table and no text spells them.
+
+    Args:
+        content: a parsed `tokenizer.json`.
+        specials: names of further special tokens; theirs are the ids after the file's own and the end's.
+
+    Raises:
+        ValueError: in one line, for content that the library does not take.
+    """
+
+    def __init__(self, *, content: Mapping[str, Any], specials: Sequence[str] = ()) -> None:
+        self._content = dict(content)
+        with _library_errors():
+            self._library = tokenizers.Tokenizer.from_str(json.dumps(_settled(self._content)))
+            self._library.encode_special_tokens = True  # a text that spells one is a text
+            pieces = _pieces(self._library, self._content)
+        super().__init__(pieces, specials=specials)
+
+    def encode_batch(self, texts: Sequence[Text]) -> list[Ids]:
+        """Return the ids of each text, without the tokens that the file would put around it."""
+        strings = [as_str(text) for text in texts]
+        with _library_errors():
+            encoded = encode_in_runs(self._library, strings)
+        if any(bool((ids >= self.end_id).any()) for ids in encoded):
+            raise ValueError("tokenizer.json: it gives ids that are not in its vocabulary")
+        return encoded
+
+    def _plain(self) -> dict[str, Any]:
+        return {"kind": "tokenizer_json", "content": self._content}
+
+
+def read_library(plain: dict[str, Any], *, specials: Sequence[str]) -> LibraryTokenizer:
+    """Build the tokenizer that plain data describes.
+
+    Raises:
+        ValueError: in one line, for data that does not.
+    """
+    content = plain.get("content")
+    if not isinstance(content, dict):
+        raise ValueError(f"tokenizer data: content ({short(content)}) must be a parsed tokenizer.json")
+    return LibraryTokenizer(content=content, specials=specials)
+
+
+def _settled(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the content without what makes encoding random, shortens it or adds to it."""
+    model = content.get("model")
+    if not isinstance(model, dict):
+        raise ValueError(f"tokenizer.json: model ({short(model)}) must be a section")
+    return {**content, "truncation": None, "padding": None, "post_processor": None, "model": {**model, "dropout": None}}
+
+
+def _pieces(library: Any, content: dict[str, Any]) -> list[bytes]:
+    """Return the bytes of text that each id of the library's vocabulary stands for."""
+    vocabulary: dict[str, int] = library.get_vocab(with_added_tokens=True)
+    if not vocabulary:
+        raise ValueError("tokenizer.json: it has no tokens")
+    size = max(vocabulary.values()) + 1
+    if size > 2 * len(vocabulary) + 1024:
+        raise ValueError(f"tokenizer.json: ids reach {size - 1}, with only {len(vocabulary)} tokens")
+    added = library.get_added_tokens_decoder()
+    spells_bytes = "ByteLevel" in _types(content.get("decoder"))
+    names = {token: name for name, token in vocabulary.items() if token not in added}
+    unknown = content["model"].get("unk_token")
+    ordinary = [token for token, name in names.items() if name != unknown]
+    spoken = {} if spells_bytes else _spoken(library, ordinary)
+    pieces = [b""] * size
+    for token in ordinary:
+        if spells_bytes:
+            pieces[token] = unspell(names[token]) or names[token].encode("utf-8", errors="replace")
+        elif found := _BYTE_TOKEN.fullmatch(names[token]):
+            pieces[token] = bytes([int(found[1], 16)])
+        else:
+            pieces[token] = spoken[token]
+    for token, entry in added.items():
+        if not entry.special:
+            pieces[token] = entry.content.encode("utf-8")
+    return pieces
+
+
+def _spoken(library: Any, tokens: list[int]) -> dict[int, bytes]:
+    """Return what each token adds to the decoded text of the token before it."""
+    if not tokens:
+        return {}
+    anchor = tokens[0]
+    before = library.decode([anchor])
+    both = library.decode_batch([[anchor, token] for token in tokens])
+    return {
+        token: text.removeprefix(before).encode("utf-8", errors="replace")
+        for token, text in zip(tokens, both, strict=True)
+    }
+
+
+def _types(section: Any) -> set[str]:
+    """Return the types named anywhere in a section of a tokenizer.json."""
+    if isinstance(section, list):
+        return {name for item in section for name in _types(item)}
+    if not isinstance(section, dict):
+        return set()
+    own = {section["type"]} if isinstance(section.get("type"), str) else set()
+    return own | {name for item in section.values() for name in _types(item)}
+
+
+@contextmanager
+def _library_errors() -> Iterator[None]:
+    """Turn what the library raises into one line; a panic of its Rust side is no Exception to Python."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"tokenizer.json: {short(first)}") from None

@@ -1,0 +1,35 @@
+"""Tokenizers from plain data: what a checkpoint or a cache holds is checked, then built; nothing in it is run."""
+
+from typing import Any, Final
+
+from performer_lm.data.tokenizer.base import Tokenizer, short
+from performer_lm.data.tokenizer.byte_pairs import read_byte_pairs
+from performer_lm.data.tokenizer.characters import ByteTokenizer, read_characters
+from performer_lm.data.tokenizer.library import read_library
+from performer_lm.data.tokenizer.unigram import read_unigram
+from performer_lm.data.tokenizer.word_pieces import read_word_pieces
+
+READERS: Final[dict[str, Any]] = {
+    "bytes": lambda plain, *, specials: ByteTokenizer(specials=specials),
+    "byte_pairs": read_byte_pairs,
+    "characters": read_characters,
+    "tokenizer_json": read_library,
+    "unigram": read_unigram,
+    "word_pieces": read_word_pieces,
+}
+
+
+def tokenizer_from_dict(plain: Any) -> Tokenizer:
+    """Build the tokenizer that `to_dict` described; nothing in the data is run or imported.
+
+    Raises:
+        ValueError: in one line, if the data is not what `to_dict` writes.
+    """
+    kind = plain.get("kind") if isinstance(plain, dict) else None
+    if not isinstance(kind, str) or kind not in READERS:
+        raise ValueError(f"tokenizer data: kind ({short(kind)}) must be one of {', '.join(READERS)}")
+    specials = plain.get("specials", [])
+    if not isinstance(specials, list):
+        raise ValueError(f"tokenizer data: specials ({short(specials)}) must be a list of names")
+    tokenizer: Tokenizer = READERS[kind](plain, specials=specials)
+    return tokenizer

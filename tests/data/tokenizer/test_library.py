@@ -1,0 +1,116 @@
+import copy
+import json
+import random
+
+import pytest
+
+from performer_lm.data.tokenizer import LibraryTokenizer, tokenizer_from_dict
+
+
+def test_a_byte_level_file_is_exact_and_its_special_tokens_are_no_text(tokenizer_json):
+    content = tokenizer_json("gpt2")
+    tokenizer = LibraryTokenizer(content=content, specials=["mask"])
+    assert tokenizer.end_id == len(content["model"]["vocab"])
+    assert tokenizer.token_bytes(content["model"]["vocab"]["<|endoftext|>"]) == b""
+    text = "a <|endoftext|> in a text"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_file_with_spaces_as_marks_gives_its_pieces_as_text(tokenizer_json):
+    content = tokenizer_json("llama")
+    vocabulary, tokenizer = content["model"]["vocab"], LibraryTokenizer(content=content)
+    ids = tokenizer.encode("return \N{SNOWMAN} name")
+    assert tokenizer.decode(ids) == " return \N{SNOWMAN} name"  # the space before the first word is the file's own
+    assert tokenizer.token_bytes(vocabulary["<0x0A>"]) == b"\n"
+    assert tokenizer.token_bytes(vocabulary["▁"]) == b" "
+    assert tokenizer.token_bytes(vocabulary["</s>"]) == b""
+
+
+def test_a_file_that_loses_text_still_gives_pieces_to_print(tokenizer_json):
+    content = tokenizer_json("bert")
+    vocabulary, tokenizer = content["model"]["vocab"], LibraryTokenizer(content=content)
+    ids = tokenizer.encode("Return  the NAME \N{SNOWMAN}")
+    assert vocabulary["[CLS]"] not in ids
+    assert tokenizer.decode(ids).split() == ["return", *tokenizer.decode(ids).split()[1:]]
+    assert tokenizer.token_bytes(vocabulary["[UNK]"]) == b""
+
+
+def test_what_makes_encoding_random_or_shorter_is_left_out(tokenizer_json):
+    content = tokenizer_json("gpt2")
+    content["model"]["dropout"] = 0.5
+    content["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    tokenizer = LibraryTokenizer(content=content)
+    plain = LibraryTokenizer(content=tokenizer_json("gpt2"))
+    for _ in range(5):
+        assert tokenizer.encode("return self.greet(name)").tolist() == plain.encode("return self.greet(name)").tolist()
+
+
+def test_added_tokens_that_are_not_special_are_text(tokenizer_json):
+    content = tokenizer_json("gpt2")
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    content["added_tokens"].append({"id": 300, "content": "<tool>", **flags})
+    tokenizer = LibraryTokenizer(content=content)
+    assert tokenizer.encode("a<tool>b").tolist()[1] == 300
+    assert tokenizer.decode(tokenizer.encode("a<tool>b")) == "a<tool>b"
+    assert tokenizer.end_id == 301
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": None}, "model (None) must be a section"),
+        ({"model": {"type": "Nothing"}}, "tokenizer.json: "),
+        ({"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []}, "it has no tokens"),
+        ({"model": {"type": "WordLevel", "vocab": {"a": 4_000_000_000}, "unk_token": "a"}}, "ids reach 4000000000"),
+        ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}}, ""),
+    ],
+)
+def test_content_that_is_no_tokenizer_is_refused_in_one_line(tokenizer_json, change, message):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: ") as caught:
+        LibraryTokenizer(content={**tokenizer_json("gpt2"), **change})
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def _places(value, path=()):
+    """Yield the path of every value inside plain data."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from _places(item, (*path, key))
+
+
+def _mutated(plain, draw: random.Random):
+    plain = copy.deepcopy(plain)
+    path = draw.choice([path for path in _places(plain) if path])
+    holder = plain
+    for key in path[:-1]:
+        holder = holder[key]
+    junk = [None, True, -1, 2**40, 0.5, "", "é", "▁x", [], {}, [[]], {"type": "BPE"}, float("nan"), "\ud800"]
+    action = draw.randrange(3)
+    if action == 0:
+        del holder[path[-1]]
+    elif action == 1 or not isinstance(holder, list):
+        holder[path[-1]] = draw.choice(junk)
+    else:
+        holder.append(draw.choice([*junk, *holder]))
+    return plain
+
+
+@pytest.mark.parametrize(
+    "kind", ["bytes", "characters", "byte_pairs", "word_pieces", "unigram", "gpt2", "llama", "bert"]
+)
+def test_mutated_data_is_refused_in_one_line_or_gives_ids_in_range(kinds, tokenizer_json, kind):
+    good = kinds[kind] if kind in kinds else LibraryTokenizer(content=tokenizer_json(kind), specials=["mask"])
+    plain, draw, refused = json.loads(json.dumps(good.to_dict())), random.Random(kind), 0
+    for _ in range(120):
+        try:
+            tokenizer = tokenizer_from_dict(_mutated(plain, draw))
+            ids = tokenizer.encode("return self.greet(name) \N{SNOWMAN}\n\0 é")
+        except ValueError as error:
+            refused += "\n" not in str(error) or pytest.fail(f"more than one line: {error}")
+            continue
+        assert ids.min(initial=0) >= 0
+        assert ids.max(initial=0) < tokenizer.end_id < tokenizer.vocab_size
+        assert len(tokenizer.byte_lengths()) == tokenizer.vocab_size
+    assert refused

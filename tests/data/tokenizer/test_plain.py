@@ -1,0 +1,43 @@
+import re
+
+import pytest
+
+from performer_lm.data.tokenizer import tokenizer_from_dict
+from performer_lm.data.tokenizer.byte_level import BYTE_NAMES
+
+BYTES = [[name, -1.0] for name in BYTE_NAMES]
+
+
+@pytest.mark.parametrize(
+    ("plain", "message"),
+    [
+        (None, "kind (None) must be one of bytes, byte_pairs, characters, tokenizer_json, unigram, word_pieces"),
+        ({"kind": ["bytes"]}, "kind (['bytes']) must be"),
+        ({"kind": "os.system"}, "kind ('os.system') must be"),
+        ({"kind": "bytes", "specials": "mask"}, "specials ('mask') must be a list"),
+        ({"kind": "bytes", "specials": [1]}, "1 must be a name"),
+        ({"kind": "byte_pairs"}, "split (None) must be one of ['words']"),
+        ({"kind": "byte_pairs", "split": {}, "merges": []}, "split ({}) must be one of"),
+        ({"kind": "byte_pairs", "split": "words", "merges": "abc"}, "merges ('abc') must be a list"),
+        ({"kind": "byte_pairs", "split": "words", "merges": [[1, 2], [3]]}, "merge 1 ([3]) must be a pair"),
+        ({"kind": "byte_pairs", "split": "words", "merges": [[1, True]]}, "merge 0 ([1, True]) must be a pair"),
+        ({"kind": "byte_pairs", "split": "words", "merges": [[1, 256]]}, "merge 0 ([1, 256]) must use ids in 0..255"),
+        ({"kind": "byte_pairs", "split": "words", "merges": [[1, -1]]}, "merge 0 ([1, -1]) must use ids in 0..255"),
+        ({"kind": "characters", "alphabet": "aa", "fallback": True}, "alphabet ('aa') must be a string of different"),
+        ({"kind": "characters", "alphabet": "a", "fallback": 1}, "fallback (1) must be true or false"),
+        ({"kind": "characters", "alphabet": "\ud800", "fallback": True}, "cannot be written as UTF-8"),
+        ({"kind": "word_pieces", "split": "words", "pieces": [1]}, "pieces ([1]) must be a list of spelled pieces"),
+        ({"kind": "word_pieces", "split": "words", "pieces": ["a"]}, "must differ from each other"),
+        ({"kind": "word_pieces", "split": "words", "pieces": ["a b"]}, "piece 'a b' spells no bytes"),
+        ({"kind": "word_pieces", "split": "words", "pieces": ["▁"]}, "piece '▁' spells no bytes"),
+        ({"kind": "unigram", "split": "words", "pieces": None}, "pieces (None) must be a list"),
+        ({"kind": "unigram", "split": "words", "pieces": [["a", -1.0]]}, "must begin with the 256 bytes"),
+        ({"kind": "unigram", "split": "words", "pieces": [*BYTES, ["ab", float("inf")]]}, "piece 256 (['ab', inf])"),
+        ({"kind": "unigram", "split": "words", "pieces": [*BYTES, ["", -1.0]]}, "piece '' spells no bytes"),
+        ({"kind": "tokenizer_json", "content": []}, "content ([]) must be a parsed tokenizer.json"),
+    ],
+)
+def test_foreign_data_is_refused_in_one_line(plain, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        tokenizer_from_dict(plain)
+    assert "\n" not in str(caught.value)
