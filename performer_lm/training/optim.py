@@ -107,6 +107,18 @@ def muon(
     return Together(Muon(matrices, lr=matrix_lr, momentum=momentum, weight_decay=weight_decay), rest)
 
 
+def check_scaling(optimizer: Optimizer, *, precision: str) -> None:
+    """Refuse an optimizer that takes a loss scale off its gradients only as it updates, after they were clipped.
+
+    Raises:
+        ValueError: for fused AdamW alone with float16, whose losses are scaled.
+    """
+    if precision == "16-mixed" and getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise ValueError(
+            "optimizer.fused=true does not go with trainer.precision=16-mixed: set it false, or use bf16-mixed"
+        )
+
+
 class Together(Optimizer):
     """Several optimizers, each over parameters of its own, stepped as one."""
 

@@ -39,7 +39,7 @@ from performer_lm.training.callbacks.redraw import Redraw
 from performer_lm.training.callbacks.saving import checkpoints
 from performer_lm.training.callbacks.throughput import Throughput
 from performer_lm.training.loggers import MetricsLogger
-from performer_lm.training.optim import parameter_groups
+from performer_lm.training.optim import check_scaling, parameter_groups
 from performer_lm.training.report import card, describe_model, open_log, point_latest
 from performer_lm.training.resume import best_score, check_resumed, resume_command
 from performer_lm.training.task import LanguageModelTask
@@ -146,7 +146,7 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
     data: TextData = instantiate(cfg.data)
     throughput = Throughput()
     stop = StopOnSignal(path=folder / "checkpoints" / "last.ckpt")
-    chosen = instantiate(cfg.callbacks).values() if cfg.callbacks else ()
+    chosen = instantiate(cfg.callbacks).values() if cfg.get("callbacks") else ()
     own: list[Callback] = [callback for callback in chosen if callback is not None]  # None: switched off
     callbacks = [
         Redraw(),
@@ -162,7 +162,7 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
     loggers = list(instantiate(cfg.logger).values()) if cfg.logger else []
     trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
     objective, optimizer, schedule = (instantiate(cfg[name]) for name in ("objective", "optimizer", "schedule"))
-    optimizer(parameter_groups(nn.Linear(1, 1), head=nn.Identity()))
+    check_scaling(optimizer(parameter_groups(nn.Linear(1, 1), head=nn.Identity())), precision=str(trainer.precision))
     schedule(trainer.max_steps)
     data.share(trainer)
 

@@ -21,8 +21,16 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
     def prepared(*overrides: str) -> Run:
         from hydra import compose, initialize_config_dir
 
-        base = ["debug=fast", "data=files", "data.path=text.txt", "tokenizer=bytes", "attn.chunk_size=16"]
-        own = [override for override in base if not (override.startswith("attn.") and "attn=" in str(overrides))]
+        base = [
+            "debug=fast",
+            "callbacks.samples.max_new_tokens=16",
+            "data=files",
+            "data.path=text.txt",
+            "tokenizer=bytes",
+            "attn.chunk_size=16",
+        ]
+        unfit = tuple(f"{group}." for group in ("attn", "callbacks") if f"{group}=" in str(overrides))
+        own = [override for override in base if not override.startswith(unfit)]
         configs = str(Path(__file__).parents[2] / "configs")
         with initialize_config_dir(configs, version_base="1.3"):
             cfg = compose("train", overrides=[*own, *overrides])

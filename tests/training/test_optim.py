@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from performer_lm.model import PerformerLM
-from performer_lm.training.optim import adamw, muon, parameter_groups
+from performer_lm.training.optim import adamw, check_scaling, muon, parameter_groups
 
 ADAMW: dict[str, Any] = {"lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "fused": False}
 MUON: dict[str, Any] = {**ADAMW, "matrix_lr": 0.02, "momentum": 0.95}
@@ -38,6 +38,25 @@ def test_a_tied_embedding_does_not_decay(lively_model: Callable[..., PerformerLM
     groups = parameter_groups(model, head=model.head)
     assert "embedding.weight" not in names(model, *[group for group in groups if group["decays"]])
     assert "embedding.weight" in names(model, *[group for group in groups if not group["decays"]])
+
+
+EVERYTHING = {
+    "layer norms": ["model/norm=layer", "model/absolute=learned", "model.qkv_bias=true", "model.out_bias=true"],
+    "rezero": ["model/norm=none", "model.rezero=true", "model.head_bias=true", "model.feed_forward.bias=true"],
+    "learned features": ["attn/features=learned", "attn.features.centred=true", "model.qk_norm=8"],
+}
+
+
+@pytest.mark.parametrize("options", EVERYTHING.values(), ids=EVERYTHING)
+def test_only_the_weights_of_linear_layers_decay(lively_model: Callable[..., PerformerLM], options: list[str]) -> None:
+    model = lively_model(*options)
+    groups = parameter_groups(model, head=model.head)
+    decaying = names(model, *[group for group in groups if group["decays"]])
+    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert decaying == linear
+    assert all(model.get_parameter(name).ndim == 2 for name in decaying)
+    for word in ("gain", "offset", "bias", "gate", "projection", "centres", "vectors", "logit"):
+        assert not any(name.endswith(word) for name in decaying)
 
 
 def test_frozen_parameters_are_left_out(lively_model: Callable[..., PerformerLM]) -> None:
@@ -112,3 +131,13 @@ def test_a_schedule_moves_the_rates_of_both_parts() -> None:
 def test_bad_betas_are_refused() -> None:
     with pytest.raises(ValueError, match=r"optimizer\.betas must be two numbers"):
         adamw([], **{**ADAMW, "betas": [0.9]})
+
+
+def test_fused_adamw_does_not_go_with_scaled_losses() -> None:
+    model = Bowl()
+    groups = parameter_groups(model, head=model.head)
+    fused, plain, together = adamw(groups, **{**ADAMW, "fused": True}), adamw(groups, **ADAMW), muon(groups, **MUON)
+    with pytest.raises(ValueError, match=r"optimizer\.fused=true does not go with trainer\.precision=16-mixed"):
+        check_scaling(fused, precision="16-mixed")
+    for optimizer, precision in ((fused, "bf16-mixed"), (plain, "16-mixed"), (together, "16-mixed")):
+        check_scaling(optimizer, precision=precision)

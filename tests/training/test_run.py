@@ -97,7 +97,7 @@ def test_resuming_a_finished_run_takes_no_step(start: Start, capsys: pytest.Capt
 
 def test_nothing_is_written_where_something_is_wrong(start: Start) -> None:
     before = set(Path().rglob("*"))
-    for wrong in ("model.heads=5", "attn.num_features=0", "schedule.warmup=2", "trainer.val_every=0", "ckpt=nowhere"):
+    for wrong in ("model.heads=5", "attn.num_features=0", "schedule.warmup=5", "trainer.val_every=0", "ckpt=nowhere"):
         with pytest.raises(ValueError, match=r"\d|nowhere"):
             start(wrong)
     assert set(Path().rglob("*")) == before
