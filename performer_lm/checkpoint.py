@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from performer_lm.data.tokenizer import Tokenizer, tokenizer_from_dict
-from performer_lm.model import PerformerLM
+from performer_lm.language_model import LanguageModel
 
 FORMAT = 1
 BUILDABLE = (
@@ -154,7 +154,7 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(path, section, weights | content.get(AVERAGES, {}), content)
 
 
-def open_model(checkpoint: Checkpoint, *, attn: Mapping[str, Any] | None = None) -> tuple[PerformerLM, Tokenizer]:
+def open_model(checkpoint: Checkpoint, *, attn: Mapping[str, Any] | None = None) -> tuple[LanguageModel, Tokenizer]:
     """Rebuild model and tokenizer from a checkpoint, on the CPU, in evaluation mode.
 
     Args:
@@ -169,9 +169,9 @@ def open_model(checkpoint: Checkpoint, *, attn: Mapping[str, Any] | None = None)
         section["attn"] = attn
     with torch.device("meta"):
         checked = build(section)
-    if not isinstance(checked, PerformerLM):
-        raise ValueError(f"{checkpoint.path} describes {type(checked).__name__}, which does not generate text")
-    model = cast(PerformerLM, build(section))
+    if not isinstance(checked, LanguageModel):
+        raise ValueError(f"{checkpoint.path} describes {type(checked).__name__}, which is no language model")
+    model = cast(LanguageModel, build(section))
     model.redraw(int(checkpoint.content.get("global_step", 0)))
     load_weights(model, checkpoint.weights, source=str(checkpoint.path))
     return model.eval(), tokenizer_from_dict(checkpoint.section["tokenizer"])

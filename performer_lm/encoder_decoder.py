@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from performer_lm.model import initialise_vocabulary
+from performer_lm.language_model import LanguageModel, initialise_vocabulary
 from performer_lm.nn.problems import Problems
 from performer_lm.performer import Performer, PerformerState
 
 
-class PerformerEncoderDecoder(nn.Module):
+class PerformerEncoderDecoder(LanguageModel):
     """Predict a target from a source: `encoder` bidirectional, `decoder` causal with cross-attention.
 
     Decoding reads the source once; what the decoder's layers keep of it belongs to the state, which for FAVOR has one
@@ -103,10 +103,25 @@ class PerformerEncoderDecoder(nn.Module):
         context = self.encode(source, mask=mask)
         return self.decoder.init_state(source.shape[0], max_len=max_len, context=context, context_mask=mask)
 
+    @property
+    def decodes(self) -> bool:
+        """Whether it can write text: always."""
+        return True
+
+    def room_after(self, tokens: int) -> int | None:
+        """Return how many tokens of a target its positions can tell apart; None: without end."""
+        del tokens
+        return self.decoder.max_len
+
+    def start(self, prompt: Tensor, *, mask: Tensor | None = None, max_len: int = 0) -> tuple[Tensor, PerformerState]:
+        """Read prompts as sources; targets start with `start_id`. See `LanguageModel.start`."""
+        state = self.init_state(prompt, mask=mask, max_len=max_len)
+        return self.extend(prompt.new_full((prompt.shape[0], 1), self.start_id), state)
+
     def extend(
         self, tokens: Tensor, state: PerformerState, *, mask: Tensor | None = None, last_only: bool = False
     ) -> tuple[Tensor, PerformerState]:
-        """Append tokens to the targets, as `PerformerLM.extend` does."""
+        """Append tokens to the targets; see `LanguageModel.extend`."""
         x, state = self.decoder.extend(self.embedding(tokens), state, mask=mask)
         return self.head(x[:, -1:] if last_only else x), state
 

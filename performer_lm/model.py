@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from performer_lm.language_model import LanguageModel, initialise_vocabulary
 from performer_lm.nn.problems import Problems
 from performer_lm.performer import Performer, PerformerState
 
@@ -28,7 +29,7 @@ def takes_options_of(part: type) -> Callable[[Constructor], Constructor]:
     return extended
 
 
-class PerformerLM(nn.Module):
+class PerformerLM(LanguageModel):
     """A language model: an embedding, a `Performer`, and an output layer over the vocabulary.
 
     Causal, it predicts each next token; bidirectional (`causal=False`), masked ones.
@@ -104,37 +105,27 @@ class PerformerLM(nn.Module):
         """
         return self.performer.init_state(batch, max_len=max_len, context=context, context_mask=context_mask)
 
+    @property
+    def decodes(self) -> bool:
+        """Whether it can write text: causal, and without a context that a prompt does not hold."""
+        return self.performer.causal and not self.performer.cross_attend
+
+    def room_after(self, tokens: int) -> int | None:
+        """Return how many new tokens its positions can tell apart after a prompt; None: without end."""
+        last = self.performer.max_len
+        return None if last is None else max(0, last - tokens + 1)  # the last new token is never read
+
+    def start(self, prompt: Tensor, *, mask: Tensor | None = None, max_len: int = 0) -> tuple[Tensor, PerformerState]:
+        """Read prompts that are to be continued; see `LanguageModel.start`."""
+        return self.extend(prompt, self.init_state(prompt.shape[0], max_len=max_len), mask=mask, last_only=True)
+
     def extend(
         self, tokens: Tensor, state: PerformerState, *, mask: Tensor | None = None, last_only: bool = False
     ) -> tuple[Tensor, PerformerState]:
-        """Append tokens to the streams: ids `(b, n)` to logits `(b, n, vocab)` and the next state.
-
-        Any split of a sequence gives the logits that `forward` gives for the whole. May consume `state`.
-
-        Args:
-            tokens: `(b, n)` ids, for any n.
-            state: of `init_state` or of an earlier call.
-            mask: `(b, n)` bool, False at the padding that stands left of shorter prompts.
-            last_only: return the logits of the last token alone, `(b, 1, vocab)`.
-        """
+        """Append tokens to the streams; see `LanguageModel.extend`."""
         x, state = self.performer.extend(self.embedding(tokens), state, mask=mask)
         return self.head(x[:, -1:] if last_only else x), state
 
     def redraw(self, step: int) -> None:
         """Set every random projection to that of optimizer step `step`; call it between steps only."""
         self.performer.redraw(step)
-
-
-def initialise_vocabulary(embedding: nn.Embedding, head: nn.Linear) -> None:
-    """Set the initial weights of an embedding and an output layer; `normal(s)` has standard deviation s.
-
-    | weight | initial values |
-    |---|---|
-    | embedding | normal(1): the stream starts at the scale that norms keep; tied to the output layer, normal(0.02) |
-    | output layer | zeros (tied: the embedding): the first loss is ln(vocab) |
-    """
-    is_tied = head.weight is embedding.weight
-    if head.bias is not None:
-        nn.init.zeros_(head.bias)
-    nn.init.zeros_(head.weight)
-    nn.init.normal_(embedding.weight, std=0.02 if is_tied else 1.0)

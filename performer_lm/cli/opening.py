@@ -8,10 +8,10 @@ if TYPE_CHECKING:
     import torch
 
     from performer_lm.data.tokenizer import Tokenizer
-    from performer_lm.model import PerformerLM
+    from performer_lm.language_model import LanguageModel
 
 
-def open_from(cfg: DictConfig) -> "tuple[PerformerLM, Tokenizer]":
+def open_from(cfg: DictConfig) -> "tuple[LanguageModel, Tokenizer]":
     """Return the model, in evaluation mode on its device, and its tokenizer.
 
     Random projections belong to the model, not to this process: where `attn` asks for another backend, it draws those

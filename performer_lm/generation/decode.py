@@ -10,12 +10,11 @@ from torch import Tensor
 
 from performer_lm.data.tokenizer import TextStream, Tokenizer
 from performer_lm.generation.sampling import Sampler
-from performer_lm.model import PerformerLM
+from performer_lm.language_model import LanguageModel
 
 
-@torch.inference_mode()
 def decode(
-    model: PerformerLM,
+    model: LanguageModel,
     prompt: Tensor,
     *,
     max_new_tokens: int,
@@ -24,7 +23,7 @@ def decode(
     end_id: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the next ids `(b,)` of every row, until `max_new_tokens` or until all rows have ended.
+    """Return the next ids `(b,)` of every row one by one, until `max_new_tokens` or until all rows have ended.
 
     Args:
         model: in evaluation mode.
@@ -34,9 +33,32 @@ def decode(
         mask: `(b, n)` bool, False at the padding.
         end_id: the token that ends a row, which from then on yields only it; None: rows do not end.
         generator: source of randomness, on the model's device.
+
+    Raises:
+        ValueError: at once, for a model that does not decode, or whose positions end before the last token.
     """
-    state = model.init_state(prompt.shape[0], max_len=prompt.shape[1] + max_new_tokens)
-    logits, state = model.extend(prompt, state, mask=mask, last_only=True)
+    if not model.decodes:
+        raise ValueError("this model sees both sides of a token (objective=mlm): it does not continue text")
+    room = model.room_after(prompt.shape[1])
+    if room is not None and max_new_tokens > room:
+        raise ValueError(
+            f"max_new_tokens ({max_new_tokens}) must be at most {room} after a prompt of {prompt.shape[1]} tokens: "
+            "the model's learned positions end there"
+        )
+    return _steps(model, prompt, mask, max_new_tokens, sampler, end_id, generator)
+
+
+@torch.inference_mode()
+def _steps(
+    model: LanguageModel,
+    prompt: Tensor,
+    mask: Tensor | None,
+    max_new_tokens: int,
+    sampler: Sampler,
+    end_id: int | None,
+    generator: torch.Generator | None,
+) -> Iterator[Tensor]:
+    logits, state = model.start(prompt, mask=mask, max_len=prompt.shape[1] + max_new_tokens)
     ended = torch.zeros_like(prompt[:, 0], dtype=torch.bool)
     for index in range(max_new_tokens):
         ids = sampler(logits[:, -1], generator)
@@ -50,7 +72,7 @@ def decode(
 
 
 def stream_text(
-    model: PerformerLM,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     prompt: str,
     *,
@@ -63,7 +85,7 @@ def stream_text(
     An empty prompt begins a new document. The model keeps its training or evaluation mode.
 
     Raises:
-        ValueError: at once, for a prompt that cannot be written as UTF-8.
+        ValueError: at once, for a prompt that cannot be written as UTF-8, and as `decode` does.
     """
     ids = tokenizer.encode(prompt).tolist() or [tokenizer.end_id]
     device = model.head.weight.device

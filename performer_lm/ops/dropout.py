@@ -6,12 +6,10 @@ under the same seed, forward and backward, whatever their blocks; and the global
 Letters: `b` batch, `h` heads, `i` queries, `j` keys.
 """
 
-from typing import TypeVar
-
 import torch
 from torch import Tensor
 
-Number = TypeVar("Number", int, Tensor)
+from performer_lm.ops.hashing import mix, mix32_
 
 
 def keep_mask(
@@ -25,11 +23,11 @@ def keep_mask(
     row = torch.arange(rows.start, rows.stop, device=device)[:, None]
     col = torch.arange(cols.start, cols.stop, device=device)
     # Each counter is hashed under a key of its own, so that no two of them can stand in for each other.
-    per_seed = _mix(_mix(seed ^ 0x6A09E667) ^ (seed >> 32))
-    per_row = _mix(_mix(stream ^ 0xBB67AE85) ^ per_seed) ^ _mix(row ^ 0x3C6EF372)
-    per_col = _mix(col ^ 0xA54FF53A)
+    per_seed = mix(mix(seed ^ 0x6A09E667) ^ (seed >> 32))
+    per_row = mix(mix(stream ^ 0xBB67AE85) ^ per_seed) ^ mix(row ^ 0x3C6EF372)
+    per_col = mix(col ^ 0xA54FF53A)
     # int32 halves the traffic of the only part that has i * j elements.
-    bits = _mix32(_mix(per_row).int() ^ per_col.int())
+    bits = mix32_(mix(per_row).int() ^ per_col.int())
     return bits.bitwise_and_(0x7FFFFFFF) >= round(rate * 2**31)
 
 
@@ -39,21 +37,3 @@ def check_dropout(rate: float, seed: int | None) -> None:
         raise ValueError(f"dropout must be at least 0 and below 1, got {rate}")
     if rate > 0.0 and seed is None:
         raise ValueError(f"dropout ({rate}) needs a seed: it is a function of (seed, b, h, i, j)")
-
-
-def _mix(number: Number) -> Number:
-    """Hash the low 32 bits of integers, Python's or int64, to 32 bits (lowbias32: xor-shift and multiply, twice)."""
-    low = number & 0xFFFFFFFF
-    low = ((low ^ (low >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
-    low = ((low ^ (low >> 15)) * 0x846CA68B) & 0xFFFFFFFF
-    return low ^ (low >> 16)
-
-
-def _mix32(bits: Tensor) -> Tensor:
-    """Do the same in place in int32, whose shift copies the sign bit and whose products wrap."""
-    bits ^= (bits >> 16).bitwise_and_(0xFFFF)
-    bits *= 0x7FEB352D
-    bits ^= (bits >> 15).bitwise_and_(0x1FFFF)
-    bits *= 0x846CA68B - 2**32
-    bits ^= (bits >> 16).bitwise_and_(0xFFFF)
-    return bits

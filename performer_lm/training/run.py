@@ -29,7 +29,7 @@ from performer_lm import checkpoint
 from performer_lm.attention.local import LocalAttention
 from performer_lm.checkpoint import Checkpoint
 from performer_lm.data.module import TextData
-from performer_lm.model import PerformerLM
+from performer_lm.language_model import LanguageModel
 from performer_lm.training.callbacks.base import RunCallback, Surroundings
 from performer_lm.training.callbacks.ending import FinalValidation, StopOnSignal
 from performer_lm.training.callbacks.guard import NonFiniteGuard
@@ -141,7 +141,7 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
     cfg.run_dir = str(folder)
     console = Console(highlight=False)
     model_section: dict[str, Any] = OmegaConf.to_container(cfg.model, resolve=True)  # type: ignore[assignment]
-    _check_model(model_section, context=cfg.data.context)
+    sketch = _sketch_model(model_section, context=cfg.data.context)
 
     data: TextData = instantiate(cfg.data)
     throughput = Throughput()
@@ -162,11 +162,13 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
     loggers = list(instantiate(cfg.logger).values()) if cfg.logger else []
     trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
     objective, optimizer, schedule = (instantiate(cfg[name]) for name in ("objective", "optimizer", "schedule"))
+    objective.check(sketch, separator=data.separator)
     check_scaling(optimizer(parameter_groups(nn.Linear(1, 1), head=nn.Identity())), precision=str(trainer.precision))
     schedule(trainer.max_steps)
     data.share(trainer)
 
     data.prepare()
+    objective.adopt(data.tokenizer)
     surroundings = Surroundings(
         folder=folder,
         console=console,
@@ -179,7 +181,7 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
             callback.join(surroundings)
     model_section["vocab_size"] = data.tokenizer.vocab_size
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
-    model: PerformerLM = checkpoint.build(model_section)
+    model: LanguageModel = checkpoint.build(model_section)
     section = checkpoint.describe(
         model=model_section, tokenizer=data.tokenizer, fingerprint=data.fingerprint(), seed=cfg.seed
     )
@@ -208,10 +210,11 @@ def _choose_folder(wanted: Path, resumed: Checkpoint | None, job: int | None) ->
     return next(free for free in map(folder.with_name, names) if not free.exists())
 
 
-def _check_model(section: dict[str, Any], *, context: int) -> None:
+def _sketch_model(section: dict[str, Any], *, context: int) -> LanguageModel:
     """Build the model without values, so that sizes that do not fit are found before any data is read."""
     with torch.device("meta"):
-        model = checkpoint.build({**section, "vocab_size": 256})
+        model: LanguageModel = checkpoint.build({**section, "vocab_size": 256})
     for module in model.modules():
         if isinstance(module, LocalAttention) and module.window > context:
             raise ValueError(f"window ({module.window}) must be at most the context (data.context={context})")
+    return model

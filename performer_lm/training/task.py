@@ -17,14 +17,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import SumMetric
 
 from performer_lm.data.windows import IGNORE
-from performer_lm.model import PerformerLM
+from performer_lm.language_model import LanguageModel
+from performer_lm.objectives import Objective
 from performer_lm.training.callbacks.base import RunCallback
-from performer_lm.training.objectives import Objective
 from performer_lm.training.optim import parameter_groups
 
 
 class LanguageModelTask(LightningModule):
-    """Train a `PerformerLM` on an objective.
+    """Train a `LanguageModel` on an objective.
 
     Args:
         model: the language model.
@@ -42,7 +42,7 @@ class LanguageModelTask(LightningModule):
 
     def __init__(
         self,
-        model: PerformerLM,
+        model: LanguageModel,
         *,
         objective: Objective,
         optimizer: Callable[..., Optimizer],
@@ -68,11 +68,11 @@ class LanguageModelTask(LightningModule):
         self.bytes = SumMetric()
 
     @property
-    def measured(self) -> PerformerLM:
+    def measured(self) -> LanguageModel:
         """The model that validation and samples run: the one that trains, or what `measure` was given."""
         return self._measured[0]
 
-    def measure(self, model: PerformerLM) -> None:
+    def measure(self, model: LanguageModel) -> None:
         """Let validation and samples run another model than the one that trains."""
         self._measured = (model,)
 

@@ -12,7 +12,7 @@ from performer_lm.data.layouts import HeldOutStream
 from performer_lm.data.windows import HeldOutWindows
 from performer_lm.evaluation.bits_per_byte import measure_bits_per_byte
 from performer_lm.model import PerformerLM
-from performer_lm.training.objectives import NextToken
+from performer_lm.objectives import NextToken
 
 
 def nats_of(model: PerformerLM, windows: torch.Tensor) -> float:

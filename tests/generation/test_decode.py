@@ -1,8 +1,10 @@
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
+from performer_lm import checkpoint
 from performer_lm.data.tokenizer import ByteTokenizer
 from performer_lm.generation.decode import decode, stream_text
 from performer_lm.generation.sampling import Sampler
@@ -86,3 +88,27 @@ def test_an_empty_prompt_begins_a_document(lively_model: Build) -> None:
     text = "".join(stream_text(model, tokenizer, "", max_new_tokens=5, sampler=GREEDY, seed=0))
     begun = ids_of(model, torch.tensor([[tokenizer.end_id]]), 5, end_id=tokenizer.end_id)
     assert text == tokenizer.decode(begun[0].tolist())
+
+
+def test_a_target_is_decoded_from_its_source(model_section: Callable[..., dict[str, Any]]) -> None:
+    small = ["model.dim=32", "model.encoder.heads=4", "model.decoder.heads=4"]
+    model = checkpoint.build(model_section("model=performer_seq2seq", *small, tiny=[])).eval()
+    torch.nn.init.normal_(model.head.weight)
+    source = torch.randint(0, 40, (2, 7))
+    made = ids_of(model, source, 9)
+    begun = torch.cat((torch.full((2, 1), model.start_id), made[:, :-1]), 1)
+    with torch.no_grad():
+        assert torch.equal(model(source, begun).argmax(-1), made)
+
+
+def test_a_model_that_sees_both_sides_continues_nothing(lively_model: Build) -> None:
+    model = lively_model("model=performer_encoder", "model.heads=4")
+    with pytest.raises(ValueError, match="sees both sides"):
+        decode(model, torch.zeros(1, 3, dtype=torch.int64), max_new_tokens=2, sampler=GREEDY)
+
+
+def test_learned_positions_leave_so_much_room(lively_model: Build) -> None:
+    model, prompt = lively_model("model/absolute=learned", "model.absolute.max_len=10"), torch.zeros(1, 6).long()
+    assert ids_of(model, prompt, 5).shape == (1, 5)
+    with pytest.raises(ValueError, match=r"max_new_tokens \(6\) must be at most 5 after a prompt of 6 tokens"):
+        decode(model, prompt, max_new_tokens=6, sampler=GREEDY)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from performer_lm.checkpoint import AVERAGES
-from performer_lm.model import PerformerLM
+from performer_lm.language_model import LanguageModel
 from performer_lm.training.callbacks.base import RunCallback
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class WeightAverage(RunCallback):
         ValueError: for a decay outside (0, 1).
     """
 
-    model: PerformerLM
+    model: LanguageModel
 
     def __init__(self, *, decay: float) -> None:
         if not 0 < decay < 1:

@@ -28,12 +28,13 @@ class Samples(RunCallback):
         self.seed = seed
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Continue the prompt with the model that validation runs; on the first rank only."""
-        if not trainer.is_global_zero:
+        """Continue the prompt with the model that validation runs, if it can; on the first rank only."""
+        model = cast("LanguageModelTask", pl_module).measured
+        if not (trainer.is_global_zero and model.decodes):
             return
         continuation = "".join(
             stream_text(
-                cast("LanguageModelTask", pl_module).measured,
+                model,
                 self.run.tokenizer,
                 self.prompt,
                 max_new_tokens=self.max_new_tokens,

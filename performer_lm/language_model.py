@@ -1,0 +1,73 @@
+"""What every language model here is: something that writes text token by token, and can be trained to.
+
+Letters: `b` batch, `n` tokens.
+"""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from performer_lm.performer import PerformerState
+
+
+class LanguageModel(nn.Module, ABC):
+    """A model over a vocabulary, with an embedding of tokens and an output layer."""
+
+    embedding: nn.Embedding
+    head: nn.Linear
+
+    @property
+    @abstractmethod
+    def decodes(self) -> bool:
+        """Whether it can write text: whether `start` and `extend` work."""
+
+    @abstractmethod
+    def room_after(self, tokens: int) -> int | None:
+        """Return how many new tokens a prompt of so many leaves room for; None: without end."""
+
+    @abstractmethod
+    def start(self, prompt: Tensor, *, mask: Tensor | None = None, max_len: int = 0) -> tuple[Tensor, PerformerState]:
+        """Read prompts: ids `(b, n)` to the logits of the first new token, `(b, 1, vocab)`, and the state.
+
+        Args:
+            prompt: `(b, n)` ids, n at least 1.
+            mask: `(b, n)` bool, False at the padding that stands left of shorter prompts.
+            max_len: how many tokens are to be decoded, prompt included; sizes caches and is no limit.
+
+        Raises:
+            ValueError: for a model that does not decode.
+        """
+
+    @abstractmethod
+    def extend(
+        self, tokens: Tensor, state: PerformerState, *, mask: Tensor | None = None, last_only: bool = False
+    ) -> tuple[Tensor, PerformerState]:
+        """Append tokens to the streams: ids `(b, n)` to logits `(b, n, vocab)` and the next state.
+
+        Any split of a sequence gives the logits that a forward gives for the whole. May consume `state`.
+
+        Args:
+            tokens: `(b, n)` ids, for any n.
+            state: of `start`, `init_state` or an earlier call.
+            mask: `(b, n)` bool, False at padding on the left.
+            last_only: return the logits of the last token alone, `(b, 1, vocab)`.
+        """
+
+    @abstractmethod
+    def redraw(self, step: int) -> None:
+        """Set every random projection to that of optimizer step `step`; call it between steps only."""
+
+
+def initialise_vocabulary(embedding: nn.Embedding, head: nn.Linear) -> None:
+    """Set the initial weights of an embedding and an output layer; `normal(s)` has standard deviation s.
+
+    | weight | initial values |
+    |---|---|
+    | embedding | normal(1): the stream starts at the scale that norms keep; tied to the output layer, normal(0.02) |
+    | output layer | zeros (tied: the embedding): the first loss is ln(vocab) |
+    """
+    is_tied = head.weight is embedding.weight
+    if head.bias is not None:
+        nn.init.zeros_(head.bias)
+    nn.init.zeros_(head.weight)
+    nn.init.normal_(embedding.weight, std=0.02 if is_tied else 1.0)
