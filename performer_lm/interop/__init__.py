@@ -1,0 +1,1 @@
+"""Other systems' weights, in and out."""
