@@ -25,13 +25,15 @@ def short_convolution(x: Tensor, tail: Tensor, weight: Tensor, *, segments: Tens
     Returns:
         `(b, n, c)`.
     """
-    if segments is None:
+    if segments is None and not torch.compiler.is_compiling():
         return _ShortConvolution.apply(x, tail, weight)
     out = x * weight[0]
-    for shift in range(1, weight.shape[0]):
-        same = F.pad(segments, (shift, 0), value=-1)[:, : segments.shape[1]] == segments
-        past = F.pad(x, (0, 0, shift, 0))[:, : x.shape[1]]
-        out = torch.addcmul(out, past * same[..., None], weight[shift])
+    for shift in range(1, weight.shape[0]):  # a compiler fuses these, and their backward
+        past = torch.cat((tail[:, tail.shape[1] - shift :], x), dim=1)[:, : x.shape[1]]
+        if segments is not None:
+            same = F.pad(segments, (shift, 0), value=-1)[:, : segments.shape[1]] == segments
+            past = past * same[..., None]
+        out = torch.addcmul(out, past, weight[shift])
     return out
 
 
