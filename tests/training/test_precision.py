@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from performer_lm.training.objectives import NextToken
 from torch import Tensor, nn
 
 from performer_lm.attention.favor import FavorAttention
 from performer_lm.nn.mixing import LogDecay
+from performer_lm.objectives import NextToken
 from performer_lm.performer import Performer
 from performer_lm.training.loggers import read_metrics
 from performer_lm.training.run import Run
