@@ -3,7 +3,7 @@
 `prepare` does all that a user can get wrong, cheapest first, and writes nothing before it has succeeded; `Run.fit`
 trains. A run lies in one folder:
 
-    config.yaml  train.log  metrics.jsonl  metrics.csv  samples.txt  summary.json  checkpoints/{best,last}.ckpt
+    config.yaml  train.log  metrics.{jsonl,csv,png}  samples.txt  summary.json  checkpoints/{best,last}.ckpt
 """
 
 import json
@@ -38,7 +38,8 @@ from performer_lm.training.callbacks.progress import ProgressReport
 from performer_lm.training.callbacks.redraw import Redraw
 from performer_lm.training.callbacks.saving import checkpoints
 from performer_lm.training.callbacks.throughput import Throughput
-from performer_lm.training.loggers import MetricsLogger
+from performer_lm.training.loggers.base import RunLogger
+from performer_lm.training.loggers.record import MetricsLogger
 from performer_lm.training.optim import check_scaling, parameter_groups
 from performer_lm.training.report import card, describe_model, open_log, point_latest
 from performer_lm.training.resume import best_score, check_resumed, resume_command
@@ -87,6 +88,8 @@ class Run:
         start = self.resumed.content["global_step"] if self.resumed else 0
         log.info("%s", describe_model(self.task.model))
         log.info("run folder %s%s", self.folder, f", resumed at step {start}" if start else "")
+        for logger in self.trainer.loggers:
+            logger.log_hyperparams(OmegaConf.to_container(self.cfg, resolve=True))  # type: ignore[arg-type]
         self.trainer.fit(
             self.task,
             datamodule=self.data,
@@ -98,9 +101,10 @@ class Run:
         """Make the folder, keep the config in it and point `latest` to it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.cfg, self.folder / "config.yaml", resolve=True)
+        step = self.resumed.content["global_step"] if self.resumed else 0
         for logger in self.trainer.loggers:
-            if isinstance(logger, MetricsLogger):
-                logger.cut_to(self.resumed.content["global_step"] if self.resumed else 0)
+            if isinstance(logger, RunLogger):  # a config may add Lightning's own
+                logger.begin(self.folder, step=step)
         point_latest(self.folder)
 
     def _close(self) -> float:
@@ -159,7 +163,8 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
         *checkpoints(folder / "checkpoints"),
         stop,
     ]
-    loggers = list(instantiate(cfg.logger).values()) if cfg.logger else []
+    added = instantiate(cfg.logger).values() if cfg.get("logger") else ()
+    loggers = [MetricsLogger(folder=folder), *added]
     trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
     objective, optimizer, schedule = (instantiate(cfg[name]) for name in ("objective", "optimizer", "schedule"))
     objective.check(sketch, separator=data.separator)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from performer_lm.cli import usage_errors
+from performer_lm.training.loggers import record
 from performer_lm.training.run import Run, prepare
 
 Start = Callable[..., Run]
@@ -13,8 +14,9 @@ Start = Callable[..., Run]
 
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
-    """Return a function from overrides to a tiny run on a text of our own."""
+    """Return a function from overrides to a tiny run on a text of our own; it draws no picture, which takes a while."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(record, "draw_metrics", lambda *arguments, **options: None)
     text = "".join(f"line {index} says {index * 37 % 101}\n" for index in range(1500))
     Path("text.txt").write_text(text)
 

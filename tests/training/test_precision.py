@@ -12,7 +12,7 @@ from performer_lm.attention.favor import FavorAttention
 from performer_lm.nn.mixing import LogDecay
 from performer_lm.objectives import NextToken
 from performer_lm.performer import Performer
-from performer_lm.training.loggers import read_metrics
+from performer_lm.training.loggers.record import read_metrics
 from performer_lm.training.run import Run
 
 

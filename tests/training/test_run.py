@@ -15,7 +15,7 @@ Start = Callable[..., Run]
 
 
 def losses(folder: Path) -> dict[int, float]:
-    from performer_lm.training.loggers import read_metrics
+    from performer_lm.training.loggers.record import read_metrics
 
     rows = read_metrics(folder / "metrics.jsonl")
     return {int(row["step"]): row["train/loss"] for row in rows if "train/loss" in row}

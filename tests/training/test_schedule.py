@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from performer_lm.training.loggers import read_metrics
+from performer_lm.training.loggers.record import read_metrics
 from performer_lm.training.schedule import constant, cosine, inverse_sqrt, linear, warmup_stable_decay
 
 BUILDERS: dict[str, Callable[..., Any]] = {

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from performer_lm.training.loggers import read_metrics
+from performer_lm.training.loggers.record import read_metrics
 
 
 @pytest.mark.parametrize("parts", [2, 4])

@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from performer_lm.generation.decode import stream_text
 from performer_lm.generation.sampling import Sampler
 from performer_lm.training.callbacks.base import RunCallback
+from performer_lm.training.loggers.base import RunLogger
 
 if TYPE_CHECKING:
     from performer_lm.training.task import LanguageModelTask
@@ -16,7 +17,8 @@ log = logging.getLogger("performer_lm")
 
 
 class Samples(RunCallback):
-    """Print a sample at every validation and keep all of them in `samples.txt`.
+    """Print a sample at every validation and keep all of them in `samples.txt` and in the loggers that
+    take text.
 
     Sampling has a generator of its own, so that it changes nothing in the run.
     """
@@ -46,3 +48,6 @@ class Samples(RunCallback):
         log.info("--- %s ---\n%s%s\n%s", title, self.prompt, continuation, "-" * (len(title) + 8))
         with (self.run.folder / "samples.txt").open("a", encoding="utf-8") as file:
             file.write(f"=== {title} ===\n{self.prompt}{continuation}\n\n")
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.log_sample(self.prompt, continuation, step=trainer.global_step)

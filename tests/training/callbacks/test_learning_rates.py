@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from performer_lm.training.loggers import read_metrics
+from performer_lm.training.loggers.record import read_metrics
 from performer_lm.training.run import Run
 from performer_lm.training.schedule import cosine
 

@@ -8,7 +8,7 @@ import torch
 from performer_lm import checkpoint
 from performer_lm.training.callbacks import limits
 from performer_lm.training.callbacks.limits import TimeLimit, early_stopping, time_limit
-from performer_lm.training.loggers import read_metrics
+from performer_lm.training.loggers.record import read_metrics
 from performer_lm.training.run import Run
 
 Start = Callable[..., Run]

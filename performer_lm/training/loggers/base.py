@@ -1,0 +1,16 @@
+"""What a run asks of its loggers, beyond what Lightning does."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+
+class RunLogger(ABC):
+    """A logger that belongs to one run, which may be stopped and resumed."""
+
+    @abstractmethod
+    def begin(self, folder: Path, *, step: int) -> None:
+        """Begin to log in an existing run folder; what an earlier process logged after `step` is void."""
+
+    def log_sample(self, prompt: str, continuation: str, *, step: int) -> None:
+        """Keep what the model made of a prompt, where the logger has a place for text."""
+        del prompt, continuation, step
