@@ -1,11 +1,13 @@
 """How well random features stand in for softmax: errors, effective numbers, and the attention matrix they imply.
 
-All functions are pure and take q, k, v of one layer, as the backend receives them; results are per head.
+All functions are pure and take q, k, v of one layer, as the backend receives them; results are per head. Queries and
+keys are compared a block at a time, so memory does not grow with the context.
 
 Letters: `b` batch, `h` heads, `g` key heads, `r` = h / g queries per key, `i` queries, `j` keys, `d` head width, `e`
 value width, `m` features.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -13,8 +15,12 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from performer_lm.attention.favor import FavorAttention
-from performer_lm.ops.features import Features
+from performer_lm.ops.features import FeatureMap, Features
 from performer_lm.ops.softmax import no_autocast
+from performer_lm.ops.terms import slices
+
+BLOCK = 1 << 22
+"""Numbers that a block of pairs times features may hold."""
 
 
 class Approximation(NamedTuple):
@@ -25,7 +31,7 @@ class Approximation(NamedTuple):
     total_variation: Tensor
     """Half the absolute difference of the two rows of weights, 0 (equal) to 1, averaged over queries."""
     uniform_total_variation: Tensor
-    """The same of equal weights against softmax: what an estimate must beat to be worth more than averaging."""
+    """The same of weights that know nothing of q and k: what an estimate must beat to be worth more than averaging."""
     effective_features: Tensor
     """How many of the m features carry a weight: 1 / sum of squared shares, averaged over pairs in sight."""
     query_norm: Tensor
@@ -35,9 +41,18 @@ class Approximation(NamedTuple):
 
 
 def measure_approximation(
-    attention: FavorAttention, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True
+    attention: FavorAttention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    mask: Tensor | None = None,
+    segments: Tensor | None = None,
+    log_decay: Tensor | None = None,
+    queries: int | None = None,
 ) -> Approximation:
-    """Compare FAVOR attention with softmax on one layer's own vectors, in O(i j m) time and O(i j) memory.
+    """Compare FAVOR attention with softmax on one layer's own vectors, in O(i j m) time and O(j) memory.
 
     Args:
         attention: whose features.
@@ -45,97 +60,197 @@ def measure_approximation(
         k: `(b, g, j, d)`.
         v: `(b, g, j, e)`.
         causal: end-aligned.
+        mask: `(b, j)` bool, True keeps.
+        segments: `(b, j)` document ids of the keys; the queries are the last i of them.
+        log_decay: `(b, g, j)`: how keys fade, for both alike.
+        queries: how many queries to look at, evenly spaced and the last among them; None for all.
     """
     with torch.no_grad(), no_autocast(q.device):
         q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
-        implied, effective = _compare_pairs(attention, q, k, causal=causal)
-        exact = exact_weights(q, k, causal=causal)
-        visible = _visible(exact, causal=causal)
-        uniform = visible / visible.sum(dim=-1, keepdim=True).clamp(min=1.0)
         group = q.shape[1] // k.shape[1]
-        out, expected = (weights @ v.repeat_interleave(group, dim=1) for weights in (implied, exact))
-        scale = q.shape[-1] ** -0.25
+        rows = _spaced(q.shape[2], queries).to(q.device)
+        pairs = _Pairs(attention, q, k, rows, causal=causal, mask=mask, segments=segments, log_decay=log_decay)
+        values = v.repeat_interleave(group, dim=1)
+        totals = q.new_zeros(6, q.shape[1], dtype=torch.float64)
+        for block in pairs.blocks():
+            expected = block.exact @ values
+            totals += torch.stack(
+                [
+                    _per_head((block.implied @ values - expected).square()),
+                    _per_head(expected.square()),
+                    _per_head((block.implied - block.exact).abs()),
+                    _per_head((block.faded - block.exact).abs()),
+                    _per_head(block.effective * block.visible),
+                    _per_head(block.visible.to(q.dtype)),
+                ]
+            )
+        error, size, variation, uniform, effective, seen = totals
+        scale, looked = q.shape[-1] ** -0.25, 2 * q.shape[0] * len(rows)
         return Approximation(
-            relative_error=_size(out - expected) / _size(expected),
-            total_variation=_total_variation(implied, exact),
-            uniform_total_variation=_total_variation(uniform.expand_as(exact), exact),
-            effective_features=reduce(effective * visible, "b h i j -> h", "sum") / (visible.sum() * q.shape[0]),
+            relative_error=(error / size).sqrt(),
+            total_variation=variation / looked,
+            uniform_total_variation=uniform / looked,
+            effective_features=effective / seen,
             query_norm=reduce(q.norm(dim=-1), "b h i -> h", "mean") * scale,
             key_norm=reduce(k.norm(dim=-1), "b g j -> g", "mean").repeat_interleave(group) * scale,
         )
 
 
-def implied_weights(attention: FavorAttention, q: Tensor, k: Tensor, *, causal: bool = True) -> Tensor:
-    """Materialise the attention matrix that the features imply: phi(q_i) . phi(k_j), normalised over j.
+class Weights(NamedTuple):
+    """Attention matrices of the same queries and keys, `(b, h, i, j)` each."""
+
+    implied: Tensor
+    """phi(q_i) . phi(k_j), normalised over j; rows of signed features may hold negative weights."""
+    exact: Tensor
+    """Softmax's."""
+
+
+def materialise_weights(
+    attention: FavorAttention, q: Tensor, k: Tensor, *, causal: bool = True, log_decay: Tensor | None = None
+) -> Weights:
+    """Write out the attention matrix that the features imply, and softmax's beside it; choose heads by indexing them.
 
     Args:
         attention: whose features.
         q: `(b, h, i, d)`.
         k: `(b, g, j, d)`.
         causal: end-aligned.
-
-    Returns:
-        `(b, h, i, j)`; choose heads by indexing it. Rows of signed features may hold negative weights.
+        log_decay: `(b, g, j)`: how keys fade.
     """
     with torch.no_grad(), no_autocast(q.device):
-        return _compare_pairs(attention, q, k, causal=causal)[0]
+        q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
+        pairs = _Pairs(attention, q, k, _spaced(q.shape[2], None).to(q.device), causal=causal, log_decay=log_decay)
+        found = [(block.implied, block.exact) for block in pairs.blocks()]
+    return Weights(*(torch.cat(blocks, dim=2) for blocks in zip(*found, strict=True)))
 
 
-def exact_weights(q: Tensor, k: Tensor, *, causal: bool = True) -> Tensor:
-    """Return the softmax weights of q `(b, h, i, d)` and k `(b, g, j, d)`: `(b, h, i, j)`."""
-    scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT * q.shape[-1] ** -0.5
-    visible = _visible(scores, causal=causal) > 0
-    return scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
+class _Block(NamedTuple):
+    """What some queries see, `(b, h, i, j)` each."""
+
+    implied: Tensor
+    exact: Tensor
+    faded: Tensor  # weights without q and k
+    effective: Tensor
+    visible: Tensor
 
 
-def _visible(scores: Tensor, *, causal: bool) -> Tensor:
-    """Return `(i, j)`: 1 where query i sees key j, the last query standing at the last key."""
-    i, j = scores.shape[-2:]
-    visible = scores.new_ones(i, j)
-    return visible.tril(j - i) if causal else visible
+class _Pairs:
+    """All queries and keys of a layer, to be compared a block of queries at a time."""
+
+    def __init__(
+        self,
+        attention: FavorAttention,
+        q: Tensor,
+        k: Tensor,
+        rows: Tensor,
+        *,
+        causal: bool,
+        mask: Tensor | None = None,
+        segments: Tensor | None = None,
+        log_decay: Tensor | None = None,
+    ) -> None:
+        self.q, self.k, self.rows = q[:, :, rows], k, rows
+        self.causal, self.mask, self.segments = causal, mask, segments
+        self.places = rows + (k.shape[2] - q.shape[2])  # of the queries among the keys
+        self.total = None if log_decay is None else log_decay.double().cumsum(dim=-1)
+        prepared = attention.features.prepare(self.q, k)
+        query_map, key_map = (a_map.spread(1, q.dtype) for a_map in attention.features.maps())
+        self.queries = _features(query_map, prepared.q, k.shape[1])
+        self.keys = _features(key_map, prepared.k, k.shape[1])
+        if prepared.log_gain is not None and self.keys.log_scale is not None:
+            gain = prepared.log_gain[:, :, None, :, None]
+            self.keys = self.keys._replace(log_scale=self.keys.log_scale + gain)
+
+    def blocks(self) -> Iterator[_Block]:
+        """Compare as many queries at a time as fit, with all keys."""
+        a_row = self.q.shape[0] * self.q.shape[1] * self.k.shape[2]
+        for rows in slices(len(self.rows), max(1, BLOCK // (8 * a_row))):
+            yield self._compare(rows)
+
+    def _compare(self, rows: slice) -> _Block:
+        group = self.q.shape[1] // self.k.shape[1]
+        visible = self._visible(rows)
+        hidden = ~visible
+        fading = self._fading(rows)
+        scores = self.q[:, :, rows] @ self.k.repeat_interleave(group, dim=1).mT * self.q.shape[-1] ** -0.5
+        total, size, squares, peak = self._products(rows)
+        logs = (peak + fading).masked_fill(hidden, -torch.inf)
+        seen = total * (logs - logs.amax(dim=-1, keepdim=True).clamp(min=-1e30)).exp()
+        mass = seen.sum(dim=-1, keepdim=True)
+        return _Block(
+            implied=seen / mass.masked_fill(mass == 0, 1.0),
+            exact=_softmax(scores + fading, hidden),
+            faded=_softmax(fading.expand_as(scores), hidden),
+            effective=size.square() / squares.masked_fill(squares == 0, 1.0),
+            visible=visible.expand_as(scores),
+        )
+
+    def _products(self, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return sums over features of products, their sizes and squares, over exp(peak), and the peak."""
+        b, h, j = self.q.shape[0], self.q.shape[1], self.k.shape[2]
+        m = next(x for x in self.keys if x is not None).shape[-1]
+        columns = max(1, BLOCK // (b * h * (rows.stop - rows.start) * m))
+        found = []
+        for cols in slices(j, columns):
+            terms, peak = _terms(self.queries, self.keys, rows, cols)
+            sums = (terms.sum(dim=-1), terms.abs().sum(dim=-1), terms.square().sum(dim=-1), peak)
+            found.append([rearrange(x, "b g r i j -> b (g r) i j") for x in sums])
+        total, size, squares, peak = (torch.cat(parts, dim=-1) for parts in zip(*found, strict=True))
+        return total, size, squares, peak
+
+    def _visible(self, rows: slice) -> Tensor:
+        """Return `(b or 1, 1, i, j)`: True where a query sees a key."""
+        own, keys = self.places[rows, None], torch.arange(self.k.shape[2], device=self.k.device)
+        visible = (keys <= own if self.causal else torch.ones_like(keys <= own))[None, None]
+        if self.mask is not None:
+            visible = visible & self.mask[:, None, None]
+        if self.segments is not None:
+            visible = visible & (self.segments[:, None, self.places[rows], None] == self.segments[:, None, None])
+        return visible
+
+    def _fading(self, rows: slice) -> Tensor:
+        """Return what decay adds to log weights, `(b, h, i, j)` or `(1, 1, 1, 1)`."""
+        if self.total is None:
+            return self.q.new_zeros(1, 1, 1, 1)
+        lag = (self.total[:, :, self.places[rows], None] - self.total[:, :, None]).clamp(max=0.0)
+        return lag.to(self.q.dtype).repeat_interleave(self.q.shape[1] // self.k.shape[1], dim=1)
 
 
-def _compare_pairs(attention: FavorAttention, q: Tensor, k: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """Return the implied weights and the effective number of features of each pair, `(b, h, i, j)` both."""
-    b, g = k.shape[:2]
-    q, k, log_gain = attention.features.prepare(q, k)
-    query_map, key_map = (a_map.spread(b, q.dtype) for a_map in attention.features.maps())
-    r, i = q.shape[1] // g, q.shape[2]
-    queries = query_map(rearrange(q, "b (g r) i d -> (b g) (r i) d", g=g))
-    keys = key_map(k.flatten(0, 1))
-    if log_gain is not None and keys.log_scale is not None:
-        keys = keys._replace(log_scale=keys.log_scale + log_gain.flatten(0, 1)[..., None])
-    visible = _visible(q.new_empty(i, k.shape[2]), causal=causal).repeat(r, 1)
-    weights, effective = [], []
-    for row in range(r * i):  # one query at a time: the products of all would be i x j x m
-        terms, peak = _terms(queries, keys, row)
-        total, size = terms.sum(dim=-1), terms.abs().sum(dim=-1)
-        effective.append(size.square() / terms.square().sum(dim=-1))
-        peak = peak.masked_fill(visible[row] == 0, -torch.inf)
-        seen = total * (peak - peak.amax(dim=-1, keepdim=True)).exp() * visible[row]
-        weights.append(seen / seen.sum(dim=-1, keepdim=True))
-    stacked = (torch.stack(x, dim=1) for x in (weights, effective))
-    one, other = (rearrange(x, "(b g) (r i) j -> b (g r) i j", b=b, r=r) for x in stacked)
-    return one, other
+def _features(a_map: FeatureMap, x: Tensor, g: int) -> Features:
+    """Map vectors `(b, g r, n, d)` to features `(b, g, r, n, m)`."""
+    rows = a_map(rearrange(x, "b (g r) n d -> g (b r n) d", g=g))
+    shape = {"b": x.shape[0], "n": x.shape[2]}
+    values, logs = (None if part is None else rearrange(part, "g (b r n) m -> b g r n m", **shape) for part in rows)
+    return Features(values, logs)
 
 
-def _terms(queries: Features, keys: Features, row: int) -> tuple[Tensor, Tensor]:
-    """Return one query's products with every key, feature by feature, over exp(peak): `(b, j, m)` and `(b, j)`."""
+def _terms(queries: Features, keys: Features, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
+    """Return products feature by feature, over exp(peak): `(b, g, r, i, j, m)` and `(b, g, r, i, j)`."""
     values = None
     if queries.values is not None and keys.values is not None:
-        values = queries.values[:, row, None] * keys.values
+        values = queries.values[..., rows, None, :] * keys.values[..., None, cols, :]
     if queries.log_scale is None or keys.log_scale is None:
         assert values is not None
         return values, values.new_zeros(values.shape[:-1])
-    logs = queries.log_scale[:, row, None] + keys.log_scale
+    logs = queries.log_scale[..., rows, None, :] + keys.log_scale[..., None, cols, :]
     peak = logs.amax(dim=-1)
-    weights = (logs - peak[..., None]).exp()
+    weights = logs.sub_(peak[..., None]).exp_()
     return weights if values is None else weights * values, peak
 
 
-def _size(x: Tensor) -> Tensor:
-    return reduce(x.square(), "b h i e -> h", "sum").sqrt()
+def _softmax(logs: Tensor, hidden: Tensor) -> Tensor:
+    """Return the softmax over keys, all zeros for queries that see none."""
+    return logs.masked_fill(hidden, -torch.inf).softmax(dim=-1).masked_fill(hidden, 0.0)
 
 
-def _total_variation(one: Tensor, other: Tensor) -> Tensor:
-    return 0.5 * reduce((one - other).abs().sum(dim=-1), "b h i -> h", "mean")
+def _per_head(x: Tensor) -> Tensor:
+    return reduce(x, "b h i j -> h", "sum").double()
+
+
+def _spaced(count: int, wanted: int | None) -> Tensor:
+    """Return `wanted` places of `count`, evenly spaced, the last among them."""
+    if wanted is None or wanted >= count:
+        return torch.arange(count, device="cpu")
+    if wanted < 1:
+        raise ValueError(f"queries must be at least 1 or None, got {wanted}")
+    return (torch.arange(1, wanted + 1, device="cpu") * count).div(wanted, rounding_mode="floor") - 1

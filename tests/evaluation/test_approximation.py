@@ -10,7 +10,8 @@ from torch import Tensor
 from performer_lm.attention.favor import FavorAttention
 from performer_lm.attention.feature_maps import SoftmaxFeatures
 from performer_lm.attention.kernel_maps import GeneralizedFeatures, TrigonometricFeatures
-from performer_lm.evaluation.approximation import exact_weights, implied_weights, measure_approximation
+from performer_lm.evaluation import approximation
+from performer_lm.evaluation.approximation import materialise_weights, measure_approximation
 from performer_lm.ops.softmax import exact_attention
 
 DRAWN = {"coupling": "orthogonal", "regularized": False}
@@ -37,17 +38,65 @@ def test_implied_weights_reproduce_the_output(features: Any, causal: bool) -> No
     attention, (q, k, v) = build(features).double(), (x.double() for x in inputs(0.5))
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter)
-    weights = implied_weights(attention, q, k, causal=causal)
-    expected = attention(q, k, v, causal=causal)
+    decay = {"log_decay": -torch.rand(2, 2, 12).double()} if causal else {}
+    weights = materialise_weights(attention, q, k, causal=causal, **decay).implied
+    expected = attention(q, k, v, causal=causal, **decay)
     assert (weights @ v.repeat_interleave(2, dim=1) - expected).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("queries", [12, 5])
-def test_exact_weights_reproduce_exact_attention(queries: int) -> None:
+@pytest.mark.parametrize("decays", [False, True])
+def test_exact_weights_reproduce_exact_attention(queries: int, decays: bool) -> None:
     q, k, v = inputs()
-    q = q[:, :, -queries:]
-    out = exact_weights(q, k) @ v.repeat_interleave(2, dim=1)
-    assert torch.allclose(out, exact_attention(q, k, v, causal=True), atol=1e-6)
+    q, decay = q[:, :, -queries:], {"log_decay": -torch.rand(2, 2, 12)} if decays else {}
+    out = materialise_weights(build(), q, k, **decay).exact @ v.repeat_interleave(2, dim=1)
+    assert torch.allclose(out, exact_attention(q, k, v, causal=True, **decay), atol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_measures_are_those_of_outputs_and_weights(causal: bool) -> None:
+    attention, (q, k, v) = build(), inputs(0.7)
+    found = measure_approximation(attention, q, k, v, causal=causal)
+    out, expected = attention(q, k, v, causal=causal), exact_attention(q, k, v, causal=causal)
+    size = torch.linalg.vector_norm(out - expected, dim=(0, 2, 3)) / torch.linalg.vector_norm(expected, dim=(0, 2, 3))
+    implied, exact = materialise_weights(attention, q, k, causal=causal)
+    near(found.relative_error, size)
+    near(found.total_variation, 0.5 * (implied - exact).abs().sum(dim=-1).mean(dim=(0, 2)))
+    near(found.query_norm, (q * 8**-0.25).norm(dim=-1).mean(dim=(0, 2)))
+
+
+def near(one: Tensor, other: Tensor) -> None:
+    torch.testing.assert_close(one.double(), other.double(), atol=1e-5, rtol=1e-5)
+
+
+def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = inputs()
+    more: dict[str, Any] = {"mask": torch.rand(2, 12) > 0.3, "log_decay": -torch.rand(2, 2, 12)}
+    whole = measure_approximation(build(), q, k, v, **more)
+    monkeypatch.setattr(approximation, "BLOCK", 1000)
+    for one, other in zip(measure_approximation(build(), q, k, v, **more), whole, strict=True):
+        near(one, other)
+
+
+def test_masked_keys_and_other_documents_do_not_count() -> None:
+    q, k, v = inputs()
+    alone = measure_approximation(build(), q[:, :, 7:], k[:, :, 7:], v[:, :, 7:])
+    for more in ({"mask": (torch.arange(12) >= 7).expand(2, -1)}, {"segments": (torch.arange(12) >= 7).expand(2, -1)}):
+        found = measure_approximation(build(), q, k, v, queries=None, **more)
+        chosen = measure_approximation(build(), q[:, :, 7:], k, v, **more)
+        near(chosen.total_variation, alone.total_variation)
+        near(chosen.effective_features, alone.effective_features)
+        assert found.total_variation.isfinite().all()
+
+
+def test_some_queries_stand_for_all() -> None:
+    q, k, v = inputs(n=40)
+    every, some = (measure_approximation(build(), q, k, v, queries=count) for count in (40, 20))
+    assert torch.allclose(some.total_variation, every.total_variation, atol=0.1)
+    last = measure_approximation(build(), q, k, v, queries=1)
+    near(last.total_variation, measure_approximation(build(), q[:, :, -1:], k, v).total_variation)
+    with pytest.raises(ValueError, match="queries must be at least 1 or None, got 0"):
+        measure_approximation(build(), q, k, v, queries=0)
 
 
 def test_more_features_err_less() -> None:
