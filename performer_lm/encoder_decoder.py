@@ -125,6 +125,12 @@ class PerformerEncoderDecoder(LanguageModel):
         x, state = self.decoder.extend(self.embedding(tokens), state, mask=mask)
         return self.head(x[:, -1:] if last_only else x), state
 
+    def count_flops(self, tokens: int) -> int:
+        """Return the arithmetic of a forward over a window of so many tokens, the first half of them the source."""
+        source, target = (tokens + 1) // 2, tokens // 2
+        stacks = self.encoder.count_flops(source) + self.decoder.count_flops(target, context=source)
+        return stacks + 2 * target * self.head.weight.numel()
+
     def redraw(self, step: int) -> None:
         """Set every random projection to that of optimizer step `step`; call it between steps only."""
         self.encoder.redraw(step)

@@ -54,6 +54,10 @@ class LanguageModel(nn.Module, ABC):
         """
 
     @abstractmethod
+    def count_flops(self, tokens: int) -> int:
+        """Return the arithmetic of a forward over a window of so many tokens, matrix products only."""
+
+    @abstractmethod
     def redraw(self, step: int) -> None:
         """Set every random projection to that of optimizer step `step`; call it between steps only."""
 

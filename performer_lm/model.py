@@ -126,6 +126,10 @@ class PerformerLM(LanguageModel):
         x, state = self.performer.extend(self.embedding(tokens), state, mask=mask)
         return self.head(x[:, -1:] if last_only else x), state
 
+    def count_flops(self, tokens: int) -> int:
+        """Return the arithmetic of a forward over a window of so many tokens, matrix products only."""
+        return self.performer.count_flops(tokens) + 2 * tokens * self.head.weight.numel()
+
     def redraw(self, step: int) -> None:
         """Set every random projection to that of optimizer step `step`; call it between steps only."""
         self.performer.redraw(step)

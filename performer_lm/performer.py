@@ -219,6 +219,10 @@ class Performer(nn.Module):
             if isinstance(module, Attention):
                 module.redraw(step)
 
+    def count_flops(self, tokens: int, *, context: int = 0) -> int:
+        """Return the arithmetic of one sequence's forward: two operations for each multiply-add of a matrix product."""
+        return sum(branch.body.count_flops(tokens, context=context) for branch in self.branches)
+
     @property
     def max_len(self) -> int | None:
         """Return how many places there are, None where there is no end."""

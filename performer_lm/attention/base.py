@@ -114,6 +114,10 @@ class Attention(nn.Module, ABC, Generic[State]):
         After `absorb` from an empty state it equals `forward(causal=False)`, where the backend `attends_across`.
         """
 
+    @abstractmethod
+    def count_flops(self, queries: int, keys: int, *, causal: bool) -> int:
+        """Return the arithmetic of one sequence's forward: two operations for each multiply-add of a matrix product."""
+
     def redraw(self, step: int) -> None:
         """Set random projections to those of optimizer step `step`. Most backends draw none."""
         del step

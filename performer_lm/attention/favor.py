@@ -21,6 +21,7 @@ from performer_lm.ops.linear import (
     empty_state,
     read_state,
 )
+from performer_lm.ops.linear.block import TILE
 
 
 class FavorAttention(Attention[LinearState]):
@@ -183,6 +184,14 @@ class FavorAttention(Attention[LinearState]):
         nothing = q.new_zeros(q.shape[0], self.key_heads, 0, self.dim_head)
         q, _, _ = self.features.prepare(q, nothing)
         return read_state(q, state, query_map=self.features.maps()[0], chunk_size=self.chunk_size)
+
+    def count_flops(self, queries: int, keys: int, *, causal: bool) -> int:
+        """Count features, sums over keys, what queries read of them and, causal, the scores within a tile."""
+        m, tile = self.features.num_features, min(self.chunk_size, TILE)
+        features = m * self.dim_head * (self.heads * queries + self.key_heads * keys)
+        sums = m * (self.dim_value + 1) * (self.heads * queries + self.key_heads * keys)
+        scores = self.heads * queries * tile * (m + self.dim_value + 1) if causal else 0
+        return 2 * (features + sums + scores)
 
     def redraw(self, step: int) -> None:
         """Set the projections to those of optimizer step `step`: redraw index step // interval, up to the last step.

@@ -84,6 +84,10 @@ class HybridAttention(Attention[Any]):
         """Attend from q to what the state holds."""
         return self.chosen.read(q, state)
 
+    def count_flops(self, queries: int, keys: int, *, causal: bool) -> int:
+        """Count the chosen backend's."""
+        return self.chosen.count_flops(queries, keys, causal=causal)
+
     def redraw(self, step: int) -> None:
         """Redraw the chosen backend's projections, if it has any."""
         self.chosen.redraw(step)

@@ -87,6 +87,11 @@ class CachedAttention(Attention[KVCache]):
             return {"dropout": 0.0, "seed": None}
         return {"dropout": self.dropout, "seed": int(torch.randint(2**62, (), device="cpu"))}
 
+    def count_flops(self, queries: int, keys: int, *, causal: bool) -> int:
+        """Count scores and weighted sums; causal, without the blocks that lie in the future."""
+        seen = queries * keys - (queries * (queries - 1) // 2 if causal else 0)
+        return 2 * self.heads * seen * (self.dim_head + self.dim_value)
+
     def init_state(self, batch: int, *, max_len: int, device: torch.device, dtype: torch.dtype) -> KVCache:
         """Return an empty cache with room for `max_len` tokens."""
         k = torch.empty(batch, self.key_heads, max_len, self.dim_head, device=device, dtype=dtype)

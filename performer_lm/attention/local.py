@@ -62,6 +62,11 @@ class LocalAttention(Attention[LocalCache]):
             q, k, v, window=self.window, causal=causal, key_mask=mask, segments=segments, log_decay=log_decay
         )
 
+    def count_flops(self, queries: int, keys: int, *, causal: bool) -> int:
+        """Count the blocks of `window` keys that each query meets: its own, the one before, causal or the one after."""
+        seen = min(keys, (2 if causal else 3) * self.window)
+        return 2 * self.heads * queries * seen * (self.dim_head + self.dim_value)
+
     def init_state(self, batch: int, *, max_len: int, device: torch.device, dtype: torch.dtype) -> LocalCache:
         """Return a state in which every key is masked; it never grows, so `max_len` does not matter."""
         del max_len

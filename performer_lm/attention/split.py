@@ -106,6 +106,10 @@ class SplitAttention(Attention[SplitState]):
         first, last = q.split(self.heads_each, dim=1)
         return torch.cat((self.everywhere.read(first, state.everywhere), self.nearby.read(last, state.nearby)), dim=1)
 
+    def count_flops(self, queries: int, keys: int, *, causal: bool) -> int:
+        """Count both groups."""
+        return sum(group.count_flops(queries, keys, causal=causal) for group in (self.everywhere, self.nearby))
+
     def redraw(self, step: int) -> None:
         """Redraw the global heads' projections."""
         self.everywhere.redraw(step)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from performer_lm.attention.base import AttentionFactory
-from performer_lm.nn.branch import Body
+from performer_lm.nn.branch import Body, count_weights
 from performer_lm.nn.layout import Context, Layout
 from performer_lm.nn.mixing import LogDecay, ShortConvolution
 from performer_lm.nn.norm import QueryKeyNorm, RMSNorm
@@ -99,6 +99,11 @@ class MultiHeadAttention(Body):
         out, backend = self.backend.extend(q, k, v, state.backend, mask=layout.mask, log_decay=log_decay)
         return self.output(out, x), AttentionState(backend, tail)
 
+    def count_flops(self, tokens: int, *, context: int) -> int:
+        """Count projections and attention."""
+        projections = super().count_flops(tokens, context=context)
+        return projections + self.backend.count_flops(tokens, tokens, causal=self.causal)
+
     def _init_tail(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> Tensor | None:
         return None if self.convolution is None else self.convolution.init_tail(batch, device=device, dtype=dtype)
 
@@ -176,6 +181,12 @@ class CrossAttention(Body):
         """Attend from each of n tokens `(b, n, dim)` to what the state holds, which stays."""
         del layout
         return self.output(self.backend.read(self._queries(x), state), x), state
+
+    def count_flops(self, tokens: int, *, context: int) -> int:
+        """Count projections and attention."""
+        of_context = self.project_context.weight.numel()
+        projections = 2 * ((count_weights(self) - of_context) * tokens + of_context * context)
+        return projections + self.backend.count_flops(tokens, context, causal=False)
 
     def _queries(self, x: Tensor) -> Tensor:
         q = rearrange(self.project_query(x), "b n (h d) -> b h n d", h=self.heads)

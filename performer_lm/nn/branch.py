@@ -32,6 +32,16 @@ class Body(nn.Module, ABC):
         """Append n tokens `(b, n, dim)` causally; may consume `state`."""
         return self(x, layout), state
 
+    def count_flops(self, tokens: int, *, context: int) -> int:
+        """Return the arithmetic of one sequence's forward: two operations for each multiply-add of a matrix product."""
+        del context
+        return 2 * tokens * count_weights(self)
+
+
+def count_weights(module: nn.Module) -> int:
+    """Return how many multiply-adds the linear layers of a module do for a token."""
+    return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
+
 
 class BranchState(NamedTuple):
     """What one branch carries from token to token while decoding."""

@@ -1,0 +1,164 @@
+"""What a model costs, told before it is trained: parameters, arithmetic, memory, and where linear attention pays.
+
+Models stand on the `meta` device here: shapes are worked out, nothing is computed.
+Letters: `b` batch, `n` tokens.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from performer_lm.attention.base import Attention
+from performer_lm.attention.favor import FavorAttention
+from performer_lm.attention.flash import FlashAttention
+from performer_lm.language_model import LanguageModel
+from performer_lm.nn.attention import MultiHeadAttention
+from performer_lm.objectives import Objective
+
+LONGEST = 256
+"""Tokens up to which activations are counted as they are; beyond, a parabola through two counts goes on."""
+
+
+class Size(NamedTuple):
+    """What a model holds, in numbers."""
+
+    parameters: int
+    embedding: int  # of the parameters, in tables of vectors by id; a tied one is the output layer as well
+    trainable: int
+    buffers: int
+
+
+class BackendCost(NamedTuple):
+    """What one layer of a backend costs."""
+
+    name: str
+    flops: float  # a token's, at the context asked for
+    state_bytes: int  # a sequence's, in float32, once it is as long as the context
+
+
+class Cost(NamedTuple):
+    """What a model costs at a context."""
+
+    size: Size
+    flops: float  # a token's, in a forward; a training step does three times as much, recomputation left out
+    backends: dict[BackendCost, int]  # and how many layers have it
+    softmax: BackendCost | None  # the same heads under attn=flash, where some layer is linear
+    activation_bytes: int  # what a float32 forward and the loss keep for the backward, of one sequence
+    pays_from: int | None  # tokens from which on linear attention does less arithmetic than softmax
+
+
+def measure_cost(model: LanguageModel, objective: Objective, *, context: int) -> Cost:
+    """Count what a model costs that learns `objective` from windows of `context` tokens.
+
+    Args:
+        model: on the meta device.
+        objective: what it learns.
+        context: tokens of a window.
+    """
+    layers = [body for body in model.modules() if isinstance(body, MultiHeadAttention)]
+    backends: dict[BackendCost, int] = {}
+    for body in layers:
+        for backend in _leaves(body.backend):
+            cost = _cost_of(backend, context, causal=body.causal)
+            backends[cost] = backends.get(cost, 0) + 1
+    linear = [
+        (leaf, body.causal) for body in layers for leaf in _leaves(body.backend) if isinstance(leaf, FavorAttention)
+    ]
+    return Cost(
+        size=count_numbers(model),
+        flops=model.count_flops(context) / context,
+        backends=backends,
+        softmax=_cost_of(_flash_like(linear[0][0]), context, causal=linear[0][1]) if linear else None,
+        activation_bytes=_extrapolate(model, objective, context),
+        pays_from=find_crossover(*linear[0]) if linear else None,
+    )
+
+
+def count_numbers(model: nn.Module) -> Size:
+    """Count parameters and buffers, shared ones once."""
+    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    return Size(
+        parameters=sum(p.numel() for p in model.parameters()),
+        embedding=sum(p.numel() for p in tables),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        buffers=sum(b.numel() for b in model.buffers()),
+    )
+
+
+def count_activations(model: LanguageModel, objective: Objective, *, tokens: int) -> int:
+    """Return the bytes that a forward over one window and its loss keep for the backward, parameters left out."""
+    held: dict[int, torch.UntypedStorage] = {}
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+
+    def pack(saved: Tensor) -> Tensor:
+        storage = saved.untyped_storage()
+        if storage._cdata not in own:
+            held[storage._cdata] = storage
+        return saved
+
+    windows = torch.zeros(1, tokens + 1, dtype=torch.int64, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        losses = objective(model.train(), windows, step=0)
+    total = sum(storage.nbytes() for storage in held.values())
+    del losses
+    return total
+
+
+def find_crossover(backend: FavorAttention, causal: bool) -> int:
+    """Return the length from which on a linear backend does less arithmetic than softmax over the same heads."""
+    flash = _flash_like(backend)
+
+    def pays(n: int) -> bool:
+        return backend.count_flops(n, n, causal=causal) < flash.count_flops(n, n, causal=causal)
+
+    high = 1
+    while not pays(high):
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if pays(middle) else (middle, high)
+    return high
+
+
+def _extrapolate(model: LanguageModel, objective: Objective, context: int) -> int:
+    if context <= LONGEST:
+        return count_activations(model, objective, tokens=context)
+    whole, half = (count_activations(model, objective, tokens=tokens) for tokens in (LONGEST, LONGEST // 2))
+    square = 2 * (whole - 2 * half) / LONGEST**2  # of a n + b n^2, which is 0 at 0
+    return round((whole / LONGEST - square * LONGEST) * context + square * context**2)
+
+
+def _leaves(backend: Attention[Any]) -> Iterator[Attention[Any]]:
+    """Yield the backends that a backend is made of, itself if of none."""
+    inner = [module for module in backend.children() if isinstance(module, Attention)]
+    for module in inner:
+        yield from _leaves(module)
+    if not inner:
+        yield backend
+
+
+def _cost_of(backend: Attention[Any], context: int, *, causal: bool) -> BackendCost:
+    device = torch.device("meta")
+    state = backend.init_state(1, max_len=context, device=device, dtype=torch.float32)
+    name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(backend).__name__.removesuffix("Attention")).lower()
+    return BackendCost(name, backend.count_flops(context, context, causal=causal) / context, _count_bytes(state))
+
+
+def _count_bytes(state: Any) -> int:
+    if isinstance(state, Tensor):
+        return state.nbytes
+    return sum(map(_count_bytes, state)) if isinstance(state, tuple | list) else 0
+
+
+def _flash_like(backend: Attention[Any]) -> FlashAttention:
+    return FlashAttention(
+        heads=backend.heads,
+        key_heads=backend.key_heads,
+        dim_head=backend.dim_head,
+        dim_value=backend.dim_value,
+        layer=backend.layer,
+    )
