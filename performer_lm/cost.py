@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from performer_lm.attention.base import Attention
 from performer_lm.attention.favor import FavorAttention
@@ -19,7 +21,7 @@ from performer_lm.nn.attention import MultiHeadAttention
 from performer_lm.objectives import Objective
 
 LONGEST = 256
-"""Tokens up to which activations are counted as they are; beyond, a parabola through two counts goes on."""
+"""Tokens up to which activations are counted as they are; beyond, a parabola through three counts goes on."""
 
 
 class Size(NamedTuple):
@@ -100,7 +102,7 @@ def count_activations(model: LanguageModel, objective: Objective, *, tokens: int
         return saved
 
     windows = torch.zeros(1, tokens + 1, dtype=torch.int64, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved), _Fused():
         losses = objective(model.train(), windows, step=0)
     total = sum(storage.nbytes() for storage in held.values())
     del losses
@@ -127,9 +129,33 @@ def find_crossover(backend: FavorAttention, causal: bool) -> int:
 def _extrapolate(model: LanguageModel, objective: Objective, context: int) -> int:
     if context <= LONGEST:
         return count_activations(model, objective, tokens=context)
-    whole, half = (count_activations(model, objective, tokens=tokens) for tokens in (LONGEST, LONGEST // 2))
-    square = 2 * (whole - 2 * half) / LONGEST**2  # of a n + b n^2, which is 0 at 0
-    return round((whole / LONGEST - square * LONGEST) * context + square * context**2)
+    step = LONGEST // 4
+    one, two, three = (count_activations(model, objective, tokens=LONGEST - back * step) for back in (2, 1, 0))
+    ahead = (context - LONGEST) / step
+    return round(three + ahead * (three - two) + ahead * (ahead + 1) / 2 * (three - 2 * two + one))
+
+
+class _Fused(TorchFunctionMode):
+    """Keeps of softmax attention what a fused kernel keeps; on `meta`, PyTorch takes one that keeps all scores."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return _Kept.apply(*args[:3])
+        return func(*args, **(kwargs or {}))
+
+
+class _Kept(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        ctx.save_for_backward(q, k, v, out, out.new_empty(out.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
 
 def _leaves(backend: Attention[Any]) -> Iterator[Attention[Any]]:

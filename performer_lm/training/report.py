@@ -10,16 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from performer_lm.language_model import LanguageModel
-
 log = logging.getLogger("performer_lm")
-
-
-def describe_model(model: LanguageModel) -> str:
-    """Return one line on the model's size."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    embedding = model.embedding.weight.numel()
-    return f"model: {total:,} parameters, {embedding:,} of them embeddings, vocabulary {model.head.out_features:,}"
 
 
 @contextmanager

@@ -37,11 +37,12 @@ from performer_lm.training.callbacks.learning_rates import LearningRates
 from performer_lm.training.callbacks.progress import ProgressReport
 from performer_lm.training.callbacks.redraw import Redraw
 from performer_lm.training.callbacks.saving import checkpoints
+from performer_lm.training.callbacks.summary import ModelSummary
 from performer_lm.training.callbacks.throughput import Throughput
 from performer_lm.training.loggers.base import RunLogger
 from performer_lm.training.loggers.record import MetricsLogger
 from performer_lm.training.optim import check_scaling, parameter_groups
-from performer_lm.training.report import card, describe_model, open_log, point_latest
+from performer_lm.training.report import card, open_log, point_latest
 from performer_lm.training.resume import best_score, check_resumed, resume_command
 from performer_lm.training.task import LanguageModelTask
 
@@ -86,7 +87,6 @@ class Run:
 
     def _train(self) -> None:
         start = self.resumed.content["global_step"] if self.resumed else 0
-        log.info("%s", describe_model(self.task.model))
         log.info("run folder %s%s", self.folder, f", resumed at step {start}" if start else "")
         for logger in self.trainer.loggers:
             logger.log_hyperparams(OmegaConf.to_container(self.cfg, resolve=True))  # type: ignore[arg-type]
@@ -153,6 +153,7 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
     chosen = instantiate(cfg.callbacks).values() if cfg.get("callbacks") else ()
     own: list[Callback] = [callback for callback in chosen if callback is not None]  # None: switched off
     callbacks = [
+        ModelSummary(),
         Redraw(),
         NonFiniteGuard(),
         FinalValidation(),
