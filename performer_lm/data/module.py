@@ -201,7 +201,7 @@ class TextData(lightning.LightningDataModule):
         return TrainLoader(
             batches,
             accumulation=share.accumulation,
-            done=lambda: trainer.fit_loop.epoch_loop.batch_progress.current.ready,
+            done=lambda: trainer.fit_loop.epoch_loop.batch_progress.current.state_dict()["processed"],
             num_workers=self._num_workers,
         )
 

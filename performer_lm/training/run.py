@@ -1,26 +1,21 @@
 """One training run, from its config to its last file.
 
 `prepare` does all that a user can get wrong, cheapest first, and writes nothing before it has succeeded; `Run.fit`
-trains. A run lies in one folder:
-
-    config.yaml  train.log  metrics.{jsonl,csv,png}  samples.txt  summary.json  checkpoints/{best,last}.ckpt
+trains. What a run leaves lies in one folder (`folder.py`).
 """
 
 import json
 import logging
-import math
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import chain, count
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import nn
@@ -31,20 +26,33 @@ from performer_lm.checkpoint import Checkpoint
 from performer_lm.data.module import TextData
 from performer_lm.language_model import LanguageModel
 from performer_lm.training.callbacks.base import RunCallback, Surroundings
-from performer_lm.training.callbacks.ending import FinalValidation, StopOnSignal
+from performer_lm.training.callbacks.ending import FinalValidation
 from performer_lm.training.callbacks.guard import NonFiniteGuard
 from performer_lm.training.callbacks.learning_rates import LearningRates
 from performer_lm.training.callbacks.progress import ProgressReport
+from performer_lm.training.callbacks.random_state import RandomState
 from performer_lm.training.callbacks.redraw import Redraw
-from performer_lm.training.callbacks.saving import checkpoints
+from performer_lm.training.callbacks.saving import Checkpoints, StepBoundary
+from performer_lm.training.callbacks.stopping import StopOnSignal, requeue
 from performer_lm.training.callbacks.summary import ModelSummary
 from performer_lm.training.callbacks.throughput import Throughput
+from performer_lm.training.folder import RunFolder, holder
 from performer_lm.training.loggers.base import RunLogger
 from performer_lm.training.loggers.record import MetricsLogger
+from performer_lm.training.memory import peak_memory, reset_peak_memory
 from performer_lm.training.optim import check_scaling, parameter_groups
-from performer_lm.training.report import card, open_log, point_latest
-from performer_lm.training.resume import best_score, check_resumed, resume_command
+from performer_lm.training.report import card, open_log
+from performer_lm.training.resume import (
+    AUTO,
+    best_score,
+    check_resumed,
+    open_named,
+    open_newest,
+    resume_command,
+    share_out_anew,
+)
 from performer_lm.training.task import LanguageModelTask
+from performer_lm.training.trainer import attach
 
 log = logging.getLogger("performer_lm")
 
@@ -55,41 +63,62 @@ class Run:
 
     cfg: DictConfig
     overrides: Sequence[str]
-    folder: Path
+    room: RunFolder
     resumed: Checkpoint | None
     data: TextData
     task: LanguageModelTask
     trainer: Trainer
     throughput: Throughput
+    saving: Checkpoints
     stop: StopOnSignal
     console: Console
+    notes: list[str] = field(default_factory=list)  # what there is to say about going on
+
+    @property
+    def folder(self) -> Path:
+        """Return the run's folder."""
+        return self.room.path
 
     def fit(self) -> float:
         """Train to `trainer.max_steps`, and return the best validation bits per byte.
 
         Raises:
-            KeyboardInterrupt: after Ctrl-C, with `last.ckpt` saved.
-            SystemExit: 143 after SIGTERM, with `last.ckpt` saved.
+            KeyboardInterrupt: after Ctrl-C, with a checkpoint saved.
+            SystemExit: 143 after SIGTERM (under SLURM also SIGUSR1), with a checkpoint saved.
         """
-        self._open_folder()
-        with open_log(self.folder / "train.log", self.console):
-            if self.resumed and self.resumed.content["global_step"] >= self.trainer.max_steps:
-                log.info("%s has finished; to go on: %s", self.folder, self._resume_command())
-                return best_score(self.resumed)
-            self._train()
-            if self.stop.received is None:
-                return self._close()
-            log.info("stopped by %s; saved %s", signal.Signals(self.stop.received).name, self.stop.path)
-            log.info("resume with: %s", self._resume_command())
-        if self.stop.received == signal.SIGTERM:
-            raise SystemExit(143)
-        raise KeyboardInterrupt
+        try:
+            if not self.trainer.is_global_zero:
+                self._train()  # what is said and written, the first rank says and writes
+                return self.saving.best
+            self._open_folder()
+            with open_log(self.folder / "train.log", self.console):
+                return self._fit_and_tell()
+        finally:
+            self.room.release()
 
-    def _train(self) -> None:
+    def _fit_and_tell(self) -> float:
+        for note in self.notes:
+            log.warning("%s", note)
         start = self.resumed.content["global_step"] if self.resumed else 0
+        if self.resumed and start >= self.trainer.max_steps:
+            log.info("%s has finished; to go on: %s", self.folder, self._resume_command())
+            return best_score(self.resumed)
         log.info("run folder %s%s", self.folder, f", resumed at step {start}" if start else "")
         for logger in self.trainer.loggers:
-            logger.log_hyperparams(OmegaConf.to_container(self.cfg, resolve=True))  # type: ignore[arg-type]
+            logger.log_hyperparams(_plain(self.cfg))
+        self._train()
+        if self.stop.stopped is None:
+            return self._close()
+        log.info("stopped by %s; saved %s", signal.Signals(self.stop.stopped).name, self.saving.last)
+        log.info("resume with: %s", self._resume_command())
+        if self.stop.stopped == signal.SIGUSR1:
+            requeue()
+        if self.stop.stopped == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(143)
+
+    def _train(self) -> None:
+        reset_peak_memory(self.trainer.strategy.root_device)
         self.trainer.fit(
             self.task,
             datamodule=self.data,
@@ -98,31 +127,28 @@ class Run:
         )
 
     def _open_folder(self) -> None:
-        """Make the folder, keep the config in it and point `latest` to it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.cfg, self.folder / "config.yaml", resolve=True)
+        self.room.open(self.cfg)
         step = self.resumed.content["global_step"] if self.resumed else 0
         for logger in self.trainer.loggers:
             if isinstance(logger, RunLogger):  # a config may add Lightning's own
                 logger.begin(self.folder, step=step)
-        point_latest(self.folder)
 
     def _close(self) -> float:
         """Write `summary.json` and print the card that closes a run."""
         steps = self.trainer.global_step
-        best = float(cast(ModelCheckpoint, self.trainer.checkpoint_callbacks[0]).best_model_score or math.nan)
         summary: dict[str, Any] = {
             "steps": steps,
             "tokens": steps * self.throughput.run.tokens_per_step,
             "tokens_per_second": round(self.throughput.tokens_per_second, 1),
-            "best_val_bpb": best,
+            "peak_memory": peak_memory(self.trainer.strategy.root_device),
+            "best_val_bpb": self.saving.best,
             "last_val_bpb": float(self.trainer.callback_metrics["val/bpb"]),
             "parameters": sum(parameter.numel() for parameter in self.task.model.parameters()),
             "folder": str(self.folder),
         }
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         log.info("%s", card(summary, resume=self._resume_command()))
-        return best
+        return self.saving.best
 
     def _resume_command(self) -> str:
         step = max(self.trainer.global_step, self.resumed.content["global_step"] if self.resumed else 0)
@@ -140,59 +166,45 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
     Raises:
         ValueError: for whatever the user has to put right, in one line.
     """
-    resumed = checkpoint.read(checkpoint.find(cfg.ckpt, prefer=("last", "best"))) if cfg.ckpt else None
-    folder = _choose_folder(Path(cfg.run_dir), resumed, job)
-    cfg.run_dir = str(folder)
-    console = Console(highlight=False)
-    model_section: dict[str, Any] = OmegaConf.to_container(cfg.model, resolve=True)  # type: ignore[assignment]
-    sketch = _sketch_model(model_section, context=cfg.data.context)
-
-    data: TextData = instantiate(cfg.data)
-    throughput = Throughput()
-    stop = StopOnSignal(path=folder / "checkpoints" / "last.ckpt")
-    chosen = instantiate(cfg.callbacks).values() if cfg.get("callbacks") else ()
-    own: list[Callback] = [callback for callback in chosen if callback is not None]  # None: switched off
-    callbacks = [
-        ModelSummary(),
-        Redraw(),
-        NonFiniteGuard(),
-        FinalValidation(),
-        throughput,
-        LearningRates(),
-        ProgressReport(),
-        *own,
-        *checkpoints(folder / "checkpoints"),
-        stop,
-    ]
-    added = instantiate(cfg.logger).values() if cfg.get("logger") else ()
-    loggers = [MetricsLogger(folder=folder), *added]
-    trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
+    trainer: Trainer = instantiate(cfg.trainer)
     objective, optimizer, schedule = (instantiate(cfg[name]) for name in ("objective", "optimizer", "schedule"))
-    objective.check(sketch, separator=data.separator)
     check_scaling(optimizer(parameter_groups(nn.Linear(1, 1), head=nn.Identity())), precision=str(trainer.precision))
     schedule(trainer.max_steps)
+    model_section = _plain(cfg.model)
+    sketch = _sketch_model(model_section, context=cfg.data.context)
+    data: TextData = instantiate(cfg.data)
+    objective.check(sketch, separator=data.separator)
     data.share(trainer)
+    resumed = open_named(cfg.ckpt) if cfg.ckpt not in (None, AUTO) else None
 
     data.prepare()
     objective.adopt(data.tokenizer)
-    surroundings = Surroundings(
-        folder=folder,
-        console=console,
-        tokenizer=data.tokenizer,
-        tokens_per_step=cfg.data.batch_size * cfg.data.context,
-        log_every=cfg.trainer.log_every,
-    )
-    for callback in callbacks:
-        if isinstance(callback, RunCallback):  # a config may add Lightning's own
-            callback.join(surroundings)
     model_section["vocab_size"] = data.tokenizer.vocab_size
+    section = checkpoint.describe(
+        model=model_section,
+        tokenizer=data.tokenizer,
+        fingerprint={
+            **data.fingerprint(),
+            "ranks": trainer.world_size,
+            "accumulation": trainer.accumulate_grad_batches,
+        },
+        seed=cfg.seed,
+        training={
+            **{name: _plain(cfg[name]) for name in ("objective", "optimizer", "schedule")},
+            "trainer": {"precision": trainer.precision, "gradient_clip_val": trainer.gradient_clip_val},
+        },
+    )
+    wanted = Path(cfg.run_dir) if job is None else Path(cfg.run_dir) / str(job)
+    notes: list[str] = []
+    if cfg.ckpt == AUTO:
+        resumed, notes = open_newest(section, run_dir=wanted)
+    if resumed:
+        notes += check_resumed(resumed, section, max_steps=trainer.max_steps, allow=cfg.resume.allow)
+        share_out_anew(resumed.content, accumulation=trainer.accumulate_grad_batches)
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     model: LanguageModel = checkpoint.build(model_section)
-    section = checkpoint.describe(
-        model=model_section, tokenizer=data.tokenizer, fingerprint=data.fingerprint(), seed=cfg.seed
-    )
     if resumed:
-        check_resumed(resumed, section, max_steps=trainer.max_steps)
+        checkpoint.check_fit(model, resumed.weights, source=str(resumed.path))
     task = LanguageModelTask(
         model,
         objective=objective,
@@ -203,17 +215,69 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
         log_every=cfg.trainer.log_every,
         separator=data.separator,
     )
-    return Run(cfg, overrides, folder, resumed, data, task, trainer, throughput, stop, console)
+    room = _open_room(cfg, wanted, resumed, writes=trainer.is_global_zero)
+    try:
+        return _assemble(cfg, overrides, room, resumed, data, task, trainer, notes)
+    except BaseException:
+        room.abandon()
+        raise
 
 
-def _choose_folder(wanted: Path, resumed: Checkpoint | None, job: int | None) -> Path:
-    """Return the folder to resume in, or a new one: a sweep's jobs are numbered, a name in use gets a suffix."""
+def _assemble(
+    cfg: DictConfig,
+    overrides: Sequence[str],
+    room: RunFolder,
+    resumed: Checkpoint | None,
+    data: TextData,
+    task: LanguageModelTask,
+    trainer: Trainer,
+    notes: list[str],
+) -> Run:
+    """Build what knows the folder, and give it to the trainer in the order in which it runs."""
+    cfg.run_dir = str(room.path)
+    surroundings = Surroundings(
+        folder=room.path,
+        console=Console(highlight=False),
+        tokenizer=data.tokenizer,
+        tokens_per_step=cfg.data.batch_size * cfg.data.context,
+        log_every=cfg.trainer.log_every,
+    )
+    saving = Checkpoints(
+        room.checkpoints,
+        every=cfg.trainer.save_every,
+        minutes=cfg.trainer.save_minutes,
+        keep=cfg.trainer.keep_checkpoints,
+        best=best_score(resumed) if resumed else float("nan"),
+        resumed=resumed.path if resumed else None,
+    )
+    stop = StopOnSignal(saving)
+    throughput = Throughput()
+    chosen = instantiate(cfg.callbacks).values() if cfg.get("callbacks") else ()
+    own: list[Callback] = [callback for callback in chosen if callback is not None]  # None: switched off
+    callbacks: list[Callback] = [RandomState(seed=cfg.seed), ModelSummary(), Redraw(), NonFiniteGuard()]
+    callbacks += [FinalValidation(), throughput, LearningRates(), ProgressReport(), *own, StepBoundary(), saving, stop]
+    for callback in callbacks:
+        if isinstance(callback, RunCallback):  # a config may add Lightning's own
+            callback.join(surroundings)
+    added = instantiate(cfg.logger).values() if cfg.get("logger") else ()
+    loggers = [MetricsLogger(folder=room.path), *added]
+    attach(trainer, callbacks=callbacks, loggers=loggers, resumed=resumed)
+    return Run(
+        cfg, overrides, room, resumed, data, task, trainer, throughput, saving, stop, surroundings.console, notes
+    )
+
+
+def _open_room(cfg: DictConfig, wanted: Path, resumed: Checkpoint | None, *, writes: bool) -> RunFolder:
+    """Return the folder to resume in, or a new one; `ckpt=auto` also takes one that was left before its first save."""
     if resumed:
-        holder = resumed.path.resolve().parent
-        return holder.parent if holder.name == "checkpoints" else holder
-    folder = wanted if job is None else wanted / str(job)
-    names = chain([folder.name], (f"{folder.name}-{number}" for number in count(2)))
-    return next(free for free in map(folder.with_name, names) if not free.exists())
+        return RunFolder(holder(resumed.path), writes=writes)
+    if cfg.ckpt == AUTO and (wanted / "config.yaml").exists():
+        return RunFolder(wanted, writes=writes)
+    return RunFolder.create(wanted, writes=writes)
+
+
+def _plain(section: DictConfig) -> dict[str, Any]:
+    return OmegaConf.to_container(section, resolve=True)  # type: ignore[return-value]
 
 
 def _sketch_model(section: dict[str, Any], *, context: int) -> LanguageModel:

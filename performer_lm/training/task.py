@@ -86,6 +86,11 @@ class LanguageModelTask(LightningModule):
         """Whether the metrics of this step are logged; only then may the host wait for the device."""
         return self.step % self.log_every == 0 or self.step == self.trainer.max_steps
 
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> int | None:
+        """Take no further step once a callback has asked the trainer to stop."""
+        del batch, batch_idx
+        return -1 if self.trainer.should_stop else None
+
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Return the loss that windows `(b, n + 1)` add to their step; log the whole step's at its end."""
         losses = self.objective(self.model, batch, step=self.global_step, separator=self.separator)

@@ -4,7 +4,7 @@ import logging
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -12,10 +12,14 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import CheckpointIO
 
 from performer_lm import checkpoint
+from performer_lm.checkpoint import Checkpoint
+from performer_lm.training.callbacks.saving import Checkpoints
 
 
 class AtomicCheckpointIO(CheckpointIO):
     """Write checkpoints atomically and open them as plain data (`performer_lm.checkpoint`)."""
+
+    resumed: Checkpoint | None = None  # read and checked already
 
     def save_checkpoint(self, checkpoint_: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write one file; whenever this is killed, the one before it still stands."""
@@ -25,12 +29,13 @@ class AtomicCheckpointIO(CheckpointIO):
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read one file, executing nothing from it."""
         del map_location, weights_only
+        if self.resumed and self.resumed.path == Path(path):
+            return self.resumed.content
         return checkpoint.read(Path(path)).content
 
     def remove_checkpoint(self, path: Any) -> None:
         """Delete a file and its checksum."""
-        Path(path).unlink(missing_ok=True)
-        Path(f"{path}.sha256").unlink(missing_ok=True)
+        checkpoint.remove(Path(path))
 
 
 def make_trainer(
@@ -43,8 +48,9 @@ def make_trainer(
     precision: str,
     accumulate_grad_batches: int,
     gradient_clip_val: float | None,
-    callbacks: Iterable[Callback] = (),
-    logger: Iterable[Logger] = (),
+    save_every: int | None,
+    save_minutes: float | None,
+    keep_checkpoints: int,
 ) -> Trainer:
     """Build a Trainer for one run of `max_steps` optimizer steps, without epochs.
 
@@ -57,14 +63,14 @@ def make_trainer(
         precision: of Lightning; `auto` is bf16-mixed on an accelerator and 32-true on a CPU.
         accumulate_grad_batches: micro-batches per optimizer step.
         gradient_clip_val: largest global gradient norm; None for no clipping.
-        callbacks: in the order they run.
-        logger: where metrics go.
+        save_every, save_minutes, keep_checkpoints: of `callbacks.saving.Checkpoints`, which the trainer is given later.
     """
     for name, value in {"max_steps": max_steps, "val_every": val_every, "log_every": log_every}.items():
         if value < 1:
             raise ValueError(f"trainer.{name} must be at least 1, got {value}")
     if accumulate_grad_batches < 1:
         raise ValueError(f"trainer.accumulate_grad_batches must be at least 1, got {accumulate_grad_batches}")
+    Checkpoints(Path(), every=save_every, minutes=save_minutes, keep=keep_checkpoints)  # refuses what is out of range
     _quiet()
     accelerated = accelerator not in ("auto", "cpu") or (accelerator == "auto" and torch.accelerator.is_available())
     chosen: Any = ("bf16-mixed" if accelerated else "32-true") if precision == "auto" else precision
@@ -80,13 +86,29 @@ def make_trainer(
         precision=chosen,
         accumulate_grad_batches=accumulate_grad_batches,
         gradient_clip_val=gradient_clip_val,
-        callbacks=list(callbacks),
-        logger=list(logger),
+        logger=[],
         plugins=[AtomicCheckpointIO()],
+        enable_checkpointing=False,  # callbacks.saving saves
         enable_model_summary=False,
         enable_progress_bar=False,  # callbacks.Progress shows one, on terminals
         use_distributed_sampler=False,
     )
+
+
+def attach(
+    trainer: Trainer, *, callbacks: Iterable[Callback], loggers: Iterable[Logger], resumed: Checkpoint | None
+) -> None:
+    """Give a trainer what can be built only once the run's folder is known.
+
+    Args:
+        trainer: of `make_trainer`.
+        callbacks: in the order they run.
+        loggers: where metrics go.
+        resumed: a checkpoint that need not be read again.
+    """
+    cast(Any, trainer).callbacks.extend(callbacks)
+    trainer.loggers = list(loggers)
+    cast(AtomicCheckpointIO, trainer.strategy.checkpoint_io).resumed = resumed
 
 
 def _quiet() -> None:
@@ -97,6 +119,7 @@ def _quiet() -> None:
         ".*does not have many workers.*",
         ".*Checkpoint directory.*exists and is not empty.*",
         ".*The number of training batches.*is smaller than the logging interval.*",  # short runs are no mistake
+        ".*callbacks used to create the checkpoint.*",
         ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning's own use of torch
     ):
         warnings.filterwarnings("ignore", advice)

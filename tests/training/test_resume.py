@@ -36,6 +36,26 @@ def test_a_run_cannot_shrink() -> None:
         check_resumed(saved(), {"model": {}, "fingerprint": {}, "seed": 0}, max_steps=4)
 
 
+def test_changes_are_allowed_by_name_alone_and_told() -> None:
+    old = saved(model={"dim": 1, "depth": 2}, training={"optimizer": {"lr": 1.0}})
+    new = {"model": {"dim": 1, "depth": 3}, "fingerprint": {}, "seed": 0, "training": {"optimizer": {"lr": 2.0}}}
+    told = check_resumed(old, new, max_steps=5, allow=["model", "optimizer.lr"])
+    assert told == [
+        "changed since the checkpoint: model.depth was 2, is 3",
+        "changed since the checkpoint: optimizer.lr was 1.0, is 2.0",
+    ]
+    with pytest.raises(ValueError, match=r"model\.depth was 2, is 3 \(resume\.allow="):
+        check_resumed(old, new, max_steps=5, allow=["optimizer.lr", "model.dep"])
+
+
+def test_options_that_a_file_does_not_know_were_off() -> None:
+    old = saved(model={"dim": 1})
+    new = {"model": {"dim": 1, "shift": False, "extra": None}, "fingerprint": {}, "seed": 0, "training": {"a": {}}}
+    assert check_resumed(old, new, max_steps=5) == []
+    with pytest.raises(ValueError, match=r"model\.shift was None, is True"):
+        check_resumed(old, {**new, "model": {"dim": 1, "shift": True}}, max_steps=5)
+
+
 def test_the_command_keeps_what_was_typed_and_quotes_for_the_shell() -> None:
     typed = ["attn=flash", "data.path=my text.txt", "ckpt=old", "run_dir=elsewhere", "trainer.max_steps=10"]
     stopped = resume_command(typed, folder=Path("runs/a"), step=4, max_steps=10)

@@ -9,14 +9,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from performer_lm import checkpoint
+from performer_lm.training.loggers.record import read_metrics
 from performer_lm.training.run import Run
 
 Start = Callable[..., Run]
 
 
 def losses(folder: Path) -> dict[int, float]:
-    from performer_lm.training.loggers.record import read_metrics
-
     rows = read_metrics(folder / "metrics.jsonl")
     return {int(row["step"]): row["train/loss"] for row in rows if "train/loss" in row}
 
@@ -26,7 +25,12 @@ def test_a_run_leaves_its_files_and_learns(start: Start) -> None:
     best = run.fit()
     assert 0 < best < math.log2(257)
     files = {str(path.relative_to("runs/a")) for path in Path("runs/a").rglob("*") if path.is_file()}
-    checkpoints = {f"checkpoints/{name}.ckpt{ending}" for name in ("best", "last") for ending in ("", ".sha256")}
+    scores = {
+        int(row["step"]): row["val/bpb"] for row in read_metrics(Path("runs/a/metrics.jsonl")) if "val/bpb" in row
+    }
+    names = [f"step={step:06d}-val_bpb={scores[step]:.3f}.ckpt" for step in (20, 25)]  # the last two; 25 is the best
+    checkpoints = {f"checkpoints/{name}{ending}" for name in names for ending in ("", ".sha256")}
+    checkpoints |= {"checkpoints/best.ckpt", "checkpoints/last.ckpt"}
     texts = {"config.yaml", "train.log", "metrics.jsonl", "metrics.csv", "samples.txt", "summary.json"}
     assert files == checkpoints | texts
     assert Path("runs/latest").resolve() == Path("runs/a").resolve()

@@ -13,6 +13,9 @@ SETTINGS: dict[str, Any] = {
     "precision": "auto",
     "accumulate_grad_batches": 3,
     "gradient_clip_val": 1.0,
+    "save_every": None,
+    "save_minutes": None,
+    "keep_checkpoints": 2,
 }
 
 

@@ -1,0 +1,49 @@
+"""A checkpoint file: how it is written so that a kill never costs the last one, and opened without trusting it.
+
+Beside what the trainer keeps, a file holds one plain-data key:
+
+    performer_lm: {format: 1, model: {...}, tokenizer: {...}, fingerprint: {...}, seed: 0}
+
+`model` is the config section the model was built from. Opening a file reads plain data and tensors only
+(`weights_only=True`) and builds only model classes that this package defines.
+
+`files.py` writes and reads, `section.py` describes and rebuilds, `finding.py` says which file a name means.
+"""
+
+from performer_lm.checkpoint.files import (
+    AVERAGES,
+    FORMAT,
+    Checkpoint,
+    peek,
+    point,
+    read,
+    remove,
+    save,
+    sidecar_of,
+    sweep,
+)
+from performer_lm.checkpoint.finding import candidates, find, name_of, named_by_step, newest_runs
+from performer_lm.checkpoint.section import build, check_fit, describe, load_weights, open_model
+
+__all__ = [
+    "AVERAGES",
+    "FORMAT",
+    "Checkpoint",
+    "build",
+    "candidates",
+    "check_fit",
+    "describe",
+    "find",
+    "load_weights",
+    "name_of",
+    "named_by_step",
+    "newest_runs",
+    "open_model",
+    "peek",
+    "point",
+    "read",
+    "remove",
+    "save",
+    "sidecar_of",
+    "sweep",
+]

@@ -1,0 +1,224 @@
+"""Checkpoint files: written so that a kill never costs the last one, read without trusting them.
+
+A file `step=000500.ckpt` has a sidecar `step=000500.ckpt.sha256`, as `sha256sum -c` reads it. `best.ckpt` and
+`last.ckpt` are links to such files.
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+FORMAT = 1
+AVERAGES = "averages"  # key of a checkpoint: running averages of the model's parameters by name
+
+
+class Checkpoint(NamedTuple):
+    """A file as read: the project's own section, the weights, and all the trainer keeps.
+
+    The weights are for use: where training kept a running average of them, that. `content` has those that training
+    goes on from.
+    """
+
+    path: Path
+    section: dict[str, Any]
+    weights: dict[str, Tensor]
+    content: dict[str, Any]
+
+
+def save(content: Mapping[str, Any], path: Path) -> None:
+    """Write a checkpoint and its `.sha256`, atomically: whenever this is killed, a good file stands at `path`.
+
+    The new file is complete on disk before it takes the old one's name. The sidecar lists both digests while the name
+    changes hands, so it is right before and after.
+
+    Raises:
+        OSError: where the file cannot be written, saying how many bytes it needs; nothing of it is left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    try:
+        with temporary.open("wb") as file:
+            torch.save(dict(content), file)
+            file.flush()
+            os.fsync(file.fileno())
+        digest = _digest(temporary)
+        sidecar = sidecar_of(path)
+        known = sidecar.read_text().splitlines()[:1] if sidecar.exists() else []
+        _write(sidecar, [f"{digest}  {path.name}", *known])
+        os.replace(temporary, path)
+        _write(sidecar, [f"{digest}  {path.name}"])
+        _sync(path.parent)
+    except (OSError, RuntimeError) as error:  # torch's writer turns a failed write into a RuntimeError
+        raise _unwritable(path, content, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read(path: Path) -> Checkpoint:
+    """Read a checkpoint on the CPU, executing nothing from it.
+
+    Raises:
+        ValueError: for a file that is damaged, foreign, of another format, or holds more than plain data and tensors.
+    """
+    real = _resolve(path)
+    sidecar = sidecar_of(real)
+    try:
+        if sidecar.exists() and _digest(real) not in sidecar.read_text():
+            raise ValueError(f"{path} is damaged: its content does not match {sidecar.name}")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+    return _load(path, mmap=False)
+
+
+def peek(path: Path) -> Checkpoint:
+    """Read what a checkpoint says, quickly: tensors stay on disk until they are looked at, checksums unchecked.
+
+    Raises:
+        ValueError: as `read`.
+    """
+    return _load(path, mmap=True)
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint and its checksum."""
+    path.unlink(missing_ok=True)
+    sidecar_of(path).unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what killed saves have left in a folder that no other process writes to."""
+    for stale in folder.glob("*.tmp"):
+        stale.unlink(missing_ok=True)
+
+
+def point(link: Path, target: Path) -> None:
+    """Make `link` name `target`, a file beside it, in one move; where links do not exist, it becomes a copy."""
+    temporary = _temporary(link)
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.symlink_to(target.name)
+    except OSError:
+        shutil.copyfile(target, temporary)
+    os.replace(temporary, link)
+    _sync(link.parent)
+
+
+def sidecar_of(path: Path) -> Path:
+    """Return the file that holds a checkpoint's checksum."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _load(path: Path, *, mmap: bool) -> Checkpoint:
+    real = _resolve(path)
+    try:
+        # explicit: the environment (TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD) may turn the default off, but not this
+        content = torch.load(real, map_location="cpu", weights_only=True, mmap=mmap)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # whatever the unpickler and the zip reader raise on foreign bytes
+        raise ValueError(
+            f"{path} is not a checkpoint of performer_lm, or is cut short ({_first_line(error)})"
+        ) from error
+    section = content.get("performer_lm") if isinstance(content, dict) else None
+    if not isinstance(section, dict) or not isinstance(content.get("state_dict"), dict):
+        raise ValueError(f"{path} is not a checkpoint of performer_lm: it has no `performer_lm` section")
+    if section.get("format") != FORMAT:
+        raise ValueError(f"{path} has checkpoint format {section.get('format')!r}; this version reads format {FORMAT}")
+    _check_plain(section, path)
+    weights = {str(name).removeprefix("model."): value for name, value in content["state_dict"].items()}
+    averages = content.get(AVERAGES, {})
+    return Checkpoint(path, section, weights | (averages if isinstance(averages, dict) else {}), content)
+
+
+def _check_plain(section: Mapping[str, Any], path: Path) -> None:
+    """Refuse a section that could mean more than it says: an interpolation resolves to whatever it names."""
+    if not isinstance(section.get("seed", 0), int):
+        raise ValueError(f"{path} is not a checkpoint of performer_lm: its seed is {section['seed']!r}")
+    config = {name: value for name, value in section.items() if name != "tokenizer"}  # which holds text of the corpus
+    for text in _texts(config, depth=64, path=path):
+        if "${" in text:
+            raise ValueError(f"{path} is not opened: its config holds an interpolation ({text[:60]!r})")
+
+
+def _texts(value: Any, *, depth: int, path: Path) -> Iterator[str]:
+    if not depth:
+        raise ValueError(f"{path} is not opened: its config is nested too deeply")
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _texts(name, depth=depth - 1, path=path)
+            yield from _texts(item, depth=depth - 1, path=path)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item, depth=depth - 1, path=path)
+
+
+def _resolve(path: Path) -> Path:
+    """Return the file that a path stands for, links followed."""
+    try:
+        real = path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:  # Python 3.11 has a RuntimeError for a loop of links
+        reason = error.strerror if isinstance(error, OSError) else "its links form a loop"
+        raise ValueError(f"{path} cannot be read: {reason}") from error
+    if not real.is_file():
+        raise ValueError(f"{path} cannot be read: it is not a file")
+    return real
+
+
+def _unwritable(path: Path, content: Mapping[str, Any], error: Exception) -> OSError:
+    """Return what a failed write means to the user: which file, how much it needs, how much there is."""
+    cause = next((link for link in (error, error.__cause__, error.__context__) if isinstance(link, OSError)), None)
+    code, reason = (cause.errno, cause.strerror) if cause else (errno.EIO, _first_line(error))
+    needed = sum(tensor.untyped_storage().nbytes() for tensor in _tensors(content))
+    free = shutil.disk_usage(path.parent).free
+    text = f"cannot be written ({reason}): it needs about {needed:,} bytes, and {free:,} are free"
+    return OSError(code or errno.EIO, text, str(path))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    items: Any = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return [tensor for item in items for tensor in _tensors(item)]
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(path: Path, lines: list[str]) -> None:
+    temporary = _temporary(path)
+    try:
+        with temporary.open("w") as file:
+            file.write("\n".join(lines) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0][:120] if lines else type(error).__name__
