@@ -239,6 +239,7 @@ def _assemble(
         folder=room.path,
         console=Console(highlight=False),
         tokenizer=data.tokenizer,
+        context=cfg.data.context,
         tokens_per_step=cfg.data.batch_size * cfg.data.context,
         log_every=cfg.trainer.log_every,
     )

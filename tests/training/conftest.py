@@ -31,7 +31,8 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
             "tokenizer=bytes",
             "attn.chunk_size=16",
         ]
-        unfit = tuple(f"{group}." for group in ("attn", "callbacks") if f"{group}=" in str(overrides))
+        unfit: tuple[str, ...] = tuple(f"{group}." for group in ("attn", "callbacks") if f"{group}=" in str(overrides))
+        unfit += ("debug=",) if "debug=" in str(overrides) else ()
         own = [override for override in base if not override.startswith(unfit)]
         configs = str(Path(__file__).parents[2] / "configs")
         with initialize_config_dir(configs, version_base="1.3"):

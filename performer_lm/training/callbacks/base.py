@@ -19,6 +19,7 @@ class Surroundings(NamedTuple):
     folder: Path
     console: Console
     tokenizer: Tokenizer
+    context: int  # tokens of a window
     tokens_per_step: int  # of all ranks and micro-batches
     log_every: int  # optimizer steps between logged metrics
 

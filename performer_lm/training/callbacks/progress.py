@@ -43,9 +43,9 @@ class ProgressReport(RunCallback):
         if step % self.run.log_every and step != trainer.max_steps:
             return
         metrics = trainer.callback_metrics
-        speed = metrics.get("train/tokens_per_second")
         line = f"loss {float(metrics['train/loss']):.3f}"
-        line += f"  {float(speed):,.0f} tokens/s" if speed is not None else ""
+        for name, spelled in (("train/tokens_per_second", "{:,.0f} tokens/s"), ("train/mfu", "MFU {:.1%}")):
+            line += f"  {spelled.format(float(metrics[name]))}" if name in metrics else ""
         self.bar.update(self.shown, metrics=line)
         if self.bar.disable:
             log.info("step %d/%d  %s", step, trainer.max_steps, line)
