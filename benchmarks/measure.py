@@ -49,12 +49,13 @@ def _peak_here(make: Callable[..., Run], length: int, *args: Any) -> int:
     make(WARM_UP_LENGTH, *args)()  # libraries, threads and their buffers are not the call's
     run = make(length, *args)
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = status("VmRSS")
     run()
-    return _status("VmHWM") - before
+    return status("VmHWM") - before
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
+    """Return a figure of this process in bytes, by its name in /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
