@@ -17,7 +17,13 @@ def run(cfg: "DictConfig") -> None:
     from performer_lm.generation.sampling import Sampler
 
     with usage_errors():
-        sampler = Sampler(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
+        sampler = Sampler(
+            temperature=cfg.temperature,
+            top_k=cfg.top_k,
+            top_p=cfg.top_p,
+            repetition_penalty=cfg.repetition_penalty,
+            repetition_window=cfg.repetition_window,
+        )
         if cfg.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {cfg.max_new_tokens}")
         model, tokenizer = open_from(cfg)
@@ -44,6 +50,8 @@ if __name__ == "__main__":
             "temperature": float,
             "top_k": int | None,
             "top_p": float | None,
+            "repetition_penalty": float,
+            "repetition_window": int,
             "seed": int,
             "device": str,
         },

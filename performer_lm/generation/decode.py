@@ -60,14 +60,18 @@ def _steps(
 ) -> Iterator[Tensor]:
     logits, state = model.start(prompt, mask=mask, max_len=prompt.shape[1] + max_new_tokens)
     ended = torch.zeros_like(prompt[:, 0], dtype=torch.bool)
+    seen, kept = prompt, torch.ones_like(prompt, dtype=torch.bool) if mask is None else mask
     for index in range(max_new_tokens):
-        ids = sampler(logits[:, -1], generator)
+        ids = sampler(logits[:, -1], generator, seen=seen, mask=kept)
         if end_id is not None:
             ids = torch.where(ended, end_id, ids)
             ended = ended | (ids == end_id)
         yield ids
         if index + 1 == max_new_tokens or (end_id is not None and bool(ended.all())):
             return
+        last = slice(1 - sampler.repetition_window, None) if sampler.repetition_window > 1 else slice(0, 0)
+        seen = torch.cat((seen[:, last], ids[:, None]), dim=1)
+        kept = torch.cat((kept[:, last], torch.ones_like(ids[:, None], dtype=torch.bool)), dim=1)
         logits, state = model.extend(ids[:, None], state)
 
 

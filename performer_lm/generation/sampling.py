@@ -17,6 +17,9 @@ class Sampler:
         temperature: divides the logits; 0 always takes the likeliest token.
         top_k: keep this many tokens; None or more than there are keeps all.
         top_p: keep the fewest likeliest tokens whose probabilities sum to at least this (arXiv 1904.09751); None: all.
+        repetition_penalty: divides the logits above 0 of tokens lately seen, and multiplies those below, so that any
+            value above 1 makes them less likely (CTRL, arXiv 1909.05858); 1: none.
+        repetition_window: how many tokens back count as lately, in each row by itself.
 
     Raises:
         ValueError: for values outside their range.
@@ -25,6 +28,8 @@ class Sampler:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    repetition_penalty: float = 1.0
+    repetition_window: int = 64
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
@@ -33,9 +38,30 @@ class Sampler:
             raise ValueError(f"top_k must be at least 1, or null for all tokens; got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be within (0, 1], or null for all tokens; got {self.top_p}")
+        if not self.repetition_penalty > 0:
+            raise ValueError(f"repetition_penalty must be above 0 (1: none), got {self.repetition_penalty}")
+        if self.repetition_window < 1:
+            raise ValueError(f"repetition_window must be at least 1, got {self.repetition_window}")
 
-    def __call__(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draw one id per row: logits `(b, vocab)` to ids `(b,)`. The filters see the tempered probabilities."""
+    def __call__(
+        self,
+        logits: Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        seen: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Draw one id per row: logits `(b, vocab)` to ids `(b,)`. The filters see the tempered probabilities.
+
+        `seen` `(b, n)` are the tokens so far, `mask` `(b, n)` is False at those that do not count; the repetition
+        penalty looks at them.
+        """
+        if self.repetition_penalty != 1.0 and seen is not None:
+            last = slice(-self.repetition_window, None)
+            counted = torch.ones_like(seen[:, last]) if mask is None else mask[:, last].long()
+            lately = torch.zeros_like(logits, dtype=torch.int64).scatter_add(1, seen[:, last], counted) > 0
+            penalty = torch.where(logits > 0, 1.0 / self.repetition_penalty, self.repetition_penalty)
+            logits = torch.where(lately, logits * penalty, logits)
         if self.temperature == 0:
             return logits.argmax(-1)
         logits = logits.float() / self.temperature

@@ -112,3 +112,11 @@ def test_learned_positions_leave_so_much_room(lively_model: Build) -> None:
     assert ids_of(model, prompt, 5).shape == (1, 5)
     with pytest.raises(ValueError, match=r"max_new_tokens \(6\) must be at most 5 after a prompt of 6 tokens"):
         decode(model, prompt, max_new_tokens=6, sampler=GREEDY)
+
+
+def test_a_penalised_token_does_not_come_again_in_its_window(lively_model: Build) -> None:
+    model, prompt = lively_model("attn=exact"), torch.randint(0, 40, (2, 3))
+    sampler = Sampler(temperature=0, repetition_penalty=1e9, repetition_window=5)
+    made = torch.stack(list(decode(model, prompt, max_new_tokens=20, sampler=sampler)), 1)
+    for row in torch.cat((prompt, made), 1).tolist():
+        assert all(row[place] not in row[max(0, place - 5) : place] for place in range(3, 23))

@@ -57,3 +57,26 @@ def test_same_seed_same_draw() -> None:
 def test_values_outside_their_range_are_refused(arguments: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampler(**arguments)
+
+
+def test_a_penalty_makes_what_was_lately_seen_less_likely_whatever_its_sign() -> None:
+    sampler = Sampler(temperature=0, repetition_penalty=2.0, repetition_window=3)
+    logits = torch.tensor([[3.0, 2.0, 1.0, -1.0], [-1.0, -1.5, -5.0, -6.0]])
+    seen = torch.tensor([[3, 0, 0, 0], [0, 1, 0, 1]])
+    assert sampler(logits, seen=seen).tolist() == [1, 0]  # 3 becomes 1.5; -1 and -1.5 become -2 and -3
+    assert sampler(logits, seen=seen[:, :1]).tolist() == [0, 1]  # the first row's 3 was never a candidate
+    assert sampler(logits, seen=seen, mask=torch.zeros(2, 4, dtype=torch.bool)).tolist() == [0, 0]
+    assert sampler(logits).tolist() == [0, 0]
+
+
+def test_a_penalty_looks_so_far_back() -> None:
+    sampler = Sampler(temperature=0, repetition_penalty=9.0, repetition_window=2)
+    logits = torch.tensor([[3.0, 2.0]])
+    assert sampler(logits, seen=torch.tensor([[0, 1, 1]])).tolist() == [0]
+    assert sampler(logits, seen=torch.tensor([[1, 0, 1]])).tolist() == [0]  # both, alike
+
+
+@pytest.mark.parametrize("options", [{"repetition_penalty": 0.0}, {"repetition_window": 0}])
+def test_penalties_outside_their_range_are_refused(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"repetition_\w+ must be"):
+        Sampler(**options)  # type: ignore[arg-type]
