@@ -135,3 +135,8 @@ class PerformerEncoderDecoder(LanguageModel):
         """Set every random projection to that of optimizer step `step`; call it between steps only."""
         self.encoder.redraw(step)
         self.decoder.redraw(step)
+
+    def fix_projections(self) -> None:
+        """Keep every random projection as it is from now on, checkpoints included."""
+        self.encoder.fix_projections()
+        self.decoder.fix_projections()

@@ -61,6 +61,10 @@ class LanguageModel(nn.Module, ABC):
     def redraw(self, step: int) -> None:
         """Set every random projection to that of optimizer step `step`; call it between steps only."""
 
+    @abstractmethod
+    def fix_projections(self) -> None:
+        """Keep every random projection as it is from now on, checkpoints included."""
+
 
 def initialise_vocabulary(embedding: nn.Embedding, head: nn.Linear) -> None:
     """Set the initial weights of an embedding and an output layer; `normal(s)` has standard deviation s.

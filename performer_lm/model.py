@@ -133,3 +133,7 @@ class PerformerLM(LanguageModel):
     def redraw(self, step: int) -> None:
         """Set every random projection to that of optimizer step `step`; call it between steps only."""
         self.performer.redraw(step)
+
+    def fix_projections(self) -> None:
+        """Keep every random projection as it is from now on, checkpoints included."""
+        self.performer.fix_projections()

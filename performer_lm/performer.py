@@ -219,6 +219,12 @@ class Performer(nn.Module):
             if isinstance(module, Attention):
                 module.redraw(step)
 
+    def fix_projections(self) -> None:
+        """Keep every random projection as it is from now on, checkpoints included."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.fix_projections()
+
     def count_flops(self, tokens: int, *, context: int = 0) -> int:
         """Return the arithmetic of one sequence's forward: two operations for each multiply-add of a matrix product."""
         return sum(branch.body.count_flops(tokens, context=context) for branch in self.branches)

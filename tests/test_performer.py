@@ -314,3 +314,19 @@ def test_learned_positions_end_somewhere() -> None:
     assert stack.max_len == 5
     with pytest.raises(ValueError, match="6 tokens are more than the 5 learned positions"):
         stack(vectors(1, 6))
+
+
+def test_fixed_projections_are_not_redrawn() -> None:
+    mix = {"attn": "favor", "residual": {}, "norms": {"norm": RMSNorm}}
+    options = {"positions": NoPositions, "feed_forward": partial(FeedForward, mult=1, activation="gelu")}
+    stack = build(mix, **options, local_heads=2)
+    for layer in stack.layers:
+        layer["attention"].body.backend.everywhere.redraw_interval = 1
+    name = "layers.0.attention.body.backend.everywhere.features.projection"
+    first = stack.state_dict()[name].clone()
+    stack.redraw(3)
+    assert not torch.equal(stack.state_dict()[name], first)
+    second = stack.state_dict()[name].clone()
+    stack.fix_projections()
+    stack.redraw(4)
+    assert torch.equal(stack.state_dict()[name], second)

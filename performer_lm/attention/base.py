@@ -122,6 +122,9 @@ class Attention(nn.Module, ABC, Generic[State]):
         """Set random projections to those of optimizer step `step`. Most backends draw none."""
         del step
 
+    def fix_projections(self) -> None:
+        """Keep random projections as they are from now on, checkpoints included. Most backends have none."""
+
 
 AttentionFactory = Callable[..., Attention[Any]]
 

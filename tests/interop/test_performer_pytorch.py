@@ -1,7 +1,9 @@
 """Models of performer-pytorch give the same logits here, where its own faults do not stand in the way."""
 
-import warnings
+import inspect
+import re
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from performer_lm.interop.performer_pytorch import describe_language_model, find_differences, import_language_model
 from performer_lm.model import PerformerLM
 
+ROOT = Path(__file__).parents[2]
 SIZES: dict[str, Any] = {"num_tokens": 30, "max_seq_len": 64, "dim": 16, "depth": 2, "heads": 4, "dim_head": 8}
 SMALL = {**SIZES, "nb_features": 12, "causal": True}
 
@@ -19,9 +22,7 @@ SMALL = {**SIZES, "nb_features": 12, "causal": True}
 def theirs(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return performer-pytorch, with nothing added to features or denominators: with it, it would not be softmax."""
     pytest.importorskip("local_attention", reason="needs the extra `bench`")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it imports distutils
-        module = pytest.importorskip("performer_pytorch.performer_pytorch", reason="needs the extra `bench`")
+    module = pytest.importorskip("performer_pytorch.performer_pytorch", reason="needs the extra `bench`")
     monkeypatch.setattr(module, "softmax_kernel", partial(module.softmax_kernel, eps=0.0))
     causal = module.causal_linear_attention_noncuda
     monkeypatch.setattr(module, "causal_linear_attention_noncuda", partial(causal, eps=0.0))
@@ -142,3 +143,18 @@ def test_weights_that_do_not_fit_are_named(theirs: Any) -> None:
         import_language_model(weights, **SMALL | {"depth": 1})
     with pytest.raises(ValueError, match=r"size mismatch for embedding.weight"):
         import_language_model(weights, **SMALL | {"num_tokens": 31})
+
+
+def test_the_readme_names_every_argument(theirs: Any) -> None:
+    from local_attention import LocalAttention
+    from performer_pytorch import AutoregressiveWrapper, PerformerEncDec
+
+    readme = (ROOT / "README.md").read_text()
+    table = readme[readme.index("<summary>Coming from performer-pytorch") : readme.index("</details>")]
+    taken = [
+        getattr(theirs, name) for name in ("PerformerLM", "Performer", "Attention", "FastAttention", "FeedForward")
+    ]
+    taken += [theirs.ProjectionUpdater, AutoregressiveWrapper, AutoregressiveWrapper.generate, PerformerEncDec]
+    names = {name for part in (*taken, LocalAttention) for name in inspect.signature(part).parameters}
+    names -= {"self", "kwargs", "fn"}
+    assert sorted(name for name in names if not re.search(rf"\b{name}\b", table)) == []
