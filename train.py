@@ -32,6 +32,6 @@ if __name__ == "__main__":
         config_name="train",
         config_path=Path(__file__).parent / "configs",
         free_text=FREE_TEXT,
-        keys={"seed": int, "ckpt": str | None, "run_dir": str, "resume.allow": list[str]},
+        keys={"compile": bool, "seed": int, "ckpt": str | None, "run_dir": str, "resume.allow": list[str]},
         supplied={"model": ["vocab_size"]},
     )

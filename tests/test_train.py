@@ -10,6 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+from performer_lm.training.task import LanguageModelTask
 
 ROOT = Path(__file__).parents[1]
 TINY = ["debug=fast", "data=files", "data.path=text.txt", "tokenizer=bytes"]
@@ -127,6 +130,24 @@ def test_a_run_that_diverges_stops_with_code_3(invoke: Invoke) -> None:
     assert len(told) == 1
     assert re.search(r"the (loss|gradient norm) is (nan|inf) at step \d+ .*; its batch and norms lie in runs/", told[0])
     assert not list(Path("runs").rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize("allocates", [torch.OutOfMemoryError("Allocation on device 0"), None], ids=["device", "CPU"])
+def test_a_run_without_memory_says_what_for(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch, allocates: Exception | None
+) -> None:
+    def step(self: object, batch: object, batch_idx: int) -> torch.Tensor:
+        if allocates:
+            raise allocates
+        return torch.empty(2**50)
+
+    monkeypatch.setattr(LanguageModelTask, "training_step", step)
+    code, _, err = invoke(*TINY, "trainer.accumulate_grad_batches=2")
+    assert code == 4
+    told = [line for line in err.splitlines() if not line.startswith("data: ")]
+    assert told[0].startswith("error: out of memory: ")
+    assert "micro-batch 2 x 64 tokens x width 32, vocabulary 257; at most" in told[1]
+    assert sum("accumulate_grad_batches" in line or "recompute" in line or "data.context" in line for line in told) == 3
 
 
 def test_a_sweep_numbers_its_jobs(invoke: Invoke) -> None:

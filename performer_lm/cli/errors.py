@@ -24,6 +24,8 @@ ERROR, USAGE, NON_FINITE, OUT_OF_MEMORY, INTERRUPTED, TERMINATED = 1, 2, 3, 4, 1
 
 LEVERS = (
     "raise trainer.accumulate_grad_batches: the same batch in smaller pieces, the same result",
+    "set model.recompute=true: each branch's activations are computed anew in the backward",
+    "set objective.chunk_size=512: the logits of fewer tokens at once",
     "lower data.context or data.batch_size",
     "set trainer.precision=bf16-mixed on an accelerator",
     "lower model.dim or model.depth",
@@ -109,7 +111,7 @@ def _verdict(error: BaseException) -> tuple[int, tuple[str, ...]]:
         return NON_FINITE, (_text(error),)
     if _is_out_of_memory(error):
         first = _text(error).partition("\n")[0]
-        return OUT_OF_MEMORY, ("\n  ".join((f"out of memory: {first}", *LEVERS)),)
+        return OUT_OF_MEMORY, ("\n  ".join((f"out of memory: {first}", *getattr(error, "__notes__", ()), *LEVERS)),)
     return ERROR, (f"{type(error).__name__}: {_text(error)}".partition("\n")[0],)
 
 
@@ -134,7 +136,8 @@ def _text(error: BaseException) -> str:
 
 def _is_out_of_memory(error: BaseException) -> bool:
     """Tell a failed allocation: torch's own type is a RuntimeError, and its CPU allocator has only its words."""
-    if isinstance(error, MemoryError):
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _ALLOCATION_FAILURES)
 

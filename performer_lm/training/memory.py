@@ -1,7 +1,9 @@
-"""The most memory a run has needed."""
+"""How much memory a run has needed, and what it was for where that was too much."""
 
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -29,3 +31,14 @@ def peak_memory(device: torch.device) -> int:
         return 1024 * int(line.split()[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+@contextmanager
+def sizes_told(device: torch.device, **sizes: object) -> Iterator[None]:
+    """Add to an error that may be one of memory how large the work was, and how much memory was held."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        told = ", ".join(f"{name.replace('_', ' ')} {size}" for name, size in sizes.items())
+        error.add_note(f"{told}; at most {peak_memory(device) / 2**30:.2f} GiB were held on {device.type}")
+        raise

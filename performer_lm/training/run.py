@@ -36,10 +36,11 @@ from performer_lm.training.callbacks.saving import Checkpoints, StepBoundary
 from performer_lm.training.callbacks.stopping import StopOnSignal, requeue
 from performer_lm.training.callbacks.summary import ModelSummary
 from performer_lm.training.callbacks.throughput import Throughput
+from performer_lm.training.compile import compile_stacks
 from performer_lm.training.folder import RunFolder, holder
 from performer_lm.training.loggers.base import RunLogger
 from performer_lm.training.loggers.record import MetricsLogger
-from performer_lm.training.memory import peak_memory, reset_peak_memory
+from performer_lm.training.memory import peak_memory, reset_peak_memory, sizes_told
 from performer_lm.training.optim import check_scaling, parameter_groups
 from performer_lm.training.report import card, open_log
 from performer_lm.training.resume import (
@@ -118,13 +119,18 @@ class Run:
         raise SystemExit(143)
 
     def _train(self) -> None:
-        reset_peak_memory(self.trainer.strategy.root_device)
-        self.trainer.fit(
-            self.task,
-            datamodule=self.data,
-            ckpt_path=self.resumed.path if self.resumed else None,
-            weights_only=True,
+        device, data = self.trainer.strategy.root_device, self.cfg.data
+        reset_peak_memory(device)
+        micro_batch = (
+            f"{self.data.share(self.trainer).micro_batch} x {data.context} tokens x width {self.cfg.model.dim}"
         )
+        with sizes_told(device, micro_batch=micro_batch, vocabulary=self.task.model.head.out_features):
+            self.trainer.fit(
+                self.task,
+                datamodule=self.data,
+                ckpt_path=self.resumed.path if self.resumed else None,
+                weights_only=True,
+            )
 
     def _open_folder(self) -> None:
         self.room.open(self.cfg)
@@ -191,6 +197,7 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
         seed=cfg.seed,
         training={
             **{name: _plain(cfg[name]) for name in ("objective", "optimizer", "schedule")},
+            "compile": cfg.compile,
             "trainer": {"precision": trainer.precision, "gradient_clip_val": trainer.gradient_clip_val},
         },
     )
@@ -205,6 +212,8 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
     model: LanguageModel = checkpoint.build(model_section)
     if resumed:
         checkpoint.check_fit(model, resumed.weights, source=str(resumed.path))
+    if cfg.compile:
+        compile_stacks(model, device=trainer.strategy.root_device)
     task = LanguageModelTask(
         model,
         objective=objective,
