@@ -226,6 +226,8 @@ class SoftmaxFeatures(RandomFeatures):
         """Move the running average by what was observed since the last time."""
         if self.momentum is None:
             return
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.pending)  # every rank has seen other batches, and all go on alike
         total, count = self.pending
         step = self.momentum * (total / count.clamp(min=1.0) - self.mean_square)
         self.mean_square += step * (count > 0)

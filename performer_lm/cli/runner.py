@@ -1,7 +1,9 @@
 """Run a task under Hydra: check first, run every job, and leave with the exit code that tells what happened."""
 
+import argparse
 import functools
 import inspect
+import json
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -16,7 +18,7 @@ from hydra.core.utils import setup_globals
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from performer_lm.cli.argv import parse
+from performer_lm.cli.argv import parse, quote
 from performer_lm.cli.compose import Composed, Composer, task_config, unresolved
 from performer_lm.cli.errors import JobFailed, UsageError, report
 from performer_lm.cli.mistakes import COMPOSITION_ERRORS
@@ -25,6 +27,7 @@ from performer_lm.cli.targets import refused_in_hydra
 
 Task = Callable[[DictConfig], float | None]
 FULL_ERROR = "HYDRA_FULL_ERROR"
+RANK_OVERRIDES = "PERFORMER_LM_OVERRIDES"  # as training.processes sets it; not imported, for that takes seconds
 
 
 def main(
@@ -66,6 +69,7 @@ def _launch(
     asked: str | None,
 ) -> None:
     args, parser = parse(sys.argv[1:], free_text=free_text)
+    _join_first_rank(args, free_text)
     if args.config_path is not None and not args.config_path.startswith("pkg://"):
         args.config_path = str(Path(inspect.getfile(task)).parent.absolute() / args.config_path)
     version.setbase("1.3")
@@ -89,6 +93,14 @@ def _launch(
             )
     except COMPOSITION_ERRORS as error:
         raise composer.explain(error, overrides, multirun=args.multirun) from error
+
+
+def _join_first_rank(args: argparse.Namespace, free_text: Collection[str]) -> None:
+    """Run the one job that the first rank of a run has started this process for, not the sweep it may belong to."""
+    told = os.environ.get(RANK_OVERRIDES)
+    if told is not None and os.environ.get("LOCAL_RANK", "0") != "0":
+        args.multirun = False
+        args.overrides = [quote(text, free_text=free_text) for text in json.loads(told)]
 
 
 def _check_all(composed: Composed, check_job: Callable[[DictConfig], None]) -> None:

@@ -30,29 +30,36 @@ def open_named(name: str) -> Checkpoint:
 
 
 def open_newest(
-    section: Mapping[str, Any], *, run_dir: Path, runs: Path = Path("runs")
+    section: Mapping[str, Any], *, run_dir: Path | None, runs: Path = Path("runs")
 ) -> tuple[Checkpoint | None, list[str]]:
     """Return what `ckpt=auto` goes on from, and what there is to say about it.
 
-    That is the run in `run_dir` if it has checkpoints; else the newest run below `runs` with this very section; else
-    None. Of a run it is the last checkpoint, or, where that is damaged, the newest that is whole.
+    Of a run it is the last checkpoint, or, where that is damaged, the newest that is whole.
+
+    Args:
+        section: what the run would save.
+        run_dir: the folder that the user has named; then only what lies there counts. None for the newest run below
+            `runs` with this very section.
+        runs: where runs lie.
+
+    Returns:
+        The checkpoint, None to start from the beginning; and lines for the log.
 
     Raises:
         ValueError: where all checkpoints of `run_dir` are damaged.
     """
-    is_named = (run_dir / "checkpoints").is_dir()
-    for run in [run_dir] if is_named else checkpoint.newest_runs(runs):
+    for run in checkpoint.newest_runs(runs) if run_dir is None else [run_dir]:
         problems: list[str] = []
         for path in checkpoint.candidates(run):
             try:
-                if not is_named and _differing(checkpoint.peek(path).section, section):
+                if run_dir is None and _differing(checkpoint.peek(path).section, section):
                     break
                 found = checkpoint.read(path)
             except ValueError as error:
                 problems.append(str(error))
                 continue
             return found, [f"warning: {problem}; going on from {path} instead" for problem in problems]
-        if is_named and problems:
+        if run_dir is not None and problems:
             raise ValueError(f"no checkpoint of {run} is whole: {'; '.join(problems)}")
     return None, []
 

@@ -42,6 +42,7 @@ from performer_lm.training.loggers.base import RunLogger
 from performer_lm.training.loggers.record import MetricsLogger
 from performer_lm.training.memory import peak_memory, reset_peak_memory, sizes_told
 from performer_lm.training.optim import check_scaling, parameter_groups
+from performer_lm.training.processes import OneRun, check_sharding, started_processes, without_samples
 from performer_lm.training.report import card, open_log
 from performer_lm.training.resume import (
     AUTO,
@@ -124,7 +125,8 @@ class Run:
         micro_batch = (
             f"{self.data.share(self.trainer).micro_batch} x {data.context} tokens x width {self.cfg.model.dim}"
         )
-        with sizes_told(device, micro_batch=micro_batch, vocabulary=self.task.model.head.out_features):
+        told = sizes_told(device, micro_batch=micro_batch, vocabulary=self.task.model.head.out_features)
+        with told, started_processes(self.trainer, self.overrides):
             self.trainer.fit(
                 self.task,
                 datamodule=self.data,
@@ -204,7 +206,8 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
     wanted = Path(cfg.run_dir) if job is None else Path(cfg.run_dir) / str(job)
     notes: list[str] = []
     if cfg.ckpt == AUTO:
-        resumed, notes = open_newest(section, run_dir=wanted)
+        is_named = any(override.startswith("run_dir=") for override in overrides)
+        resumed, notes = open_newest(section, run_dir=wanted if is_named else None)
     if resumed:
         notes += check_resumed(resumed, section, max_steps=trainer.max_steps, allow=cfg.resume.allow)
         share_out_anew(resumed.content, accumulation=trainer.accumulate_grad_batches)
@@ -246,7 +249,7 @@ def _assemble(
     cfg.run_dir = str(room.path)
     surroundings = Surroundings(
         folder=room.path,
-        console=Console(highlight=False),
+        console=Console(highlight=False, quiet=not trainer.is_global_zero),
         tokenizer=data.tokenizer,
         context=cfg.data.context,
         tokens_per_step=cfg.data.batch_size * cfg.data.context,
@@ -264,8 +267,19 @@ def _assemble(
     throughput = Throughput()
     chosen = instantiate(cfg.callbacks).values() if cfg.get("callbacks") else ()
     own: list[Callback] = [callback for callback in chosen if callback is not None]  # None: switched off
-    callbacks: list[Callback] = [RandomState(seed=cfg.seed), ModelSummary(), Redraw(), NonFiniteGuard()]
-    callbacks += [FinalValidation(), throughput, LearningRates(), ProgressReport(), *own, StepBoundary(), saving, stop]
+    check_sharding(trainer, task.model, task.optimizer(parameter_groups(task.model, head=task.model.head)), own)
+    first = OneRun(room, saving, resumed=f"{resumed.path} at step {resumed.content['global_step']}" if resumed else "")
+    callbacks: list[Callback] = [first, RandomState(seed=cfg.seed), ModelSummary(), Redraw(), NonFiniteGuard()]
+    callbacks += [
+        FinalValidation(),
+        throughput,
+        LearningRates(),
+        ProgressReport(),
+        *without_samples(trainer, own),
+        StepBoundary(),
+        saving,
+        stop,
+    ]
     for callback in callbacks:
         if isinstance(callback, RunCallback):  # a config may add Lightning's own
             callback.join(surroundings)

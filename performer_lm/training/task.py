@@ -21,6 +21,7 @@ from performer_lm.language_model import LanguageModel
 from performer_lm.objectives import Objective
 from performer_lm.training.callbacks.base import RunCallback
 from performer_lm.training.optim import parameter_groups
+from performer_lm.training.processes import shard
 
 
 class LanguageModelTask(LightningModule):
@@ -127,6 +128,10 @@ class LanguageModelTask(LightningModule):
         self.log("step", float(self.global_step))
         self.log("val/loss", nats / tokens)
         self.log("val/bpb", nats / (math.log(2) * text), prog_bar=True)
+
+    def configure_model(self) -> None:
+        """Share out the weights, where each process holds a part of them."""
+        shard(self, self.model)
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and a schedule that moves every optimizer step."""

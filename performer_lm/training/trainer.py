@@ -10,10 +10,12 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from performer_lm import checkpoint
 from performer_lm.checkpoint import Checkpoint
 from performer_lm.training.callbacks.saving import Checkpoints
+from performer_lm.training.processes import make_strategy
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -45,6 +47,9 @@ def make_trainer(
     log_every: int,
     accelerator: str,
     devices: int | str,
+    num_nodes: int,
+    strategy: str,
+    timeout: float,
     precision: str,
     accumulate_grad_batches: int,
     gradient_clip_val: float | None,
@@ -60,6 +65,8 @@ def make_trainer(
         log_every: optimizer steps between logged metrics.
         accelerator: of Lightning; `auto` takes what there is.
         devices: of Lightning.
+        num_nodes: of Lightning.
+        strategy, timeout: of `make_strategy`.
         precision: of Lightning; `auto` is bf16-mixed on an accelerator and 32-true on a CPU.
         accumulate_grad_batches: micro-batches per optimizer step.
         gradient_clip_val: largest global gradient norm; None for no clipping.
@@ -83,16 +90,23 @@ def make_trainer(
         log_every_n_steps=log_every,
         accelerator=accelerator,
         devices=devices,
+        num_nodes=num_nodes,
+        strategy=make_strategy(strategy, timeout=timeout),
         precision=chosen,
         accumulate_grad_batches=accumulate_grad_batches,
         gradient_clip_val=gradient_clip_val,
         logger=[],
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), *_under_slurm()],
         enable_checkpointing=False,  # callbacks.saving saves
         enable_model_summary=False,
         enable_progress_bar=False,  # callbacks.Progress shows one, on terminals
         use_distributed_sampler=False,
     )
+
+
+def _under_slurm() -> list[Any]:
+    """Return SLURM as Lightning sees it, but without its requeueing: `stopping.py` does that, saved and whole."""
+    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
 
 
 def attach(
@@ -120,6 +134,8 @@ def _quiet() -> None:
         ".*Checkpoint directory.*exists and is not empty.*",
         ".*The number of training batches.*is smaller than the logging interval.*",  # short runs are no mistake
         ".*callbacks used to create the checkpoint.*",
+        ".*broadcast_buffers. is deprecated.*",  # its successor is missing in older torch
+        ".*sync_dist=True.*",  # what is logged has been added up over the ranks already
         ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning's own use of torch
     ):
         warnings.filterwarnings("ignore", advice)
