@@ -50,8 +50,8 @@ class Objective(ABC):
         self.chunk_size = chunk_size
 
     @abstractmethod
-    def check(self, model: LanguageModel, *, separator: int | None) -> None:
-        """Raise ValueError for a model that cannot learn this, naming one that can."""
+    def check(self, model: LanguageModel, *, packed: bool) -> None:
+        """Raise ValueError for a model that cannot learn this, naming one that can; `packed`: documents are apart."""
 
     def adopt(self, tokenizer: Tokenizer) -> None:
         """Take from the tokenizer what is needed of it; to be called before the first use."""
@@ -80,13 +80,14 @@ class Objective(ABC):
 class NextToken(Objective):
     """Predict each next token (causal language modelling)."""
 
-    def check(self, model: LanguageModel, *, separator: int | None) -> None:
+    def check(self, model: LanguageModel, *, packed: bool) -> None:
         """Want a causal model without a context."""
-        del separator
+        del packed
         if not (isinstance(model, PerformerLM) and model.decodes):
+            fitting = "mlm" if isinstance(model, PerformerLM) else "seq2seq"
             raise ValueError(
-                "objective=clm predicts each next token, with a causal model of one stack: model=performer; "
-                "objective=mlm is for model=performer_encoder, objective=seq2seq for model=performer_seq2seq"
+                f"objective=clm predicts each next token, with a causal model of one stack; for this one set "
+                f"objective={fitting}"
             )
 
     def __call__(
@@ -133,9 +134,9 @@ class MaskedTokens(Objective):
         self.bounds = (masked, masked * hidden, masked * (hidden + replaced))
         self.seed = seed
 
-    def check(self, model: LanguageModel, *, separator: int | None) -> None:
+    def check(self, model: LanguageModel, *, packed: bool) -> None:
         """Want a bidirectional model without a context."""
-        del separator
+        del packed
         if not isinstance(model, PerformerLM) or model.performer.causal or model.performer.cross_attend:
             raise ValueError("objective=mlm needs a model that sees both sides: model=performer_encoder")
 
@@ -175,11 +176,11 @@ class MaskedTokens(Objective):
 class SourceToTarget(Objective):
     """Write the second half of each window from its first (sequence to sequence)."""
 
-    def check(self, model: LanguageModel, *, separator: int | None) -> None:
+    def check(self, model: LanguageModel, *, packed: bool) -> None:
         """Want an encoder-decoder, and documents in one stream."""
         if not isinstance(model, PerformerEncoderDecoder):
             raise ValueError("objective=seq2seq needs an encoder and a decoder: model=performer_seq2seq")
-        if separator is not None:
+        if packed:
             raise ValueError("objective=seq2seq takes no packed documents: set data.documents to stream or cropped")
 
     def __call__(

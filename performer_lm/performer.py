@@ -106,6 +106,8 @@ class Performer(nn.Module):
         with problems.gathered():
             is_normed = any(True for _ in norm(dim).parameters())
             problems.unless(not (rezero and is_normed), "rezero stands in the place of norms: set norm to none")
+        with problems.gathered():
+            positions(dim_head=dim_head)  # once more below, where another mistake would hide this one
         locals_each = [local_heads] * depth if isinstance(local_heads, int) else list(local_heads)
         problems.unless(
             len(locals_each) == depth, f"local_heads must be one number or one per layer ({depth}), got {locals_each}"

@@ -166,8 +166,8 @@ def test_the_target_is_written_from_its_source(model_section: Callable[..., dict
 @pytest.mark.parametrize(
     ("objective", "model", "message"),
     [
-        (NextToken(chunk_size=None), "performer_encoder", "objective=clm predicts each next token"),
-        (NextToken(chunk_size=None), "performer_seq2seq", "objective=seq2seq for model=performer_seq2seq"),
+        (NextToken(chunk_size=None), "performer_encoder", "for this one set objective=mlm"),
+        (NextToken(chunk_size=None), "performer_seq2seq", "for this one set objective=seq2seq"),
         (masked(), "performer", "objective=mlm needs a model that sees both sides: model=performer_encoder"),
         (SourceToTarget(chunk_size=None), "performer", "objective=seq2seq needs an encoder and a decoder"),
     ],
@@ -179,15 +179,15 @@ def test_a_model_that_cannot_learn_it_is_refused(
     with torch.device("meta"):
         built = checkpoint.build(model_section(f"model={model}", tiny=[]))
     with pytest.raises(ValueError, match=message):
-        objective.check(built, separator=None)
-    fitting.get(model, SourceToTarget(chunk_size=None)).check(built, separator=None)
+        objective.check(built, packed=False)
+    fitting.get(model, SourceToTarget(chunk_size=None)).check(built, packed=False)
 
 
 def test_packed_documents_have_no_source(model_section: Callable[..., dict[str, Any]]) -> None:
     with torch.device("meta"):
         built = checkpoint.build(model_section("model=performer_seq2seq", tiny=[]))
     with pytest.raises(ValueError, match="takes no packed documents"):
-        SourceToTarget(chunk_size=None).check(built, separator=3)
+        SourceToTarget(chunk_size=None).check(built, packed=True)
 
 
 @pytest.mark.parametrize(

@@ -278,7 +278,7 @@ def plain(**options: Any) -> Performer:
                 "feed_forward": partial(FeedForward, mult=1, activation="gleu"),
                 "qk_norm": -1.0,
             },
-            ["decay needs", "qk_norm is the bound", "activation must be one of", "shape of two sizes"],
+            ["decay needs", "rotary width", "qk_norm is the bound", "activation must be one of", "shape of two sizes"],
         ),
         ({"positions": partial(Rotary, width=3)}, ["rotary width must be even"]),
         ({"dropout": 1.5}, ["between 0 and 1"]),

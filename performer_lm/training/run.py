@@ -181,7 +181,7 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
     model_section = _plain(cfg.model)
     sketch = _sketch_model(model_section, context=cfg.data.context)
     data: TextData = instantiate(cfg.data)
-    objective.check(sketch, separator=data.separator)
+    objective.check(sketch, packed=cfg.data.documents == "packed")
     data.share(trainer)
     resumed = open_named(cfg.ckpt) if cfg.ckpt not in (None, AUTO) else None
 
