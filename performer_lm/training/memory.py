@@ -39,6 +39,6 @@ def sizes_told(device: torch.device, **sizes: object) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        told = ", ".join(f"{name.replace('_', ' ')} {size}" for name, size in sizes.items())
+        told = ", ".join(f"{name.replace('_', '-')} {size}" for name, size in sizes.items())
         error.add_note(f"{told}; at most {peak_memory(device) / 2**30:.2f} GiB were held on {device.type}")
         raise
