@@ -23,9 +23,7 @@ def run(cfg: "DictConfig") -> float:
             cfg.tokenizer.plain = tokenizer.to_dict()
         data = instantiate(cfg.data)
         data.prepare()
-    found = measure_bits_per_byte(
-        model, data.held_out, tokenizer.byte_lengths(), batch_size=data.batch_size, separator=data.separator
-    )
+    found = measure_bits_per_byte(model, data.held_out, batch_size=data.batch_size, separator=data.separator)
     print(f"{found.tokens:,} tokens, {found.bytes:,} bytes of held-out text")
     print(f"loss {found.loss:.4f} nats per token, {found.bits_per_byte:.4f} bits per byte")
     return found.bits_per_byte

@@ -50,8 +50,14 @@ class Objective(ABC):
         self.chunk_size = chunk_size
 
     @abstractmethod
-    def check(self, model: LanguageModel, *, packed: bool) -> None:
-        """Raise ValueError for a model that cannot learn this, naming one that can; `packed`: documents are apart."""
+    def check(self, model: LanguageModel, *, packed: bool, answers: bool) -> None:
+        """Raise ValueError for what cannot be learned so, naming what can.
+
+        Args:
+            model: that is to learn.
+            packed: whether windows hold documents that do not see one another.
+            answers: whether only some ids of a window count (`windows.seen`).
+        """
 
     def adopt(self, tokenizer: Tokenizer) -> None:
         """Take from the tokenizer what is needed of it; to be called before the first use."""
@@ -80,9 +86,9 @@ class Objective(ABC):
 class NextToken(Objective):
     """Predict each next token (causal language modelling)."""
 
-    def check(self, model: LanguageModel, *, packed: bool) -> None:
+    def check(self, model: LanguageModel, *, packed: bool, answers: bool) -> None:
         """Want a causal model without a context."""
-        del packed
+        del packed, answers
         if not (isinstance(model, PerformerLM) and model.decodes):
             fitting = "mlm" if isinstance(model, PerformerLM) else "seq2seq"
             raise ValueError(
@@ -134,11 +140,13 @@ class MaskedTokens(Objective):
         self.bounds = (masked, masked * hidden, masked * (hidden + replaced))
         self.seed = seed
 
-    def check(self, model: LanguageModel, *, packed: bool) -> None:
-        """Want a bidirectional model without a context."""
+    def check(self, model: LanguageModel, *, packed: bool, answers: bool) -> None:
+        """Want a bidirectional model without a context, and text."""
         del packed
         if not isinstance(model, PerformerLM) or model.performer.causal or model.performer.cross_attend:
             raise ValueError("objective=mlm needs a model that sees both sides: model=performer_encoder")
+        if answers:
+            raise ValueError("objective=mlm learns from text; data=synthetic asks for answers: objective=clm")
 
     def adopt(self, tokenizer: Tokenizer) -> None:
         """Take the id of the special token `mask`, and the number of ids that are text.
@@ -176,10 +184,12 @@ class MaskedTokens(Objective):
 class SourceToTarget(Objective):
     """Write the second half of each window from its first (sequence to sequence)."""
 
-    def check(self, model: LanguageModel, *, packed: bool) -> None:
-        """Want an encoder-decoder, and documents in one stream."""
+    def check(self, model: LanguageModel, *, packed: bool, answers: bool) -> None:
+        """Want an encoder-decoder, and text whose documents stand in one stream."""
         if not isinstance(model, PerformerEncoderDecoder):
             raise ValueError("objective=seq2seq needs an encoder and a decoder: model=performer_seq2seq")
+        if answers:
+            raise ValueError("objective=seq2seq learns from text; data=synthetic asks for answers: objective=clm")
         if packed:
             raise ValueError("objective=seq2seq takes no packed documents: set data.documents to stream or cropped")
 

@@ -179,15 +179,15 @@ def test_a_model_that_cannot_learn_it_is_refused(
     with torch.device("meta"):
         built = checkpoint.build(model_section(f"model={model}", tiny=[]))
     with pytest.raises(ValueError, match=message):
-        objective.check(built, packed=False)
-    fitting.get(model, SourceToTarget(chunk_size=None)).check(built, packed=False)
+        objective.check(built, packed=False, answers=False)
+    fitting.get(model, SourceToTarget(chunk_size=None)).check(built, packed=False, answers=False)
 
 
 def test_packed_documents_have_no_source(model_section: Callable[..., dict[str, Any]]) -> None:
     with torch.device("meta"):
         built = checkpoint.build(model_section("model=performer_seq2seq", tiny=[]))
     with pytest.raises(ValueError, match="takes no packed documents"):
-        SourceToTarget(chunk_size=None).check(built, packed=True)
+        SourceToTarget(chunk_size=None).check(built, packed=True, answers=False)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ stands outside every such section must be declared by the entry point. All probl
 
 import inspect
 import re
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, Unpack, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -45,11 +45,25 @@ def check(
 
 
 def parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """Return the parameters of a class or function by name, annotations evaluated where that is possible."""
+    """Return the parameters of a class or function by name, annotations evaluated where that is possible.
+
+    What `**options: Unpack[T]` of a TypedDict T takes counts one by one.
+    """
     try:
-        return dict(inspect.signature(target, eval_str=True).parameters)
+        found = dict(inspect.signature(target, eval_str=True).parameters)
     except NameError:  # a name that exists for type checkers only
         return dict(inspect.signature(target).parameters)
+    return {name: each for parameter in found.values() for name, each in _unpacked(parameter)}
+
+
+def _unpacked(parameter: inspect.Parameter) -> Iterator[tuple[str, inspect.Parameter]]:
+    if get_origin(parameter.annotation) is not Unpack:
+        yield parameter.name, parameter
+        return
+    (options,) = get_args(parameter.annotation)
+    for name, wanted in get_type_hints(options).items():
+        default = inspect.Parameter.empty if name in options.__required_keys__ else None
+        yield name, inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=wanted)
 
 
 class _Checker:

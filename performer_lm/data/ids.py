@@ -34,6 +34,10 @@ class FlatIds(ABC):
     def windows(self, spans: Spans, *, context: int) -> Tensor:
         """Return the spans as rows, int64 `(b, context + 1)`, filled up with `IGNORE`."""
 
+    @abstractmethod
+    def to(self, device: torch.device) -> "FlatIds":
+        """Return the same ids on a device."""
+
 
 @final
 class HostIds(FlatIds):
@@ -52,6 +56,10 @@ class HostIds(FlatIds):
             return torch.from_numpy(self._ids[places].astype(np.int64))
         inside = places < spans.stops[:, None]
         return torch.from_numpy(np.where(inside, self._ids[np.where(inside, places, 0)].astype(np.int64), IGNORE))
+
+    def to(self, device: torch.device) -> FlatIds:
+        """Return a copy on the device."""
+        return ResidentIds(self._ids, device=device)
 
     def __reduce__(self) -> tuple[Any, ...]:
         if isinstance(self._ids, np.memmap):
@@ -84,6 +92,10 @@ class ResidentIds(FlatIds):
             return self._take(places)
         inside = places < self._send(spans.stops)[:, None]
         return torch.where(inside, self._take(torch.where(inside, places, 0)), IGNORE)
+
+    def to(self, device: torch.device) -> FlatIds:
+        """Return a copy on another device."""
+        return self if device == self._device else ResidentIds(self._ids.cpu().numpy(), device=device)
 
     def _take(self, places: Tensor) -> Tensor:
         return self._ids[places].long() & self._unsigned

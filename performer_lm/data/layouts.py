@@ -7,7 +7,9 @@ resumes sees the same batches. An epoch goes once through all windows in an orde
 lays its windows out from an offset of its own, so that the cuts fall elsewhere each time.
 """
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Final, final
 
 import numpy as np
@@ -15,6 +17,7 @@ import numpy as np
 from performer_lm.data.ids import Ids, Positions, Spans
 
 AT_ONCE: Final = 1 << 24  # ids looked through in one go
+BLOCK: Final = 1000  # windows of a mixture in which every corpus has its share
 
 
 class Layout(ABC):
@@ -40,13 +43,13 @@ class ShuffledLayout(Layout):
     """
 
     def __init__(self, per_epoch: int) -> None:
-        self._per_epoch = per_epoch
+        self.per_epoch: Final = per_epoch
         self._drawn: dict[int, Positions] = {}
 
     def spans(self, places: Positions) -> Spans:
         """Cut the concatenated epochs: an epoch may end inside a batch, and a batch may be larger than an epoch."""
         chosen = np.empty_like(places)
-        epochs, within = np.divmod(places, self._per_epoch)
+        epochs, within = np.divmod(places, self.per_epoch)
         for epoch in np.unique(epochs):
             here = epochs == epoch
             chosen[here] = self._epoch(int(epoch))[within[here]]
@@ -70,21 +73,28 @@ class ShuffledLayout(Layout):
 class StreamLayout(ShuffledLayout):
     """Training's windows on one stream: they begin and end anywhere, and all are full.
 
+    Args:
+        num_ids: of the stream.
+        seed: of the order of the windows.
+        context: of a window.
+        first: where the stream begins in the array.
+
     Raises:
         ValueError: if the array has no room for one window.
     """
 
-    def __init__(self, num_ids: int, *, seed: int, context: int) -> None:
+    def __init__(self, num_ids: int, *, seed: int, context: int, first: int = 0) -> None:
         super().__init__(windows_per_epoch(num_ids, context=context))
+        self._first = first
         self._num_ids = num_ids
         self._seed = seed
         self._context = context
 
     def _draw(self, epoch: int) -> Positions:
         random = np.random.default_rng([self._seed, epoch])
-        count = self._per_epoch
+        count = self.per_epoch
         offset = int(random.integers(min(self._context, self._num_ids - count * self._context)))
-        return offset + self._context * random.permutation(count)
+        return self._first + offset + self._context * random.permutation(count)
 
     def _cut(self, chosen: Positions) -> Spans:
         return Spans(chosen, chosen + self._context + 1)
@@ -107,17 +117,81 @@ class DocumentLayout(ShuffledLayout):
         self._context = context
 
     def _draw(self, epoch: int) -> Positions:
-        return np.random.default_rng([self._seed, epoch]).permutation(self._per_epoch)
+        return np.random.default_rng([self._seed, epoch]).permutation(self.per_epoch)
 
     def _cut(self, chosen: Positions) -> Spans:
         return _cropped(self._bounds, chosen, context=self._context)
 
 
 @final
+class MixtureLayout(Layout):
+    """Windows of several layouts, mixed by weight: of every `BLOCK` windows each gets its share, in a random order.
+
+    Args:
+        layouts: of the corpora.
+        weights: their shares, in any unit.
+        seed: of the order.
+
+    Raises:
+        ValueError: for a weight that is no share of at least 1 in `2 * BLOCK`.
+    """
+
+    def __init__(self, layouts: Sequence[Layout], weights: Sequence[float], *, seed: int) -> None:
+        self._layouts = list(layouts)
+        self._counts = shares(weights)
+        self._seed = seed
+
+    def spans(self, places: Positions) -> Spans:
+        """Ask each layout for its next windows, in the order of their turns."""
+        layouts, numbers = np.empty_like(places), np.empty_like(places)
+        blocks, within = np.divmod(places, BLOCK)
+        for block in np.unique(blocks):
+            here = blocks == block
+            turns, turn_numbers = self._turns(int(block))
+            layouts[here], numbers[here] = turns[within[here]], turn_numbers[within[here]]
+        starts, stops = np.empty_like(places), np.empty_like(places)
+        for index, layout in enumerate(self._layouts):
+            mine = layouts == index
+            starts[mine], stops[mine] = layout.spans(numbers[mine])
+        return Spans(starts, stops)
+
+    def _turns(self, block: int) -> tuple[Positions, Positions]:
+        """Return whose turn each window of a block is, and which of the layout's own windows that is."""
+        turns = np.random.default_rng([self._seed, block, len(self._layouts)]).permutation(
+            np.repeat(np.arange(len(self._counts)), self._counts)
+        )
+        numbers = np.empty(BLOCK, dtype=np.int64)
+        for index, count in enumerate(self._counts):
+            numbers[turns == index] = block * count + np.arange(count)
+        return turns, numbers
+
+
+@final
+class Concatenation(FiniteLayout):
+    """The windows of several layouts, one layout after the other."""
+
+    def __init__(self, layouts: Sequence[FiniteLayout]) -> None:
+        self._layouts = list(layouts)
+        self._bounds = np.cumsum([0, *map(len, layouts)])
+
+    def __len__(self) -> int:
+        return int(self._bounds[-1])
+
+    def spans(self, places: Positions) -> Spans:
+        """Ask each layout for those that are its own."""
+        starts, stops = np.zeros_like(places), np.zeros_like(places)
+        for layout, first, last in zip(self._layouts, self._bounds[:-1], self._bounds[1:], strict=True):
+            mine = (places >= first) & (places < last)
+            starts[mine], stops[mine] = layout.spans(places[mine] - first)
+        return Spans(starts, stops)
+
+
+@final
 class HeldOutStream(FiniteLayout):
     """Windows once through the array, each from the last id of the one before: all ids but the first count once."""
 
-    def __init__(self, num_ids: int, *, context: int) -> None:
+    def __init__(self, num_ids: int, *, context: int, first: int = 0) -> None:
+        self._first = first
         self._num_ids = num_ids
         self._context = context
 
@@ -128,7 +202,7 @@ class HeldOutStream(FiniteLayout):
         """Lay the windows end to end; the last one may be short."""
         starts = np.minimum(places * self._context, self._num_ids - 1)
         stops = np.minimum(starts + self._context + 1, self._num_ids)
-        return Spans(starts, np.where(places < len(self), stops, starts))
+        return Spans(self._first + starts, self._first + np.where(places < len(self), stops, starts))
 
 
 @final
@@ -146,6 +220,20 @@ class HeldOutDocuments(FiniteLayout):
         """Crop each document to a window."""
         spans = _cropped(self._bounds, np.minimum(places, len(self) - 1), context=self._context)
         return Spans(spans.starts, np.where(places < len(self), spans.stops, spans.starts))
+
+
+def shares(weights: Sequence[float]) -> Positions:
+    """Return how many of `BLOCK` windows each weight is worth: the nearest whole numbers that add up.
+
+    Raises:
+        ValueError: for a weight that is not positive, or worth less than half a window.
+    """
+    wanted = BLOCK * np.array(weights, dtype=np.float64) / math.fsum(weights) if min(weights) > 0 else np.zeros(1)
+    if not (wanted >= 0.5).all():
+        raise ValueError(f"data.weights ({', '.join(map(str, weights))}) must each be at least 1/{2 * BLOCK} of all")
+    counts = np.floor(wanted).astype(np.int64)
+    counts[np.argsort(counts - wanted, kind="stable")[: BLOCK - counts.sum()]] += 1
+    return counts
 
 
 def windows_per_epoch(num_ids: int, *, context: int) -> int:

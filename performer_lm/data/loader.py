@@ -104,14 +104,31 @@ class TrainLoader(DataLoader[Tensor]):
         accumulation: micro-batches per step, which a resumed run must share.
         done: gives the trainer's count.
         num_workers: worker processes.
+        start_method: how they start; None for the platform's way.
+        pin_memory: whether batches are put where an accelerator can fetch them from by itself.
     """
 
-    def __init__(self, batches: TrainBatches, *, accumulation: int, done: Callable[[], int], num_workers: int) -> None:
+    def __init__(
+        self,
+        batches: TrainBatches,
+        *,
+        accumulation: int,
+        done: Callable[[], int],
+        num_workers: int,
+        start_method: str | None = None,
+        pin_memory: bool = False,
+    ) -> None:
         self._positions = Positions(batches)
         self._accumulation = accumulation
         self._done = done
         super().__init__(
-            batches, batch_size=None, sampler=self._positions, num_workers=num_workers, generator=torch.Generator()
+            batches,
+            batch_size=None,
+            sampler=self._positions,
+            num_workers=num_workers,
+            multiprocessing_context=start_method if num_workers else None,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -5,16 +5,19 @@ up what is shorter. A batch is one tensor `(b, n + 1)`.
 """
 
 from abc import ABC, abstractmethod
-from typing import Final, final
+from typing import Any, Self, final
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from performer_lm.data.ids import IGNORE, FlatIds, Ids, Positions
 from performer_lm.data.layouts import FiniteLayout, Layout
 
-__all__ = ["IGNORE", "FiniteWindows", "Windows", "count_first", "first_bytes", "segments_of", "shift"]
+ByteLengths = NDArray[np.number[Any]]
+
+__all__ = ["IGNORE", "ByteLengths", "FiniteWindows", "Windows", "count_first", "first_bytes", "segments_of", "shift"]
 
 
 class Windows(ABC):
@@ -24,9 +27,18 @@ class Windows(ABC):
     def rows(self, places: Positions) -> Tensor:
         """Return the windows of numbers `places` `(b,)`, int64 `(b, n + 1)`."""
 
+    @abstractmethod
+    def to(self, device: torch.device) -> Self:
+        """Return the same windows, gathered on a device where that saves copies."""
+
 
 class FiniteWindows(Windows):
-    """So many windows, each counted once; numbers past the last give rows of `IGNORE`."""
+    """So many windows, each counted once; numbers past the last give rows of `IGNORE`.
+
+    `byte_lengths` `(vocab,)` says how many bytes of text each id stands for in them.
+    """
+
+    byte_lengths: ByteLengths
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -45,21 +57,31 @@ class TextWindows(Windows):
         """Gather the windows where the ids lie."""
         return self._ids.windows(self._layout.spans(places), context=self._context)
 
+    def to(self, device: torch.device) -> Self:
+        """Return windows onto a copy of the ids on the device."""
+        return type(self)(self._ids.to(device), self._layout, context=self._context)
+
 
 @final
 class HeldOutWindows(FiniteWindows):
     """The windows of a finite layout onto flat ids."""
 
-    def __init__(self, ids: FlatIds, layout: FiniteLayout, *, context: int) -> None:
-        self._windows = TextWindows(ids, layout, context=context)
-        self._length: Final = len(layout)
+    def __init__(self, ids: FlatIds, layout: FiniteLayout, *, context: int, byte_lengths: ByteLengths) -> None:
+        self.byte_lengths = byte_lengths
+        self._ids = ids
+        self._layout = layout
+        self._context = context
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._layout)
 
     def rows(self, places: Positions) -> Tensor:
         """Gather the windows where the ids lie."""
-        return self._windows.rows(places)
+        return self._ids.windows(self._layout.spans(places), context=self._context)
+
+    def to(self, device: torch.device) -> Self:
+        """Return windows onto a copy of the ids on the device."""
+        return type(self)(self._ids.to(device), self._layout, context=self._context, byte_lengths=self.byte_lengths)
 
 
 def shift(windows: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,12 +109,12 @@ def first_bytes(ids: Ids, byte_lengths: NDArray[np.int64], *, limit: int) -> Ids
     return longest[: int(np.searchsorted(np.cumsum(byte_lengths[longest]), limit, side="right"))]
 
 
-def count_first(windows: FiniteWindows, byte_lengths: NDArray[np.int64], *, limit: int) -> int:
+def count_first(windows: FiniteWindows, *, limit: int) -> int:
     """Return how many of the first windows have together at most `limit` bytes of text to predict, but at least 1."""
     found, left = 0, limit
     for first in range(0, len(windows), 256):
         targets = shift(windows.rows(np.arange(first, min(first + 256, len(windows)))))[1].numpy()
-        text = np.where(targets == IGNORE, 0, byte_lengths[np.maximum(targets, 0)]).sum(1)
+        text = np.where(targets == IGNORE, 0, windows.byte_lengths[np.maximum(targets, 0)]).sum(1)
         fit = int(np.searchsorted(np.cumsum(text), left, side="right"))
         found, left = found + fit, left - int(text.sum())
         if fit < len(text):

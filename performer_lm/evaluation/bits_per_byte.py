@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from performer_lm.data.windows import IGNORE, FiniteWindows, segments_of, shift
@@ -25,7 +24,6 @@ class BitsPerByte(NamedTuple):
 def measure_bits_per_byte(
     model: PerformerLM,
     windows: FiniteWindows,
-    byte_lengths: NDArray[np.int64],
     *,
     batch_size: int,
     separator: int | None = None,
@@ -35,13 +33,12 @@ def measure_bits_per_byte(
     Args:
         model: in evaluation mode.
         windows: of the text, each byte in one.
-        byte_lengths: bytes of text that each id stands for, `(vocab,)`.
         batch_size: windows at a time.
         separator: the id that begins a document where tokens see their own document only.
     """
     device = model.head.weight.device
     nats = torch.zeros((), dtype=torch.float64)
-    tokens = text = 0
+    tokens, text = 0, 0.0
     for first in range(0, len(windows), batch_size):
         rows = windows.rows(np.arange(first, first + batch_size, dtype=np.int64))
         inputs, targets = shift(rows.to(device))
@@ -49,5 +46,5 @@ def measure_bits_per_byte(
         logits = model(inputs, segments=segments).flatten(0, 1).float()
         nats += F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum").double().cpu()
         counted = rows[:, 1:][rows[:, 1:] != IGNORE].cpu().numpy()
-        tokens, text = tokens + len(counted), text + int(byte_lengths[counted].sum())
-    return BitsPerByte(float(nats) / tokens, float(nats) / (math.log(2) * text), tokens, text)
+        tokens, text = tokens + len(counted), text + windows.byte_lengths[counted].sum(dtype=np.float64)
+    return BitsPerByte(float(nats) / tokens, float(nats) / (math.log(2) * text), tokens, round(text))

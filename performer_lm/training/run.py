@@ -23,7 +23,7 @@ from torch import nn
 from performer_lm import checkpoint
 from performer_lm.attention.local import LocalAttention
 from performer_lm.checkpoint import Checkpoint
-from performer_lm.data.module import TextData
+from performer_lm.data.module import WindowData
 from performer_lm.language_model import LanguageModel
 from performer_lm.training.callbacks.base import RunCallback, Surroundings
 from performer_lm.training.callbacks.ending import FinalValidation
@@ -67,7 +67,7 @@ class Run:
     overrides: Sequence[str]
     room: RunFolder
     resumed: Checkpoint | None
-    data: TextData
+    data: WindowData
     task: LanguageModelTask
     trainer: Trainer
     throughput: Throughput
@@ -180,8 +180,8 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
     schedule(trainer.max_steps)
     model_section = _plain(cfg.model)
     sketch = _sketch_model(model_section, context=cfg.data.context)
-    data: TextData = instantiate(cfg.data)
-    objective.check(sketch, packed=cfg.data.documents == "packed")
+    data: WindowData = instantiate(cfg.data)
+    objective.check(sketch, packed=data.is_packed, answers=data.has_answers)
     data.share(trainer)
     resumed = open_named(cfg.ckpt) if cfg.ckpt not in (None, AUTO) else None
 
@@ -222,7 +222,7 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
         objective=objective,
         optimizer=optimizer,
         schedule=schedule,
-        byte_lengths=torch.from_numpy(data.tokenizer.byte_lengths()),
+        byte_lengths=torch.from_numpy(data.validation.byte_lengths),
         section=section,
         log_every=cfg.trainer.log_every,
         separator=data.separator,
@@ -240,7 +240,7 @@ def _assemble(
     overrides: Sequence[str],
     room: RunFolder,
     resumed: Checkpoint | None,
-    data: TextData,
+    data: WindowData,
     task: LanguageModelTask,
     trainer: Trainer,
     notes: list[str],

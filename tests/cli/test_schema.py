@@ -1,8 +1,10 @@
+from typing import NotRequired, TypedDict, Unpack
+
 import pytest
 from omegaconf import OmegaConf
 
 from performer_lm.cli.errors import UsageError
-from performer_lm.cli.schema import check
+from performer_lm.cli.schema import check, parameters
 
 WHOLE = {"_target_": "performer_lm.sample.Whole", "dim": 4}
 PART = {"_target_": "performer_lm.sample.Part", "size": 1}
@@ -157,3 +159,17 @@ def test_torch_s_own_annotations_are_the_schema_too():
         "optimizer.betas: wanted a list of 2 (float, float), got 1",
         "optimizer.weight_deacy: unknown key; did you mean optimizer.weight_decay?",
     ]
+
+
+class Common(TypedDict):
+    size: int
+    name: NotRequired[str]
+
+
+def collect(*, path: str, **options: Unpack[Common]) -> None: ...
+
+
+def test_unpacked_options_count_one_by_one():
+    found = parameters(collect)
+    assert {name: parameter.annotation for name, parameter in found.items()} == {"path": str, "size": int, "name": str}
+    assert [name for name, parameter in found.items() if parameter.default is parameter.empty] == ["path", "size"]

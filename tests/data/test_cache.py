@@ -1,5 +1,6 @@
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from performer_lm.data import cache as room
+from performer_lm.data import build as build_room
 from performer_lm.data.cache import TokenCache, open_cache
-from performer_lm.data.corpus import Corpus, Document
+from performer_lm.data.corpora.base import Corpus, Document
+from performer_lm.data.corpora.collection import Collection
 from performer_lm.data.tokenizer import ByteTokenizer, TokenizerRecipe
-from performer_lm.data.tokenizer.recipes import BytePairs, Bytes
+from performer_lm.data.tokenizer.recipes import BytePairs, Bytes, Restored, TokenizerFile
 
 TEXTS = {f"{index}.txt": (f"{index} times {index} is {index * index}\n" * (5 + index)).encode() for index in range(20)}
-
 BYTES = Bytes()
 PAIRS = BytePairs(vocab_size=300, train_bytes=10**6)
 
@@ -26,12 +27,15 @@ PAIRS = BytePairs(vocab_size=300, train_bytes=10**6)
 class Listening(TokenizerRecipe):
     """Remembers the texts it was given."""
 
+    learns = True
+
     def __init__(self) -> None:
         self.seen: list[list[bytes]] = []
 
     def build(self, texts, *, num_bytes):
         self.seen.append(list(texts))
-        assert sum(map(len, self.seen[-1])) == num_bytes
+        assert list(texts) == self.seen[-1]
+        assert sum(map(len, self.seen[-1])) <= num_bytes
         return ByteTokenizer()
 
     def key(self):
@@ -39,41 +43,103 @@ class Listening(TokenizerRecipe):
 
 
 class Texts(Corpus):
+    label = "texts"
+
     def __init__(self, texts: dict[str, bytes]) -> None:
         self.texts = texts
 
     def documents(self) -> Iterator[Document]:
         for name, text in self.texts.items():
-            yield Document(name, text)
+            yield Document(name, text, True if name.startswith("held out") else None)
 
 
 def build(
-    folder: Path, texts: dict[str, bytes] = TEXTS, recipe: TokenizerRecipe = BYTES, fraction: float = 0.2
+    folder: Path,
+    *texts: dict[str, bytes],
+    recipe: TokenizerRecipe = BYTES,
+    fraction: float = 0.2,
+    threads: int = 2,
+    errors="strict",
 ) -> TokenCache:
-    return open_cache(Texts(texts), recipe, validation_fraction=fraction, cache_dir=str(folder))
+    collection = Collection({str(index): Texts(each) for index, each in enumerate(texts or [TEXTS])}, errors=errors)
+    return open_cache(collection, recipe, validation_fraction=fraction, cache_dir=str(folder), threads=threads)
 
 
 def caches(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*") if path.is_dir())
+    return sorted(path for path in folder.glob("*") if path.is_dir() and path.name != "tokenizers")
+
+
+def documents(cache: TokenCache, ids: np.ndarray) -> list[bytes]:
+    ends = pairwise(np.flatnonzero(ids == cache.tokenizer.end_id))
+    return [cache.tokenizer.decode_bytes(ids[first + 1 : last]) for first, last in ends]
 
 
 def same(left: TokenCache, right: TokenCache) -> bool:
-    arrays = np.array_equal(left.train, right.train) and np.array_equal(left.validation, right.validation)
-    hashes = left.corpus_hash == right.corpus_hash and left.tokenizer_hash == right.tokenizer_hash
-    return bool(arrays and hashes and left.tokenizer.to_dict() == right.tokenizer.to_dict())
+    arrays = all(
+        np.array_equal(getattr(left, name), getattr(right, name))
+        for name in ("train", "validation", "validation_sizes")
+    )
+    plain = left.tokenizer.to_dict() == right.tokenizer.to_dict()
+    bounds = (left.train_bounds, left.validation_bounds) == (right.train_bounds, right.validation_bounds)
+    return bool(arrays and plain and bounds and left[-3:] == right[-3:])
 
 
 @pytest.mark.parametrize("recipe", [BYTES, PAIRS])
 def test_both_sides_together_hold_every_document_once_between_end_tokens(tmp_path, recipe):
     cache = build(tmp_path, recipe=recipe)
-    end, found = cache.tokenizer.end_id, []
-    for ids in (cache.train, cache.validation):
+    end = cache.tokenizer.end_id
+    for ids, bounds in ((cache.train, cache.train_bounds), (cache.validation, cache.validation_bounds)):
         assert ids[0] == ids[-1] == end
-        spans = pairwise(np.flatnonzero(ids == end))
-        found += [cache.tokenizer.decode_bytes(ids[first + 1 : last]) for first, last in spans]
-    assert sorted(found) == sorted(TEXTS.values())
+        assert bounds == [0, len(ids) - 1]
+    assert sorted(documents(cache, cache.train) + documents(cache, cache.validation)) == sorted(TEXTS.values())
+    assert cache.validation_sizes.tolist() == list(map(len, documents(cache, cache.validation)))
     assert len(cache.validation) > 2
     assert cache.train.dtype == np.uint16
+    assert cache.is_exact
+
+
+def test_ids_take_the_least_bytes_that_hold_them(tmp_path):
+    class Few(Bytes):
+        def build(self, texts, *, num_bytes):
+            from performer_lm.data.tokenizer import CharacterTokenizer
+
+            return CharacterTokenizer(alphabet="0123456789 imest\n", fallback=False)
+
+    assert build(tmp_path, recipe=Few()).train.dtype == np.uint8
+
+
+def test_corpora_follow_one_another_and_share_the_end_between_them(tmp_path):
+    more = {f"more {name}": text.upper() for name, text in TEXTS.items()}
+    cache = build(tmp_path, TEXTS, more)
+    alone = [build(tmp_path / str(index), texts) for index, texts in enumerate((TEXTS, more))]
+    for name in ("train", "validation"):
+        bounds, ids = getattr(cache, f"{name}_bounds"), getattr(cache, name)
+        for corpus, (first, last) in enumerate(pairwise(bounds)):
+            assert np.array_equal(ids[first : last + 1], getattr(alone[corpus], name))
+    assert cache.validation_sizes.tolist() == [*alone[0].validation_sizes, *alone[1].validation_sizes]
+
+
+def test_held_out_documents_stand_in_the_order_of_their_names_hashes_whatever_the_corpus_s(tmp_path):
+    forwards = build(tmp_path / "forwards", TEXTS)
+    backwards = build(tmp_path / "backwards", dict(reversed(TEXTS.items())))
+    assert documents(forwards, forwards.validation) == documents(backwards, backwards.validation)
+    assert documents(forwards, forwards.train) == documents(backwards, backwards.train)[::-1]
+
+
+def test_a_text_that_stands_in_training_is_not_held_out(tmp_path, capsys):
+    texts = {**TEXTS, "held out 1": TEXTS["3.txt"], "held out 2": b"new", "copy.txt": TEXTS["5.txt"]}
+    cache = build(tmp_path, texts)
+    assert documents(cache, cache.validation) == [b"new"]
+    assert documents(cache, cache.train).count(TEXTS["3.txt"]) == 1
+    assert "1 documents were not held out, for their text also stands in training" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", [BYTES, PAIRS])
+def test_the_number_of_threads_changes_nothing(tmp_path, recipe, monkeypatch):
+    monkeypatch.setattr(build_room, "BATCH_BYTES", 300)
+    built = [build(tmp_path / str(threads), recipe=recipe, threads=threads) for threads in (1, 2, 7)]
+    assert same(built[0], built[1])
+    assert same(built[0], built[2])
 
 
 def test_a_tokenizer_learns_from_the_training_documents_only(tmp_path):
@@ -91,11 +157,18 @@ def test_a_single_document_gives_its_last_lines_to_validation(tmp_path):
 
 
 def test_a_cache_is_built_once_and_reopened(tmp_path, capsys):
-    first = build(tmp_path)
+    first = build(tmp_path, recipe=PAIRS)
     assert "tokens" in capsys.readouterr().err
-    assert same(build(tmp_path), first)
+    assert same(build(tmp_path, recipe=PAIRS), first)
     assert capsys.readouterr().err == ""
     assert len(caches(tmp_path)) == 1
+
+
+def test_a_restored_tokenizer_finds_the_ids_that_its_training_made(tmp_path, capsys):
+    first = build(tmp_path, recipe=PAIRS)
+    capsys.readouterr()
+    assert same(build(tmp_path, recipe=Restored(plain=first.tokenizer.to_dict())), first)
+    assert capsys.readouterr().err == ""
 
 
 def test_everything_a_cache_depends_on_makes_another(tmp_path):
@@ -104,12 +177,16 @@ def test_everything_a_cache_depends_on_makes_another(tmp_path):
     build(tmp_path, {**TEXTS, "0.txt": b"changed"})
     build(tmp_path, {f"x{name}": text for name, text in TEXTS.items()})
     build(tmp_path, dict(reversed(TEXTS.items())))
+    build(tmp_path, {f"held out{name}": text for name, text in TEXTS.items()} | {"a": b"text"})
+    build(tmp_path, TEXTS, TEXTS)
     build(tmp_path, recipe=PAIRS)
     build(tmp_path, recipe=BytePairs(vocab_size=301, train_bytes=10**6))
-    assert len(caches(tmp_path)) == 7
+    build(tmp_path, recipe=BytePairs(vocab_size=300, train_bytes=2000))
+    build(tmp_path, recipe=Bytes(specials=["mask"]))
+    assert len(caches(tmp_path)) == 11
 
 
-@pytest.mark.parametrize("file", ["train.bin", "validation.bin", "manifest.json"])
+@pytest.mark.parametrize("file", ["train.bin", "validation.bin", "validation_sizes.bin", "manifest.json"])
 @pytest.mark.parametrize("harm", ["cut", "grow", "empty", "remove"])
 def test_a_damaged_cache_is_built_again(tmp_path, file, harm):
     wanted = build(tmp_path / "other")
@@ -123,6 +200,16 @@ def test_a_damaged_cache_is_built_again(tmp_path, file, harm):
     assert path.read_bytes() == content
 
 
+@pytest.mark.parametrize("content", [b"", b"{}", b"[", b'{"kind": "byte_pairs"}'])
+def test_a_damaged_tokenizer_is_trained_again(tmp_path, content):
+    wanted = build(tmp_path, recipe=PAIRS)
+    (path,) = tmp_path.glob("tokenizers/*.json")
+    good = path.read_bytes()
+    path.write_bytes(content)
+    assert same(build(tmp_path, recipe=PAIRS), wanted)
+    assert path.read_bytes() == good
+
+
 def test_several_at_once_build_it_once(tmp_path):
     recipe = Listening()
     with ThreadPoolExecutor(8) as threads:
@@ -131,18 +218,55 @@ def test_several_at_once_build_it_once(tmp_path):
     assert all(same(cache, opened[0]) for cache in opened)
 
 
-def test_a_corpus_that_changes_meanwhile_is_refused(tmp_path):
-    class Changing(Corpus):
+@pytest.mark.parametrize("late", [{"b": b"other"}, {}, {"b": b"second", "c": b"more"}])
+def test_a_corpus_that_changes_meanwhile_is_refused(tmp_path, late):
+    class Changing(Texts):
         readings = 0
 
         def documents(self) -> Iterator[Document]:
             self.readings += 1
-            yield Document("a", b"first")
-            yield Document("b", b"second" if self.readings < 4 else b"other")
+            self.texts = {"a": b"first", "b": b"second"} if self.readings == 1 else {"a": b"first", **late}
+            yield from super().documents()
 
     with pytest.raises(ValueError, match="the corpus changed while it was tokenized"):
-        open_cache(Changing(), BYTES, validation_fraction=0.2, cache_dir=str(tmp_path))
+        open_cache(
+            Collection({"": Changing({})}, errors="strict"), BYTES, validation_fraction=0.2, cache_dir=str(tmp_path)
+        )
     assert not list(tmp_path.glob("*/manifest.json"))
+
+
+def test_a_text_that_a_tokenizer_cannot_take_is_named(tmp_path, tokenizer_file):
+    texts = {"0.txt": b"fine", "bad.txt": b"not \xff fine", "2.txt": b"fine too"}
+    with pytest.raises(ValueError, match=re.escape("bad.txt: text is not UTF-8: byte 0xff at 4")):
+        build(tmp_path, texts, recipe=tokenizer_file, errors="bytes")
+    assert not list(tmp_path.glob("*/manifest.json"))
+    cache = build(tmp_path, texts, errors="bytes")
+    assert sorted(documents(cache, cache.train) + documents(cache, cache.validation)) == sorted(texts.values())
+
+
+def test_what_a_tokenizer_does_not_give_back_is_noticed(tmp_path, tokenizer_file):
+    cache = build(tmp_path, recipe=tokenizer_file)
+    assert not cache.is_exact
+    assert cache.validation_sizes.sum() == sum(
+        len(text) for text in TEXTS.values() if text not in train_texts(tmp_path)
+    )
+
+
+def train_texts(folder: Path) -> list[bytes]:
+    cache = build(folder / "bytes")
+    return documents(cache, cache.train)
+
+
+@pytest.fixture
+def tokenizer_file(tmp_path) -> TokenizerFile:
+    """Return a recipe whose tokenizer lowers letters and drops spaces."""
+    import tokenizers
+    from tokenizers import models, normalizers, pre_tokenizers
+
+    library = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "times": 1, "is": 2}, unk_token="[UNK]"))
+    library.normalizer, library.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    library.save(str(tmp_path / "tokenizer.json"))
+    return TokenizerFile(path=str(tmp_path / "tokenizer.json"), specials=[])
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
@@ -160,58 +284,58 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     assert same(build(tmp_path), build(tmp_path / "other"))
 
 
-def test_texts_are_batched_whole_and_in_order(monkeypatch):
-    monkeypatch.setattr(room, "BATCH_BYTES", 10)
-    texts = [b"12345", b"67890", b"x" * 30, b"", b"end"]
-    assert list(room._batches(texts)) == [[b"12345", b"67890"], [b"x" * 30], [b"", b"end"]]
-
-
 STALLING_BUILD = """
-import sys, time
+import os, sys, time
 from pathlib import Path
+from performer_lm.data import build as room
 from performer_lm.data.cache import open_cache
-from performer_lm.data.corpus import Corpus, Document
-from performer_lm.data.tokenizer.recipes import Bytes
+from performer_lm.data.corpora.base import Corpus, Document
+from performer_lm.data.corpora.collection import Collection
+from performer_lm.data.tokenizer.recipes import BytePairs
 
-folder, stall_in = sys.argv[1], int(sys.argv[2])
+folder, stall_in = sys.argv[1], sys.argv[2]
 
 def stall():
-    print("stalled", flush=True)
+    os.write(1, b"stalled\\n")
     time.sleep(60)
 
 class Texts(Corpus):
+    label = "texts"
     readings = 0
     def documents(self):
         self.readings += 1
         for index in range(20):
-            if index == 10 and self.readings == stall_in:
+            if index == 10 and str(self.readings) == stall_in:
                 stall()
             yield Document(f"{index}.txt", (f"{index} times {index} is {index * index}\\n" * (5 + index)).encode())
 
-class Learning(Bytes.__mro__[1]):
-    def build(self, texts, *, num_bytes):
-        list(texts)
-        return Bytes().build([], num_bytes=0)
-
-    def key(self):
-        return Bytes().key()
-
-if stall_in == 0:
+room.BATCH_BYTES = 300
+if stall_in == "renaming":
     Path.rename = lambda *_: stall()
-open_cache(Texts(), Learning(), validation_fraction=0.2, cache_dir=folder)
+if stall_in == "replacing":
+    Path.replace = lambda *_: stall()
+if stall_in == "encoding":
+    room._encoder = lambda *_: lambda batch: stall()
+if stall_in == "sorting":
+    room._HeldOut.write = lambda *_: stall()
+recipe = BytePairs(vocab_size=300, train_bytes=10**6)
+collection = Collection({"": Texts()}, errors="strict")
+open_cache(collection, recipe, validation_fraction=0.2, cache_dir=folder, threads=2)
 """
-MOMENTS = {"reading": 1, "training": 3, "train ids": 4, "validation ids": 5, "checking": 6, "renaming": 0}
+MOMENTS = ["1", "2", "3", "replacing", "encoding", "sorting", "renaming"]
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_killed_build_leaves_nothing_that_is_accepted(tmp_path, moment, monkeypatch):
-    monkeypatch.setattr(room, "BATCH_BYTES", 100)
-    program = [sys.executable, "-c", STALLING_BUILD, str(tmp_path / "killed"), str(MOMENTS[moment])]
+def test_a_killed_build_leaves_nothing_that_is_accepted(tmp_path, moment):
+    killed = tmp_path / "killed"
+    program = [sys.executable, "-c", STALLING_BUILD, str(killed), moment]
     with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout
-        assert child.stdout.readline() == "stalled\n"
+        said = child.stdout.readline()
         child.send_signal(signal.SIGKILL)
-    left = caches(tmp_path / "killed")
-    assert [path.suffix for path in left] == [".partial"] * (moment != "reading")
-    assert same(build(tmp_path / "killed"), build(tmp_path / "clean"))
-    assert [path.name for path in caches(tmp_path / "killed")] == [path.name for path in caches(tmp_path / "clean")]
+    assert said == "stalled\n"
+    left = caches(killed)
+    assert [path.suffix for path in left] == [".partial"] * (moment in ("3", "encoding", "sorting", "renaming"))
+    assert [path.suffix for path in killed.glob("tokenizers/*.json")] == [".json"] * bool(left)
+    assert same(build(killed, recipe=PAIRS), build(tmp_path / "clean", recipe=PAIRS))
+    assert [path.name for path in caches(killed)] == [path.name for path in caches(tmp_path / "clean")]

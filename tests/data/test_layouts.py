@@ -7,10 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from performer_lm.data.layouts import (
+    BLOCK,
+    Concatenation,
     DocumentLayout,
     HeldOutDocuments,
+    HeldOutStream,
+    MixtureLayout,
     StreamLayout,
     document_bounds,
+    shares,
     windows_per_epoch,
 )
 
@@ -87,3 +92,56 @@ def test_bounds_are_found_part_by_part(monkeypatch):
     ids = np.random.default_rng(0).integers(0, 4, 100)
     assert document_bounds(ids, end_id=3).tolist() == np.flatnonzero(ids == 3).tolist()
     assert document_bounds(ids[:0], end_id=3).tolist() == []
+
+
+def test_a_stream_may_begin_anywhere_in_the_array():
+    places = np.arange(50)
+    for layout in (StreamLayout, HeldOutStream):
+        options = {"seed": 3} if layout is StreamLayout else {}
+        there, here = (layout(200, context=7, first=first, **options).spans(places) for first in (1000, 0))
+        assert (there.starts - here.starts == 1000).all()
+        assert (there.stops - here.stops == 1000).all()
+
+
+weights = st.lists(st.floats(0.01, 100), min_size=1, max_size=5)
+
+
+@given(weights=weights)
+def test_shares_are_the_nearest_whole_numbers_that_add_up(weights):
+    if min(weights) / sum(weights) < 1 / BLOCK:
+        return
+    counts = shares(weights)
+    assert counts.sum() == BLOCK
+    assert (np.abs(counts - BLOCK * np.array(weights) / sum(weights)) < 1).all()
+
+
+def test_weights_that_are_no_shares_are_refused():
+    for wrong in ([1.0, 0.0], [1.0, -1.0], [1.0, 1e-5], [float("nan"), 1.0]):
+        with pytest.raises(ValueError, match=r"data\.weights \(.*\) must each be at least 1/2000 of all"):
+            shares(wrong)
+
+
+@given(weights=weights, batch_size=st.integers(1, 700))
+def test_a_mixture_gives_each_corpus_its_share_and_its_own_order(weights, batch_size):
+    if min(weights) / sum(weights) < 1 / BLOCK:
+        return
+    parts = [StreamLayout(500, seed=3, context=7, first=1000 * index) for index in range(len(weights))]
+    mixture = MixtureLayout(parts, weights, seed=5)
+    spans = [mixture.spans(np.arange(first, min(first + batch_size, 2500))) for first in range(0, 2500, batch_size)]
+    starts = np.concatenate([each.starts for each in spans])
+    counts = np.bincount(starts[: 2 * BLOCK] // 1000, minlength=len(weights))
+    assert (counts == 2 * shares(weights)).all()
+    for index, part in enumerate(parts):
+        mine = starts[starts // 1000 == index]
+        assert mine.tolist() == part.spans(np.arange(len(mine))).starts.tolist()
+    if len(weights) > 1:
+        assert starts[:BLOCK].tolist() != MixtureLayout(parts, weights, seed=6).spans(np.arange(BLOCK)).starts.tolist()
+
+
+def test_a_concatenation_is_its_layouts_one_after_the_other():
+    parts = [HeldOutStream(20, context=6), HeldOutDocuments(np.array([30, 40]), context=6), HeldOutStream(1, context=6)]
+    whole, places = Concatenation(parts), np.arange(9)
+    spans = whole.spans(places)
+    assert len(whole) == 5
+    assert spans.starts.tolist() == [0, 6, 12, 18, 30, 0, 0, 0, 0]
+    assert (spans.stops - spans.starts).tolist() == [7, 7, 7, 2, 7, 0, 0, 0, 0]

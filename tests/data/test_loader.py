@@ -18,7 +18,9 @@ def windows(context: int = 8, seed: int = 0) -> TextWindows:
 
 
 def held_out(num_ids: int) -> HeldOutWindows:
-    return HeldOutWindows(HostIds(IDS[:num_ids]), HeldOutStream(num_ids, context=10), context=10)
+    layout = HeldOutStream(num_ids, context=10)
+    lengths = np.ones(len(IDS), dtype=np.int64)
+    return HeldOutWindows(HostIds(IDS[:num_ids]), layout, context=10, byte_lengths=lengths)
 
 
 def shares(micro_batch: int, accumulation: int, ranks: int) -> list[Share]:

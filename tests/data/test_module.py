@@ -1,44 +1,18 @@
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import lightning
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from performer_lm.data.corpus import Files
-from performer_lm.data.module import TextData
-from performer_lm.data.tokenizer.recipes import Bytes
+from performer_lm.data.text import TextData
 from performer_lm.data.windows import IGNORE, shift
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-
-
-def text_data(folder: Path, **changes) -> TextData:
-    text = folder / "text"
-    if not text.exists():
-        text.mkdir()
-        for index in range(12):
-            (text / f"{index}.txt").write_text(f"document {index}: {index * index} " * (index + 3))
-    options = {
-        "corpus": Files(path=str(text), include=["*.txt"]),
-        "tokenizer": Bytes(),
-        "context": 16,
-        "batch_size": 8,
-        "documents": "stream",
-        "validation_fraction": 0.2,
-        "validation_bytes": 500,
-        "cache_dir": str(folder / "cache"),
-        "seed": 5,
-        "num_workers": 0,
-    }
-    return TextData(**{**options, **changes})
 
 
 def global_batch(data: TextData, step: int) -> Tensor:
@@ -108,8 +82,8 @@ def fit(data: TextData, steps: int, *callbacks: Callback, ckpt_path: str | None 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_sees_the_batches_of_its_seed_whatever_the_accumulation(tmp_path, accumulation, workers):
-    data = text_data(tmp_path, num_workers=workers)
+def test_a_run_sees_the_batches_of_its_seed_whatever_the_accumulation(text_data, accumulation, workers):
+    data = text_data(num_workers=workers)
     model = fit(data, 5, accumulate_grad_batches=accumulation, val_check_interval=100)
     wanted = [global_batch(data, step) for step in range(5)]
     assert len(model.seen) == 5 * accumulation
@@ -117,8 +91,8 @@ def test_a_run_sees_the_batches_of_its_seed_whatever_the_accumulation(tmp_path, 
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_ranks_share_out_the_same_global_batch(tmp_path, ranks, monkeypatch):
-    data = text_data(tmp_path)
+def test_ranks_share_out_the_same_global_batch(text_data, tmp_path, ranks, monkeypatch):
+    data = text_data()
     data.prepare()
     monkeypatch.setattr(lightning.Trainer, "world_size", ranks)
     wanted = [global_batch(data, step) for step in range(3)]
@@ -138,112 +112,27 @@ def test_ranks_share_out_the_same_global_batch(tmp_path, ranks, monkeypatch):
 
 
 @pytest.mark.parametrize(("accumulation", "workers", "stop"), [(1, 0, 1), (1, 2, 4), (2, 0, 3), (2, 1, 5)])
-def test_a_resumed_run_sees_exactly_what_the_unbroken_one_sees(tmp_path, accumulation, workers, stop):
+def test_a_resumed_run_sees_exactly_what_the_unbroken_one_sees(text_data, tmp_path, accumulation, workers, stop):
     options = {"accumulate_grad_batches": accumulation, "val_check_interval": 2 * accumulation}
     saved = str(tmp_path / "last.ckpt")
-    unbroken = fit(text_data(tmp_path, num_workers=workers), 8, **options)
+    unbroken = fit(text_data(num_workers=workers), 8, **options)
     with pytest.raises(BrokenError):
-        fit(text_data(tmp_path, num_workers=workers), 8, SaveAndBreak(stop, saved), **options)
-    resumed = fit(text_data(tmp_path, num_workers=workers), 8, ckpt_path=saved, **options)
+        fit(text_data(num_workers=workers), 8, SaveAndBreak(stop, saved), **options)
+    resumed = fit(text_data(num_workers=workers), 8, ckpt_path=saved, **options)
     assert torch.equal(torch.cat(resumed.seen), torch.cat(unbroken.seen[stop * accumulation :]))
     assert torch.equal(resumed.weight, unbroken.weight)
 
 
-def test_a_finished_run_can_be_made_longer(tmp_path):
+def test_a_finished_run_can_be_made_longer(text_data, tmp_path):
     class SaveAtEnd(Callback):
         def on_train_end(self, trainer, module) -> None:
             trainer.save_checkpoint(tmp_path / "end.ckpt")
 
-    longer = fit(text_data(tmp_path), 7, val_check_interval=2)
-    fit(text_data(tmp_path), 4, SaveAtEnd(), val_check_interval=2)
-    resumed = fit(text_data(tmp_path), 7, ckpt_path=str(tmp_path / "end.ckpt"), val_check_interval=2)
+    longer = fit(text_data(), 7, val_check_interval=2)
+    fit(text_data(), 4, SaveAtEnd(), val_check_interval=2)
+    resumed = fit(text_data(), 7, ckpt_path=str(tmp_path / "end.ckpt"), val_check_interval=2)
     assert torch.equal(torch.cat(resumed.seen), torch.cat(longer.seen[4:]))
     assert torch.equal(resumed.weight, longer.weight)
-
-
-@pytest.mark.parametrize("choice", [["data=stdlib"], ["data=files", "data.path=my text.txt"]])
-@pytest.mark.parametrize("tokenizer", ["bytes", "bpe", "characters", "wordpiece", "unigram"])
-def test_the_configs_build_text_data(choice, tokenizer):
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = compose(overrides=["+" + choice[0], f"+tokenizer={tokenizer}", "+seed=3", *choice[1:]])
-    data = instantiate(cfg.data)
-    assert isinstance(data, TextData)
-    assert data.context == cfg.data.context
-
-
-def test_the_path_stands_where_the_command_line_puts_it():
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = compose(overrides=["+data=files", "+tokenizer=bytes", "+seed=3", "data.path=my text.txt"])
-    with pytest.raises(ValueError, match=r"data.path=my text.txt does not exist"):
-        instantiate(cfg.data).prepare()
-
-
-@pytest.mark.parametrize(
-    ("length", "context", "message"),
-    [
-        (812, 1024, r"my text has 733 tokens for training; one window needs 1025 \(data.context=1024\)"),
-        (1, 4, r"my text has 3 tokens for training; one window needs 5 \(data.context=4\)"),
-    ],
-)
-def test_a_corpus_shorter_than_a_window_is_refused_with_both_counts(tmp_path, length, context, message):
-    (tmp_path / "short.txt").write_text("x" * length)
-    corpus = Files(path=str(tmp_path / "short.txt"), include=[])
-    data = text_data(tmp_path, corpus=corpus, path="my text", context=context, validation_fraction=0.1)
-    with pytest.raises(ValueError, match=message):
-        data.prepare()
-
-
-def test_a_corpus_with_nothing_to_validate_on_is_refused(tmp_path):
-    (tmp_path / "a.txt").write_text("\N{GRINNING FACE}" * 10)
-    corpus = Files(path=str(tmp_path / "a.txt"), include=[])
-    with pytest.raises(ValueError, match="the corpus has no token for validation"):
-        text_data(tmp_path, corpus=corpus, context=4, validation_fraction=0.01).prepare()
-
-
-def test_validation_keeps_to_its_bytes_and_the_held_out_rest_stays_at_hand(tmp_path):
-    data = text_data(tmp_path, validation_bytes=50)
-    data.prepare()
-    targets, all_targets = (
-        shift(windows.rows(np.arange(len(windows))))[1] for windows in (data.validation, data.held_out)
-    )
-    assert torch.equal(all_targets[all_targets != IGNORE], torch.from_numpy(data.held_out_ids[1:].astype(np.int64)))
-    counted = targets[targets != IGNORE]
-    assert data.tokenizer.byte_lengths()[counted].sum() == 50
-    assert counted.tolist() == data.held_out_ids[1 : 1 + len(counted)].tolist()
-    assert len(data.held_out) > len(data.validation)
-
-
-def test_cropped_documents_are_one_window_each_and_none_is_dropped(tmp_path):
-    data = text_data(tmp_path, documents="cropped", validation_bytes=30)
-    data.prepare()
-    assert data.separator is None
-    end, lengths = data.tokenizer.end_id, data.tokenizer.byte_lengths()
-    for windows, ids in ((data.training, data.train_ids), (data.held_out, data.held_out_ids)):
-        bounds = np.flatnonzero(ids == end)
-        rows = windows.rows(np.arange(len(bounds) - 1))
-        wanted = [ids[first : last + 1][:17].tolist() for first, last in pairwise(bounds)]
-        assert sorted([token for token in row if token != IGNORE] for row in rows.tolist()) == sorted(wanted)
-        assert all(row[0] == end for row in rows.tolist())
-    targets = shift(data.validation.rows(np.arange(len(data.validation))))[1]
-    assert 0 < lengths[targets[targets != IGNORE]].sum() <= 30
-    assert len(data.validation) < len(data.held_out)
-
-
-def test_packed_documents_are_the_stream_with_a_separator(tmp_path):
-    stream, packed = text_data(tmp_path), text_data(tmp_path, documents="packed")
-    stream.prepare()
-    packed.prepare()
-    assert stream.separator is None
-    assert packed.separator == packed.tokenizer.end_id
-    assert torch.equal(global_batch(stream, 3), global_batch(packed, 3))
-
-
-def test_cropped_documents_may_be_shorter_than_the_context(tmp_path):
-    data = text_data(tmp_path, documents="cropped", context=4000)
-    data.prepare()
-    rows = data.training.rows(np.arange(4))
-    assert rows.shape == (4, 4001)
-    assert ((rows == IGNORE).sum(1) > 3000).all()
 
 
 @pytest.mark.parametrize(
@@ -256,8 +145,8 @@ def test_cropped_documents_may_be_shorter_than_the_context(tmp_path):
         ({"steps": -1}, r"trainer.max_steps \(-1\) must be at least 0"),
     ],
 )
-def test_a_trainer_that_does_not_fit_is_refused(tmp_path, options, message):
-    data = text_data(tmp_path)
+def test_a_trainer_that_does_not_fit_is_refused(text_data, tmp_path, options, message):
+    data = text_data()
     data.prepare()
     data.trainer = trainer_for(**options)
     with pytest.raises(ValueError, match=message):
@@ -267,27 +156,13 @@ def test_a_trainer_that_does_not_fit_is_refused(tmp_path, options, message):
 
 
 @pytest.mark.parametrize("name", ["context", "batch_size", "validation_bytes"])
-def test_sizes_below_one_are_refused(tmp_path, name):
+def test_sizes_below_one_are_refused(text_data, tmp_path, name):
     with pytest.raises(ValueError, match=rf"data.{name} \(0\) must be at least 1"):
-        text_data(tmp_path, **{name: 0})
+        text_data(**{name: 0})
 
 
-def test_the_fingerprint_is_plain_and_follows_what_decides_the_batches(tmp_path):
-    one = text_data(tmp_path).fingerprint()
-    assert one == text_data(tmp_path, num_workers=2, validation_bytes=70).fingerprint()
-    assert all(isinstance(value, (str, int, float)) for value in one.values())
-    for change in (
-        {"seed": 6},
-        {"context": 15},
-        {"batch_size": 4},
-        {"validation_fraction": 0.5},
-        {"documents": "packed"},
-    ):
-        assert text_data(tmp_path, **change).fingerprint() != one
-
-
-def test_loaders_leave_the_global_generators_alone(tmp_path):
-    data = text_data(tmp_path)
+def test_loaders_leave_the_global_generators_alone(text_data, tmp_path):
+    data = text_data()
     data.prepare()
     data.trainer = trainer_for(2)
     before = torch.get_rng_state()
@@ -301,22 +176,23 @@ import sys, os
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import torch
-from test_module import Recorder, text_data, trainer_for
+from conftest import build_text_data
+from test_module import Recorder, trainer_for
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     model = Recorder()
     trainer = trainer_for(3, strategy="ddp", devices=2, accumulate_grad_batches=2, val_check_interval=6)
-    trainer.fit(model, text_data(folder))
+    trainer.fit(model, build_text_data(folder))
     torch.save([torch.stack(model.seen), torch.stack(model.validated)], folder / f"rank{trainer.global_rank}.pt")
 """
 
 
 @pytest.mark.slow
-def test_two_processes_train_on_what_one_would(tmp_path):
+def test_two_processes_train_on_what_one_would(text_data, tmp_path):
     script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS)
-    data = text_data(tmp_path)
+    data = text_data()
     data.prepare()
     subprocess.run([sys.executable, script, str(tmp_path), str(Path(__file__).parent)], check=True, timeout=120)
     trained, validated = zip(*(torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)), strict=True)

@@ -16,8 +16,10 @@ from performer_lm.data.windows import (
 )
 
 
-def held_out(ids: np.ndarray, context: int) -> HeldOutWindows:
-    return HeldOutWindows(HostIds(ids), HeldOutStream(len(ids), context=context), context=context)
+def held_out(ids: np.ndarray, context: int, lengths: np.ndarray | None = None) -> HeldOutWindows:
+    table = np.ones(int(ids.max()) + 1, dtype=np.int64) if lengths is None else lengths
+    layout = HeldOutStream(len(ids), context=context)
+    return HeldOutWindows(HostIds(ids), layout, context=context, byte_lengths=table)
 
 
 def test_rows_are_contiguous_ids_and_leave_the_global_generators_alone():
@@ -67,8 +69,19 @@ def test_the_validation_prefix_is_the_longest_within_its_bytes(lengths, limit):
 @given(num_ids=st.integers(2, 3000), context=st.integers(1, 9), limit=st.integers(1, 2000))
 def test_the_first_windows_are_as_many_as_fit_into_their_bytes(num_ids, context, limit):
     table = np.array([0, 1, 2, 7])
-    windows = held_out(np.random.default_rng(num_ids).integers(0, 4, num_ids), context)
-    count = count_first(windows, table, limit=limit)
+    windows = held_out(np.random.default_rng(num_ids).integers(0, 4, num_ids), context, table)
+    count = count_first(windows, limit=limit)
     targets = shift(windows.rows(np.arange(len(windows))))[1].numpy()
     sums = np.where(targets == IGNORE, 0, table[np.maximum(targets, 0)]).sum(1).cumsum()
     assert count == max(1, int((sums <= limit).sum()))
+
+
+def test_windows_gathered_on_a_device_are_the_same_bit_for_bit():
+    ids = np.random.default_rng(0).integers(0, 300, 5000).astype(np.uint16)
+    training = TextWindows(HostIds(ids), StreamLayout(5000, seed=1, context=32), context=32)
+    for windows in (training, held_out(ids, 32)):
+        resident, places = windows.to(torch.device("cpu")), np.arange(0, 400, 7)
+        assert type(resident) is type(windows)
+        assert torch.equal(resident.rows(places), windows.rows(places))
+        assert resident.to(torch.device("meta")).rows(places).device.type == "meta"
+    assert np.array_equal(held_out(ids, 32).to(torch.device("cpu")).byte_lengths, held_out(ids, 32).byte_lengths)

@@ -82,7 +82,8 @@ def learn_characters(
     """
     counts = np.zeros(0x110000, dtype=np.int64)
     for text in texts:
-        np.add.at(counts, _code_points(escaped(text)), 1)
+        points, times = np.unique(_code_points(escaped(text)), return_counts=True)
+        counts[points] += times
     counts[0xD800:0xE000] = 0
     if fallback:
         counts[:128] = 0  # ASCII characters have their bytes' ids

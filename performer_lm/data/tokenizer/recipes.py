@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 from performer_lm.data.tokenizer.base import Tokenizer, short
 from performer_lm.data.tokenizer.byte_pairs import train_byte_pairs
@@ -21,6 +21,9 @@ from performer_lm.data.tokenizer.word_pieces import train_word_pieces
 
 class TokenizerRecipe(ABC):
     """A tokenizer that is yet to be built."""
+
+    learns: ClassVar[bool] = False
+    """Whether it depends on the texts, and is worth keeping."""
 
     @abstractmethod
     def build(self, texts: Iterable[bytes], *, num_bytes: int) -> Tokenizer:
@@ -59,6 +62,7 @@ class _Trained(_Learned):
         train_bytes: text to learn from at most; of more, every k-th document is taken.
     """
 
+    learns: ClassVar[bool] = True
     vocab_size: int
     train_bytes: int
 
@@ -96,6 +100,7 @@ class Characters(_Learned):
         fallback: whether other characters are written as bytes; else they are refused.
     """
 
+    learns: ClassVar[bool] = True
     vocab_size: int | None
     fallback: bool
 

@@ -1,0 +1,90 @@
+"""Corpora read together: one policy for what is not UTF-8, and no document without text."""
+
+from collections.abc import Iterator, Mapping
+from typing import Final, Literal, NamedTuple
+
+from performer_lm.data.corpora.base import Corpus, Document
+
+BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
+UTF16_MARKS: Final = (b"\xff\xfe", b"\xfe\xff")
+
+Errors = Literal["strict", "replace", "skip", "bytes"]
+
+
+class Part(NamedTuple):
+    """A document and the number of the corpus that it belongs to."""
+
+    corpus: int
+    document: Document
+
+
+class Collection:
+    """Several corpora, one after the other.
+
+    Texts stay as they were found, but for a UTF-8 byte order mark at the very start, which is an encoding's signature
+    and no text.
+
+    Args:
+        corpora: by name.
+        errors: what becomes of a document that is not UTF-8: `strict` refuses it, naming it and the byte; `replace`
+            puts U+FFFD where it is broken; `skip` leaves the document out; `bytes` leaves it as it is.
+    """
+
+    def __init__(self, corpora: Mapping[str, Corpus], *, errors: Errors) -> None:
+        if not corpora:
+            raise ValueError("data.corpora must name at least one corpus")
+        self.corpora: Final = dict(corpora)
+        self.errors: Final = errors
+
+    def __len__(self) -> int:
+        return len(self.corpora)
+
+    @property
+    def label(self) -> str:
+        """What the collection is called in messages."""
+        return ", ".join(corpus.label for corpus in self.corpora.values())
+
+    def documents(self) -> Iterator[Part]:
+        """Yield the documents that have text.
+
+        Raises:
+            ValueError: in one line, for a corpus without text, or text that is not UTF-8 where that is refused.
+        """
+        for index, corpus in enumerate(self.corpora.values()):
+            seen = kept = 0
+            for document in corpus.documents():
+                seen += 1
+                if text := self._clean(document, corpus):
+                    kept += 1
+                    yield Part(index, document._replace(text=text))
+            if not kept:
+                raise ValueError(
+                    f"{corpus.label} has no text: {seen} document{'s' * (seen != 1)}, all empty or left out"
+                )
+
+    def place(self, part: Part) -> str:
+        """Return where a document lies, for messages."""
+        return list(self.corpora.values())[part.corpus].place(part.document.name)
+
+    def _clean(self, document: Document, corpus: Corpus) -> bytes:
+        text = document.text
+        try:
+            text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            match self.errors:
+                case "replace":
+                    text = text.decode("utf-8", errors="replace").encode("utf-8")
+                case "skip":
+                    return b""
+                case "strict":
+                    raise ValueError(_refusal(corpus.place(document.name), text, error.start)) from None
+        return text.removeprefix(BYTE_ORDER_MARK)
+
+
+def _refusal(place: str, text: bytes, start: int) -> str:
+    if text.startswith(UTF16_MARKS):
+        return f"{place} is UTF-16 text; convert it to UTF-8"
+    return (
+        f"{place} is not UTF-8 text: byte 0x{text[start]:02x} at {start}; "
+        f"data.errors=replace, skip or bytes takes the rest"
+    )

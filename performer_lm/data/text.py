@@ -1,0 +1,259 @@
+"""Text as data: corpora through a tokenizer to flat ids on disk, and windows onto them."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Literal, Unpack, final
+
+import numpy as np
+
+from performer_lm.data.cache import TokenCache, open_cache
+from performer_lm.data.corpora.base import Corpus
+from performer_lm.data.corpora.collection import Collection, Errors
+from performer_lm.data.ids import HostIds
+from performer_lm.data.layouts import (
+    Concatenation,
+    DocumentLayout,
+    FiniteLayout,
+    HeldOutDocuments,
+    HeldOutStream,
+    MixtureLayout,
+    ShuffledLayout,
+    StreamLayout,
+    document_bounds,
+    shares,
+)
+from performer_lm.data.module import AnyWindows, WindowData, WindowOptions, check_least
+from performer_lm.data.progress import say
+from performer_lm.data.split import check_fraction
+from performer_lm.data.tokenizer import TokenizerRecipe
+from performer_lm.data.windows import ByteLengths, HeldOutWindows, TextWindows, count_first, first_bytes
+
+Documents = Literal["stream", "packed", "cropped"]
+
+
+class TextOptions(WindowOptions):
+    """What all text data take; `TextData` says what they mean."""
+
+    tokenizer: TokenizerRecipe
+    documents: Documents
+    errors: Errors
+    validation_fraction: float
+    validation_bytes: int
+    cache_dir: str
+    tokenizing_threads: int | None
+    device_resident: bool
+
+
+@final
+class TextData(WindowData):
+    """Documents of one corpus, or of several mixed by weight.
+
+    Args:
+        corpora: where the text comes from, by name.
+        weights: of the corpora: shares of the windows of every batch, in any unit; None for as many windows as each
+            corpus has.
+        tokenizer: how the tokenizer comes from the training documents.
+        documents: `stream` runs all documents into one, an end token between them; `packed` does so too, but a token
+            sees its own document only (`separator`); `cropped` takes one window at the start of each document.
+        errors: what becomes of a document that is not UTF-8: `strict`, `replace`, `skip` or `bytes`.
+        validation_fraction: share of the documents held out, of each corpus.
+        validation_bytes: bytes of held-out text that a run validates on; the whole of it is in `held_out`.
+        cache_dir: where tokenized corpora are kept.
+        tokenizing_threads: None for one a core.
+        device_resident: whether the ids are copied to the device that trains, and windows gathered there.
+        options: of `WindowData`.
+    """
+
+    def __init__(
+        self,
+        *,
+        corpora: Mapping[str, Corpus],
+        weights: Mapping[str, float] | None,
+        tokenizer: TokenizerRecipe,
+        documents: Documents,
+        errors: Errors,
+        validation_fraction: float,
+        validation_bytes: int,
+        cache_dir: str,
+        tokenizing_threads: int | None,
+        device_resident: bool,
+        **options: Unpack[WindowOptions],
+    ) -> None:
+        super().__init__(**options)
+        check_fraction(validation_fraction)
+        check_least(1, validation_bytes=validation_bytes, tokenizing_threads=tokenizing_threads or 1)
+        if device_resident and options["num_workers"]:
+            raise ValueError(f"data.num_workers ({options['num_workers']}) must be 0 with data.device_resident=true")
+        self._collection = Collection(corpora, errors=errors)
+        self._weights = _check_weights(list(corpora), weights)
+        self._recipe = tokenizer
+        self._documents = documents
+        self._validation_fraction = validation_fraction
+        self._validation_bytes = validation_bytes
+        self._cache_dir = cache_dir
+        self._tokenizing_threads = tokenizing_threads
+        self._device_resident = device_resident
+        self._cache: TokenCache | None = None
+
+    def prepare(self) -> None:
+        """Open the tokenized corpora, building them on first use, and check that they can fill windows."""
+        if self._cache:
+            return
+        cache = open_cache(
+            self._collection,
+            self._recipe,
+            validation_fraction=self._validation_fraction,
+            cache_dir=self._cache_dir,
+            threads=self._tokenizing_threads,
+        )
+        self.tokenizer = cache.tokenizer
+        self.train_ids, self.held_out_ids = cache.train, cache.validation
+        self._bounds = (
+            document_bounds(cache.validation, end_id=cache.tokenizer.end_id)
+            if self._documents == "cropped" or not cache.is_exact
+            else np.empty(0, dtype=np.int64)
+        )
+        self.training = self._lay_out(cache)
+        self.held_out = self._all_held_out(cache)
+        self.validation = self._first_held_out(cache)
+        self._cache = cache
+        if not cache.is_exact:
+            say("the tokenizer does not give the text back byte for byte: val/bpb counts the text's own bytes")
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return hashes of text and tokenizer, and the options that decide which windows are seen."""
+        self.prepare()
+        assert self._cache
+        return {
+            "corpus": self._cache.corpus_hash,
+            "tokenizer": self._cache.tokenizer_hash,
+            "validation_fraction": self._validation_fraction,
+            "context": self.context,
+            "batch_size": self.batch_size,
+            "documents": self._documents,
+            "seed": self._seed,
+            **({"weights": list(self._weights)} if self._weights else {}),
+        }
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether `documents` says so."""
+        return self._documents == "packed"
+
+    def where_gathered(self, windows: AnyWindows) -> AnyWindows:
+        """Return the windows on the device, if that is where the ids are to be."""
+        return windows.to(self.device) if self._device_resident else windows
+
+    # --- layouts ------------------------------------------------------------------------------------------------------
+
+    def _lay_out(self, cache: TokenCache) -> TextWindows:
+        layouts = [
+            self._corpus_layout(cache, corpus, first, stop)
+            for corpus, (first, stop) in zip(
+                self._collection.corpora.values(), pairwise(cache.train_bounds), strict=True
+            )
+        ]
+        if len(layouts) == 1:
+            return TextWindows(HostIds(cache.train), layouts[0], context=self.context)
+        weights = self._weights or [layout.per_epoch for layout in layouts]
+        mixture = MixtureLayout(layouts, weights, seed=self._seed)
+        return TextWindows(HostIds(cache.train), mixture, context=self.context)
+
+    def _corpus_layout(self, cache: TokenCache, corpus: Corpus, first: int, stop: int) -> ShuffledLayout:
+        """Return the windows of one corpus, whose ids go from one end token to another."""
+        if self._documents == "cropped":
+            bounds = first + document_bounds(cache.train[first : stop + 1], end_id=self.tokenizer.end_id)
+            return DocumentLayout(bounds, seed=self._seed, context=self.context)
+        num_ids = stop + 1 - first
+        if num_ids < self.context + 1:
+            raise ValueError(
+                f"{corpus.label} has {num_ids} tokens for training; "
+                f"one window needs {self.context + 1} (data.context={self.context})"
+            )
+        return StreamLayout(num_ids, seed=self._seed, context=self.context, first=first)
+
+    def _all_held_out(self, cache: TokenCache) -> HeldOutWindows:
+        layout: FiniteLayout
+        if self._documents == "cropped":
+            layout = HeldOutDocuments(self._bounds, context=self.context)
+        else:
+            layout = HeldOutStream(len(cache.validation), context=self.context)
+        return self._held_out_windows(cache, layout, [(0, len(cache.validation) - 1)])
+
+    def _first_held_out(self, cache: TokenCache) -> HeldOutWindows:
+        """Return the windows that a run validates on: about `validation_bytes`, shared out among the corpora."""
+        layouts: list[FiniteLayout] = []
+        ranges = []
+        weights = self._weights or np.maximum(np.diff(cache.train_bounds), 1).tolist()
+        limits = [self._validation_bytes * weight / sum(weights) for weight in weights]
+        for limit, (first, stop) in zip(limits, pairwise(cache.validation_bounds), strict=True):
+            if stop > first:
+                layout, end = self._first_of(cache, first, stop, limit=max(int(limit), 1))
+                layouts.append(layout)
+                ranges.append((first, end))
+        windows = self._held_out_windows(cache, Concatenation(layouts), ranges)
+        lengths = cache.tokenizer.byte_lengths()
+        if not any(lengths[cache.validation[first : end + 1]].any() for first, end in ranges):
+            raise ValueError(
+                f"{self._collection.label} has no token for validation "
+                f"(data.validation_fraction={self._validation_fraction}, "
+                f"data.validation_bytes={self._validation_bytes}, {len(cache.validation)} tokens held out)"
+            )
+        return windows
+
+    def _first_of(self, cache: TokenCache, first: int, stop: int, *, limit: int) -> tuple[FiniteLayout, int]:
+        """Return the first windows of a corpus's held-out ids, and the place of the last id they reach."""
+        ids = cache.validation[first : stop + 1]
+        if self._documents == "cropped":
+            bounds = self._bounds[(self._bounds >= first) & (self._bounds <= stop)]
+            layout = HeldOutDocuments(bounds, context=self.context)
+            windows = self._held_out_windows(cache, layout, [(first, stop)])
+            count = count_first(windows, limit=limit)
+            return HeldOutDocuments(bounds[: count + 1], context=self.context), int(bounds[count])
+        if cache.is_exact:
+            num_ids = len(first_bytes(ids, cache.tokenizer.byte_lengths(), limit=limit))
+        else:  # whole documents, whose bytes of text are known
+            documents = np.searchsorted(self._bounds, [first, stop])
+            sizes = np.cumsum(cache.validation_sizes[documents[0] : documents[1]])
+            count = max(int(np.searchsorted(sizes, limit, side="right")), 1)
+            num_ids = int(self._bounds[documents[0] + count]) + 1 - first
+        return HeldOutStream(num_ids, context=self.context, first=first), first + num_ids - 1
+
+    def _held_out_windows(
+        self, cache: TokenCache, layout: FiniteLayout, ranges: Sequence[tuple[int, int]]
+    ) -> HeldOutWindows:
+        lengths = self._byte_lengths(cache, ranges)
+        return HeldOutWindows(HostIds(cache.validation), layout, context=self.context, byte_lengths=lengths)
+
+    def _byte_lengths(self, cache: TokenCache, ranges: Sequence[tuple[int, int]]) -> ByteLengths:
+        """Return the bytes of text of each id; where the tokenizer is not exact, what an id is worth on average.
+
+        Args:
+            cache: what was tokenized.
+            ranges: first and last position, end tokens both, of the held-out ids to take the average of.
+        """
+        if cache.is_exact:
+            return cache.tokenizer.byte_lengths()
+        text = tokens = 0
+        for first, last in ranges:
+            documents = np.searchsorted(self._bounds, [first, last])
+            text += int(cache.validation_sizes[documents[0] : documents[1]].sum())
+            tokens += last - first - int(documents[1] - documents[0])
+        lengths = np.full(cache.tokenizer.vocab_size, text / max(tokens, 1), dtype=np.float32)
+        lengths[cache.tokenizer.end_id :] = 0
+        return lengths
+
+
+def _check_weights(names: Sequence[str], weights: Mapping[str, float] | None) -> list[float] | None:
+    """Return the weights in the order of the corpora.
+
+    Raises:
+        ValueError: if they do not name the corpora, or are not shares.
+    """
+    if weights is None:
+        return None
+    if set(weights) != set(names):
+        raise ValueError(f"data.weights ({', '.join(weights)}) must name the corpora ({', '.join(names)})")
+    ordered = [weights[name] for name in names]
+    shares(ordered)
+    return ordered

@@ -1,0 +1,97 @@
+"""Every kind of data through the real scripts: what trains, and how what cannot is told."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Invoke = Callable[..., tuple[int, str, str]]
+SHORT = ["debug=fast", "trainer.max_steps=2", "data.batch_size=2", "data.validation_bytes=2048"]
+FILES = [*SHORT, "data=files", "data.path=text.txt", "tokenizer=bytes"]
+
+
+@pytest.fixture
+def folder(invoke: Invoke) -> None:
+    """Fill this test's folder with a table, a set in the hub's form, and texts with a fault each."""
+    Path("text.txt").write_text("".join(f"line {index} says {index * 37 % 101}\n" for index in range(1500)))
+    rows = "".join(json.dumps({"body": f"row {index} says {index * 37 % 101}"}) + "\n" for index in range(300))
+    Path("rows.jsonl").write_text(rows)
+    Path("stories").mkdir()
+    for split in ("train", "validation"):
+        Path(f"stories/{split}.jsonl").write_text(rows.replace("body", "text").replace("says", split))
+    for name in ("a", "b", "c"):
+        Path(f"notes/{name}").mkdir(parents=True)
+        Path(f"notes/{name}/note.md").write_text(f"# Note {name}\n" * 40)
+    Path("broken.txt").write_bytes(b"fine so far \xff and on" * 100)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        ["data=files", "data.path=text.txt", "data.documents=packed", "attn=flash"],
+        ["data=files", "data.path=rows.jsonl", "data.text_column=body", "data.documents=cropped"],
+        ["data=files", "data.path=notes/**/*.md", "data.device_resident=true"],
+        ["data=files", "data.path=text.txt", "data.validation_path=notes", "data.num_workers=1"],
+        ["data=files", "data.path=broken.txt", "data.errors=bytes"],
+        ["data=hf", "data.name=stories", "data.validation_split=validation"],
+        [
+            "data=mixture",
+            "data.corpora.files.path=notes",
+            "data.weights.files=3",
+            "~data.corpora.stdlib",
+            "~data.weights.stdlib",
+        ],
+    ],
+    ids=lambda choice: " ".join(choice),
+)
+def test_every_choice_trains_and_is_evaluated(invoke: Invoke, folder: None, choice: list[str]) -> None:
+    code, out, err = invoke(*SHORT, "tokenizer=bytes", *choice)
+    assert code == 0, err
+    assert "best val bpb" in out
+    asked = [item for item in choice if item.partition("=")[0] != "attn"]
+    code, out, err = invoke("data.context=64", *asked, script="evaluate.py")
+    assert code == 0, err
+    assert "bits per byte" in out
+    assert "data: " not in err  # the ids that training made are found again
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [["characters"], ["wordpiece", "tokenizer.vocab_size=600"], ["unigram", "tokenizer.vocab_size=300"]]
+)
+def test_every_tokenizer_trains_and_generates(invoke: Invoke, folder: None, tokenizer: list[str]) -> None:
+    name, *options = tokenizer
+    code, _, err = invoke(*FILES[:-1], f"tokenizer={name}", *options, "tokenizer.specials=[mask]")
+    assert code == 0, err
+    code, out, err = invoke("prompt=line 7", "max_new_tokens=5", script="generate.py")
+    assert code == 0, err
+    assert out.startswith("line 7")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data.path=txet.txt"], "data.path=txet.txt does not exist; did you mean text.txt?"),
+        (["data.path=note*.txt"], "data.path=note*.txt finds no file; the nearest is"),
+        (["data.path=rows.jsonl"], "rows.jsonl has no column 'text' (columns: body)"),
+        (["data.path=broken.txt"], "broken.txt is not UTF-8 text: byte 0xff at 12; data.errors=replace"),
+        (["data.errors=ignore"], "data.errors: wanted 'strict' or 'replace' or 'skip' or 'bytes', got 'ignore'"),
+        (["data.documents=paked"], "data.documents: wanted 'stream' or 'packed' or 'cropped', got 'paked'"),
+        (["data.validation_fraction=1"], "data.validation_fraction (1) must lie between 0 and 1"),
+        (["data.text_colum=x"], "data.text_colum: unknown key; did you mean data.text_column?"),
+        (["data=hf", "data.name=storys"], "at hand on this machine: data.name=stories"),
+        (["data.device_resident=true", "data.num_workers=1"], "must be 0 with data.device_resident=true"),
+        (["tokenizer=json", "tokenizer.path=text.txt"], "tokenizer.path=text.txt is not JSON"),
+        (["tokenizer=json"], "tokenizer=json needs tokenizer.path=FILE"),
+        (["tokenizer=characters", "tokenizer.vocab_size=9"], "tokenizer.vocab_size (9) must be at least 257"),
+        (["tokenizer.specials=[a b]"], "'a b' must be a name such as mask"),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_nearest_choice(
+    invoke: Invoke, folder: None, arguments: list[str], message: str
+) -> None:
+    common = [item for item in FILES if not arguments[0].startswith("data=") or item != "data.path=text.txt"]
+    code, out, err = invoke(*common, *arguments)
+    told = [line for line in err.splitlines() if not line.startswith("data: ")]
+    assert (code, out, len(told)) == (2, "", 1), err
+    assert message in told[0]
