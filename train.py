@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from performer_lm.cli import as_typed, main, usage_errors
+from performer_lm.cli import Sweep, as_typed, main, sweep_folder, usage_errors
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -20,10 +20,19 @@ def run(cfg: "DictConfig") -> float:
 
     job = HydraConfig.get()
     number = int(job.job.num) if job.mode == RunMode.MULTIRUN else None
+    if number is not None:
+        cfg.run_dir = sweep_folder() or cfg.run_dir  # the same for every job, wherever and whenever it starts
     with usage_errors():
         overrides = as_typed(cfg, job.overrides.task, free_text=FREE_TEXT)
         ready = prepare(cfg, overrides=overrides, job=number)
     return ready.fit()
+
+
+def close(folder: Path) -> None:
+    """Say what the jobs of a sweep have reached."""
+    from performer_lm.training.sweep import close_sweep
+
+    close_sweep(folder)
 
 
 if __name__ == "__main__":
@@ -34,4 +43,5 @@ if __name__ == "__main__":
         free_text=FREE_TEXT,
         keys={"compile": bool, "seed": int, "ckpt": str | None, "run_dir": str, "resume.allow": list[str]},
         supplied={"model": ["vocab_size"]},
+        sweep=Sweep(folder_key="run_dir", close=close),
     )

@@ -10,5 +10,6 @@ from performer_lm.cli.compose import as_typed
 from performer_lm.cli.errors import UsageError, usage_errors
 from performer_lm.cli.runner import main
 from performer_lm.cli.schema import check
+from performer_lm.cli.sweeps import Sweep, sweep_folder
 
-__all__ = ["UsageError", "as_typed", "check", "main", "usage_errors"]
+__all__ = ["Sweep", "UsageError", "as_typed", "check", "main", "sweep_folder", "usage_errors"]

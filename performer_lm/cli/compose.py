@@ -108,7 +108,8 @@ def unresolved(overrides: Any) -> list[str]:
 
 def as_typed(cfg: DictConfig, overrides: Any, *, free_text: Collection[str]) -> list[str]:
     """Return a job's overrides as they were typed: the values of `free_text` keys without their quotes."""
-    keyed = [(text.partition("=")[0].lstrip("+"), text) for text in unresolved(overrides)]
+    texts = overrides if isinstance(overrides, list) else unresolved(overrides)
+    keyed = [(text.partition("=")[0].lstrip("+"), text) for text in texts]
     return [f"{key}={OmegaConf.select(cfg, key)}" if key in free_text else text for key, text in keyed]
 
 

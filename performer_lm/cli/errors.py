@@ -102,6 +102,12 @@ def report(error: BaseException, *, job: str = "", show_traceback: bool = False)
     return code
 
 
+def in_short(error: BaseException) -> str:
+    """Return the first line of what `report` says of an error."""
+    _, problems = _verdict(_root(error))
+    return problems[0].partition("\n")[0]
+
+
 def _verdict(error: BaseException) -> tuple[int, tuple[str, ...]]:
     if isinstance(error, UsageError):
         return USAGE, error.problems

@@ -6,7 +6,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,10 +19,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from performer_lm.cli.argv import parse, quote
-from performer_lm.cli.compose import Composed, Composer, task_config, unresolved
-from performer_lm.cli.errors import JobFailed, UsageError, report
+from performer_lm.cli.compose import Composed, Composer, as_typed, task_config, unresolved
+from performer_lm.cli.errors import JobFailed, UsageError, in_short, report
 from performer_lm.cli.mistakes import COMPOSITION_ERRORS
 from performer_lm.cli.schema import check
+from performer_lm.cli.sweeps import Sweep, note_failure, sweeping
 from performer_lm.cli.targets import refused_in_hydra
 
 Task = Callable[[DictConfig], float | None]
@@ -38,6 +39,7 @@ def main(
     free_text: Collection[str] = (),
     keys: Mapping[str, Any] | None = None,
     supplied: Mapping[str, Collection[str]] | None = None,
+    sweep: Sweep | None = None,
 ) -> NoReturn:
     """Run `task` as the command line asks, and exit.
 
@@ -48,13 +50,14 @@ def main(
         free_text: keys whose values are taken as typed, whatever they hold: `ckpt=runs/a,b`, `prompt="def main("`.
         keys: annotations of the keys that belong to no target, see `check`.
         supplied: arguments that the task adds to what it builds, see `check`.
+        sweep: what becomes of sweeps.
 
     Set HYDRA_FULL_ERROR=1 to see tracebacks of mistakes too.
     """
     check_job = functools.partial(check, keys=keys, supplied=supplied)
     asked = os.environ.get(FULL_ERROR)
     try:
-        _launch(task, check_job, config_name, Path(config_path).absolute(), free_text, asked)
+        _launch(task, check_job, config_name, Path(config_path).absolute(), free_text, asked, sweep)
     except BaseException as error:  # the outermost frame: every ending has its exit code
         sys.exit(report(error, show_traceback=asked == "1"))
     sys.exit(0)
@@ -67,6 +70,7 @@ def _launch(
     config_path: Path,
     free_text: Collection[str],
     asked: str | None,
+    sweep: Sweep | None,
 ) -> None:
     args, parser = parse(sys.argv[1:], free_text=free_text)
     _join_first_rank(args, free_text)
@@ -80,19 +84,33 @@ def _launch(
         config_dir=args.config_dir,
     )
     overrides = [] if args.shell_completion else list(args.overrides)
+    jobs: list[DictConfig] = []
     if not (args.help or args.hydra_help or args.cfg or args.info or args.shell_completion):
-        _check_all(composer.compose(overrides, multirun=args.multirun), check_job)
+        composed = composer.compose(overrides, multirun=args.multirun)
+        _check_all(composed, check_job)
+        jobs = composed.jobs
+    folder = _folder_of(sweep, jobs, multirun=args.multirun)
+    if folder is not None:  # where Hydra and its launchers keep what is theirs
+        args.overrides.append(quote(f"hydra.sweep.dir={folder}", free_text=["hydra.sweep.dir"]))
     try:
-        with _environment(FULL_ERROR, "1"):  # Hydra raises what it would otherwise print
+        with _environment(FULL_ERROR, "1"), sweeping(sweep, folder):  # Hydra raises what it would otherwise print
             _run_hydra(
                 args=args,
                 args_parser=parser,
-                task_function=_guarded(task, check_job, asked),
+                task_function=_guarded(task, check_job, asked, free_text),
                 config_path=str(config_path),
                 config_name=config_name,
             )
     except COMPOSITION_ERRORS as error:
         raise composer.explain(error, overrides, multirun=args.multirun) from error
+
+
+def _folder_of(sweep: Sweep | None, jobs: Sequence[DictConfig], *, multirun: bool) -> Path | None:
+    """Return the one folder of a sweep's jobs; None for a single run."""
+    if sweep is None or not jobs or not (multirun or jobs[0].hydra.mode == RunMode.MULTIRUN):
+        return None
+    HydraConfig.instance().set_config(jobs[0])
+    return Path(str(OmegaConf.select(task_config(jobs[0]), sweep.folder_key)))
 
 
 def _join_first_rank(args: argparse.Namespace, free_text: Collection[str]) -> None:
@@ -117,7 +135,9 @@ def _check_all(composed: Composed, check_job: Callable[[DictConfig], None]) -> N
         raise UsageError(*dict.fromkeys(problems)) from composed.error
 
 
-def _guarded(task: Task, check_job: Callable[[DictConfig], None], asked: str | None) -> Task:
+def _guarded(
+    task: Task, check_job: Callable[[DictConfig], None], asked: str | None, free_text: Collection[str]
+) -> Task:
     """Return `task` with its errors reported where they happen, so that the other jobs of a sweep can go on."""
 
     @functools.wraps(task)
@@ -130,8 +150,11 @@ def _guarded(task: Task, check_job: Callable[[DictConfig], None], asked: str | N
             hydra = HydraConfig.get()
             if hydra.mode != RunMode.MULTIRUN:
                 raise SystemExit(report(error, show_traceback=asked == "1")) from error
-            job = f"job {hydra.job.num} ({' '.join(unresolved(hydra.overrides.task))}): "
-            raise JobFailed(report(error, job=job, show_traceback=asked == "1")) from error
+            overrides = unresolved(hydra.overrides.task)
+            code = report(error, job=f"job {hydra.job.num} ({' '.join(overrides)}): ", show_traceback=asked == "1")
+            typed = as_typed(cfg, overrides, free_text=free_text)
+            note_failure(int(hydra.job.num), typed, code=code, error=in_short(error))
+            raise JobFailed(code) from error
 
     return guarded
 

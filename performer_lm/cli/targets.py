@@ -26,7 +26,13 @@ ALLOWED = (
 TRAINERS = ("lightning.Trainer", "lightning.pytorch.Trainer")
 
 # Hydra builds its launcher, sweeper, callbacks and log handlers itself, from its own part of the config.
-HYDRA_ALLOWED = ("hydra._internal.core_plugins", "hydra.experimental.callbacks", "hydra_plugins", "performer_lm")
+HYDRA_ALLOWED = (
+    "hydra._internal.core_plugins",
+    "hydra.experimental.callbacks",
+    "hydra_plugins",
+    "optuna.samplers",  # of hydra/sweeper=optuna
+    "performer_lm",
+)
 LOG_MODULES = ("logging", "logging.handlers", "colorlog")
 
 

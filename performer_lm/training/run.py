@@ -153,6 +153,7 @@ class Run:
             "last_val_bpb": float(self.trainer.callback_metrics["val/bpb"]),
             "parameters": sum(parameter.numel() for parameter in self.task.model.parameters()),
             "folder": str(self.folder),
+            "overrides": list(self.overrides),
         }
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         log.info("%s", card(summary, resume=self._resume_command()))

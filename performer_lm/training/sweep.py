@@ -1,0 +1,127 @@
+"""What a sweep says at its end: one table and one picture over its jobs, and `sweep.csv`.
+
+A job that came to its end has a `summary.json` in its folder; one that failed has a line in `failures.jsonl` beside the
+folders; one that was killed has neither.
+"""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+FAILURES = "failures.jsonl"
+MEASURES = {  # of a summary: what it is called here, and in which unit
+    "parameters": ("parameters", 1.0),
+    "tokens_per_second": ("tokens/s", 1.0),
+    "peak_memory": ("peak memory (MiB)", 2.0**-20),
+    "best_val_bpb": ("val bpb", 1.0),
+}
+Row = dict[str, Any]
+
+
+def close_sweep(folder: Path) -> None:
+    """Print the table of the sweep in `folder`, and write `sweep.csv` and `sweep.png`."""
+    rows = collect(folder)
+    if not rows:
+        return
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with (folder / "sweep.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 160  # a file has no edge to wrap at
+    console.print(table(rows, title=str(folder)))
+    draw(rows, folder / "sweep.png")
+
+
+def collect(folder: Path) -> list[Row]:
+    """Return a row per job: its number, what was varied, what it reached, and how it ended."""
+    told: dict[int, Row] = {}
+    for path in folder.glob("*/config.yaml"):
+        if path.parent.name.isdigit():
+            told[int(path.parent.name)] = {"overrides": [], "ended": "unfinished"}
+    for path in folder.glob("*/summary.json"):
+        if path.parent.name.isdigit():
+            told[int(path.parent.name)] = {**json.loads(path.read_text()), "ended": "done"}
+    if (folder / FAILURES).exists():
+        for line in (folder / FAILURES).read_text().splitlines():
+            failure = json.loads(line)
+            if told.get(failure["job"], {}).get("ended") != "done":  # it may have been run again, and well
+                told[failure["job"]] = {**failure, "ended": failure["error"]}
+    varied = _varied([_settings(job) for job in told.values()])
+    rows = []
+    for number, job in sorted(told.items()):
+        measured = {name: job[key] * unit if key in job else "" for key, (name, unit) in MEASURES.items()}
+        chosen = {name: _settings(job).get(name, "") for name in varied}
+        rows.append({"job": number, **chosen, **measured, "ended": job["ended"]})
+    return rows
+
+
+def table(rows: Sequence[Row], *, title: str) -> Table:
+    """Return the rows as people read them, the best score marked."""
+    shown = Table(title=title, title_justify="left")
+    for name in rows[0]:
+        shown.add_column(name, justify="left" if name == "ended" else "right", overflow="fold")
+    scores = [row["val bpb"] for row in rows if row["val bpb"] != ""]
+    for row in rows:
+        is_best = bool(scores) and row["val bpb"] == min(scores)
+        shown.add_row(*(_spell(name, value) for name, value in row.items()), style="bold green" if is_best else None)
+    return shown
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Draw what each job reached, one panel a measure."""
+    from matplotlib.figure import Figure
+
+    done = [row for row in rows if row["val bpb"] != ""]
+    if not done:
+        return
+    names = [name for name in done[0] if name not in ("job", "ended", *(name for name, _ in MEASURES.values()))]
+    labels = [" ".join(f"{name}={_rounded(row[name])}" for name in names) or f"job {row['job']}" for row in done]
+    figure = Figure(figsize=(13, 1.2 + 0.35 * len(done)), layout="constrained")
+    panels = figure.subplots(1, len(MEASURES), sharey=True)
+    for panel, (name, _) in zip(panels, MEASURES.values(), strict=True):
+        values = [float(row[name]) for row in done]
+        bars = panel.barh(range(len(done)), values, color="#4878a8")
+        panel.bar_label(bars, labels=[_spell(name, value) for value in values], padding=2, fontsize=8)
+        panel.set(title=name, xlim=(0, 1.25 * max(values) or 1.0))
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(done)), labels)
+    panels[0].invert_yaxis()
+    figure.savefig(path, dpi=120)
+
+
+def _settings(job: Mapping[str, Any]) -> dict[str, str]:
+    pairs = (str(override).partition("=") for override in job["overrides"])
+    return {name: value for name, _, value in pairs if name not in ("ckpt", "run_dir")}
+
+
+def _varied(settings: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return the keys that are not the same everywhere; jobs that tell nothing do not count."""
+    telling = [each for each in settings if each]
+    names = dict.fromkeys(name for each in telling for name in each)
+    return [name for name in names if len({each.get(name) for each in telling}) > 1]
+
+
+def _spell(name: str, value: Any) -> str:
+    if value == "":
+        return "-"
+    if name == "val bpb":
+        return f"{value:.4f}"
+    if isinstance(value, str):
+        return _rounded(value) if name != "ended" else value[:60]
+    return f"{value:,.0f}" if isinstance(value, float) or name == "parameters" else str(value)
+
+
+def _rounded(text: str) -> str:
+    """Return a long fraction with five digits; a sweeper draws more than anybody reads."""
+    try:
+        return f"{float(text):.5g}" if len(text) > 8 and "." in text else text
+    except ValueError:
+        return text

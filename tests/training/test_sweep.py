@@ -1,0 +1,63 @@
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from performer_lm.training.sweep import close_sweep, collect, table
+
+SUMMARY = {"parameters": 1000, "tokens_per_second": 50.0, "peak_memory": 2**20, "best_val_bpb": 2.5}
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Return the folder of a sweep: two jobs done, one failed before it had a folder, one killed."""
+    jobs: dict[int, dict[str, Any] | None] = {
+        0: {**SUMMARY, "overrides": ["attn=favor", "data.path=a b.txt", "optimizer.lr=0.01234567890"]},
+        1: {**SUMMARY, "best_val_bpb": 2.25, "overrides": ["attn=flash", "data.path=a b.txt"]},
+        3: None,
+    }
+    for number, summary in jobs.items():
+        job = tmp_path / str(number)
+        job.mkdir()
+        (job / "config.yaml").touch()
+        if summary:
+            (job / "summary.json").write_text(json.dumps(summary))
+    failures = [
+        {"job": 2, "overrides": ["attn=exact", "data.path=a b.txt"], "code": 3, "error": "the loss is nan"},
+        {"job": 1, "overrides": ["attn=flash"], "code": 4, "error": "out of memory; it went well the second time"},
+    ]
+    (tmp_path / "failures.jsonl").write_text("".join(json.dumps(line) + "\n" for line in failures))
+    (tmp_path / ".submitit").mkdir()
+    return tmp_path
+
+
+def test_every_job_is_a_row_however_it_ended(sweep: Path) -> None:
+    rows = collect(sweep)
+    assert [row["job"] for row in rows] == [0, 1, 2, 3]
+    assert [row["ended"] for row in rows] == ["done", "done", "the loss is nan", "unfinished"]
+    assert [row["attn"] for row in rows] == ["favor", "flash", "exact", ""]
+    assert rows[0]["peak memory (MiB)"] == 1.0
+    assert "data.path" not in rows[0]  # the same for all
+
+
+def test_the_table_marks_the_best_and_the_csv_keeps_all_digits(sweep: Path) -> None:
+    close_sweep(sweep)
+    with (sweep / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["val bpb"] for row in rows] == ["2.5", "2.25", "", ""]
+    assert rows[0]["optimizer.lr"] == "0.01234567890"
+    assert (sweep / "sweep.png").stat().st_size > 1000
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(table(collect(sweep), title="a sweep"))
+    shown = console.export_text()
+    assert "0.012346" in shown
+    assert "the loss is nan" in shown
+
+
+def test_nothing_is_written_where_nothing_ran(tmp_path: Path) -> None:
+    close_sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == []
