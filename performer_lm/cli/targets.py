@@ -23,6 +23,8 @@ ALLOWED = (
     "lightning.pytorch.strategies",
     "lightning.pytorch.trainer",
 )
+# Of this package too, what reads, writes and deletes files is not for configs to call.
+REFUSED = ("performer_lm.checkpoint", "performer_lm.cli", "performer_lm.interop", "performer_lm.training.folder")
 TRAINERS = ("lightning.Trainer", "lightning.pytorch.Trainer")
 
 # Hydra builds its launcher, sweeper, callbacks and log handlers itself, from its own part of the config.
@@ -43,7 +45,8 @@ def resolve(path: str, *, allowed: tuple[str, ...] = ALLOWED) -> Callable[..., A
         ValueError: if the path is not allowed, or there is no such name.
     """
     module_name, _, name = path.rpartition(".")
-    if not (_within(module_name, allowed) or path in TRAINERS) or name.startswith("_"):
+    is_allowed = _within(module_name, allowed) and not _within(module_name, REFUSED)
+    if not (is_allowed or path in TRAINERS) or name.startswith("_"):
         raise ValueError(f"'{path}' may not be built from a config; allowed: {', '.join(allowed)}")
     try:
         module = importlib.import_module(module_name)
