@@ -1,5 +1,9 @@
 import json
 import math
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,3 +101,49 @@ def test_a_loss_that_is_not_finite_stops_too(start: Start, monkeypatch: pytest.M
         run.fit()
     told = json.loads(Path("runs/a/nonfinite/step=000001.json").read_text())
     assert told["not_finite_weights"] == ["model.head.weight"]
+
+
+SPOILT = """
+import os, runpy, sys
+from performer_lm.objectives import Objective
+
+mean, calls = Objective.mean, [0]
+
+def spoilt(self, losses):
+    calls[0] += 1
+    return mean(self, losses) * (float("inf") if os.environ.get("LOCAL_RANK") == "1" and calls[0] == 2 else 1.0)
+
+Objective.mean = spoilt
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_what_one_rank_meets_stops_all_of_them_before_the_update(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("some text of a few words, again and again. " * 400)
+    (tmp_path / "spoilt.py").write_text(SPOILT)
+    words = ["debug=fast", "data=files", "data.path=text.txt", "tokenizer=bytes", "trainer=ddp", "trainer.devices=2"]
+    words += ["trainer.accelerator=cpu", "trainer.timeout=0.5", "run_dir=runs/a", "trainer.val_every=1"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29751"]
+    done = subprocess.run(
+        [*launch, "spoilt.py", str(Path(__file__).parents[3] / "train.py"), *words],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert re.search(r"error: the gradient norm is (nan|inf) at step 2 ", done.stderr), done.stderr
+    assert re.search(r"exitcode *: 3 ", done.stderr), done.stderr
+    folder = tmp_path / "runs/a/nonfinite"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "step=000002-rank0.pt",
+        "step=000002-rank1.pt",
+        "step=000002.json",
+    ]
+    batches = [torch.load(folder / f"step=000002-rank{rank}.pt", weights_only=True)["batch"] for rank in (0, 1)]
+    assert not torch.equal(batches[0][0], batches[1][0])
+    saved = {path.name[:11] for path in (tmp_path / "runs/a/checkpoints").glob("step=*.ckpt")}
+    assert saved == {"step=000001"}
