@@ -95,7 +95,8 @@ def report(error: BaseException, *, job: str = "", show_traceback: bool = False)
         return ERROR
     cause = _root(error)
     code, problems = _verdict(cause)
-    if show_traceback or code == ERROR:
+    is_told = isinstance(cause, OSError) and cause.filename is not None  # a disk, not a mistake of ours
+    if show_traceback or (code == ERROR and not is_told):
         traceback.print_exception(error)
     for problem in problems:
         print(f"{_label()} {job}{problem}", file=sys.stderr)

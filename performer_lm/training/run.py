@@ -29,6 +29,7 @@ from performer_lm.training.callbacks.base import RunCallback, Surroundings
 from performer_lm.training.callbacks.ending import FinalValidation
 from performer_lm.training.callbacks.guard import NonFiniteGuard
 from performer_lm.training.callbacks.learning_rates import LearningRates
+from performer_lm.training.callbacks.new_settings import NewSettings
 from performer_lm.training.callbacks.progress import ProgressReport
 from performer_lm.training.callbacks.random_state import RandomState
 from performer_lm.training.callbacks.redraw import Redraw
@@ -281,6 +282,8 @@ def _assemble(
         saving,
         stop,
     ]
+    if resumed and cfg.resume.allow:
+        callbacks.append(NewSettings())
     for callback in callbacks:
         if isinstance(callback, RunCallback):  # a config may add Lightning's own
             callback.join(surroundings)

@@ -110,3 +110,25 @@ def test_nothing_is_written_where_something_is_wrong(start: Start) -> None:
 def test_folders_are_never_shared(start: Start) -> None:
     start("run_dir=runs/a").fit()
     assert start("run_dir=runs/a").folder == Path("runs/a-2")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_change_that_was_allowed_takes_effect(start: Start, optimizer: str) -> None:
+    common = [f"optimizer={optimizer}", "schedule=constant", "schedule.warmup=0"]
+    start(*common, "optimizer.lr=0.01", "run_dir=runs/a").fit()
+    with pytest.raises(ValueError, match=r"optimizer\.lr was 0\.01, is 0\.002"):
+        start(*common, "optimizer.lr=0.002", "trainer.max_steps=6", "ckpt=runs/a")
+    run = start(*common, "optimizer.lr=0.002", "trainer.max_steps=6", "ckpt=runs/a", "resume.allow=[optimizer.lr]")
+    run.fit()
+    assert any(group["lr"] == pytest.approx(0.002) for group in run.trainer.optimizers[0].param_groups)
+    assert any("optimizer.lr was 0.01, is 0.002" in line for line in Path("runs/a/train.log").read_text().splitlines())
+
+
+def test_accumulation_may_change_where_it_is_allowed(start: Start) -> None:
+    common = ["trainer.max_steps=6", "trainer.log_every=1", "optimizer=adamw"]
+    start(*common, "run_dir=runs/whole").fit()
+    start(*common, "trainer.val_every=2", "trainer.keep_checkpoints=9", "run_dir=runs/a").fit()
+    [middle] = Path("runs/a/checkpoints").glob("step=000002*.ckpt")
+    allow = "resume.allow=[fingerprint.accumulation]"
+    start(*common, "trainer.accumulate_grad_batches=2", allow, f"ckpt='{middle}'").fit()
+    assert losses(Path("runs/a")) == pytest.approx(losses(Path("runs/whole")), rel=1e-4)
