@@ -1,0 +1,93 @@
+"""What must not change unnoticed: files of earlier versions, first losses, and the names that users type."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException
+from omegaconf import DictConfig, OmegaConf
+
+from performer_lm import checkpoint
+from performer_lm.training.loggers.record import read_metrics
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+TINY = ["debug=fast", "data=files", "data.path=text.txt", "tokenizer=bytes", "optimizer=adamw"]
+TINY += ["trainer.accelerator=cpu"]
+Invoke = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def text(invoke: Invoke) -> None:
+    Path("text.txt").write_text("".join(f"line {index} says {index * 37 % 101}\n" for index in range(1500)))
+
+
+def test_a_checkpoint_of_format_1_opens_and_goes_on_for_ever(invoke: Invoke, text: None) -> None:
+    folder = Path("runs/old/checkpoints")
+    folder.mkdir(parents=True)
+    shutil.copy(GOLDEN / "format1.ckpt", folder / "last.ckpt")
+    model, tokenizer = checkpoint.open_model(checkpoint.read(folder / "last.ckpt"))
+    assert tokenizer.decode(tokenizer.encode("def main(")) == "def main("
+    assert sum(parameter.numel() for parameter in model.parameters()) > 1000
+    sizes = ["model.dim=16", "model.depth=1", "model.heads=2"]
+    code, out, err = invoke(*TINY, *sizes, "ckpt=runs/old", "trainer.max_steps=6")
+    assert code == 0, err
+    assert "resumed at step 4" in out
+
+
+MODELS = ("performer", "transformer")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("attn", ["favor", "flash", "exact", "linear"])
+def test_the_first_20_losses_are_those_on_record(invoke: Invoke, text: None, model: str, attn: str) -> None:
+    words = [f"model={model}", f"attn={attn}", "trainer.max_steps=20", "trainer.val_every=20", "trainer.log_every=1"]
+    code, _, err = invoke(*TINY, *words, "run_dir=runs/a", "~callbacks.samples")
+    assert code == 0, err
+    found = [row["train/loss"] for row in read_metrics(Path("runs/a/metrics.jsonl")) if "train/loss" in row]
+    known: dict[str, Any] = json.loads((GOLDEN / "losses.json").read_text())
+    assert found == pytest.approx(known[f"{model} {attn}"], rel=1e-4), f"losses changed; now: {found}"
+
+
+def keys(node: DictConfig, prefix: str = "") -> list[str]:
+    found = []
+    for name in node:
+        value = None if OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name) else node[name]
+        key = f"{prefix}{name}"
+        found += keys(value, f"{key}.") if isinstance(value, DictConfig) and value else [key]
+    return found
+
+
+def test_no_key_that_users_type_is_gone() -> None:
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        found = sorted(
+            key for key in keys(compose("train")) if not key.endswith(("_target_", "_partial_", "_convert_"))
+        )
+    record = GOLDEN / "keys.txt"
+    known = record.read_text().splitlines()
+    gone, new = sorted({*known} - {*found}), sorted({*found} - {*known})
+    assert not gone, f"keys gone: {gone}; new: {new}; where that is meant, write it into tests/golden/keys.txt"
+
+
+CHOICES = sorted(
+    str(path.relative_to(ROOT / "configs").with_suffix(""))
+    for path in (ROOT / "configs").rglob("*.yaml")
+    if path.parent != ROOT / "configs" and not path.stem.startswith("_")
+)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_composes(choice: str) -> None:
+    group, _, name = choice.rpartition("/")
+    above = {"attn/features": ["attn=favor"]}.get(group, [])
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        try:
+            cfg = compose("train", overrides=[*above, f"{group}={name}"])
+        except ConfigCompositionException:  # a group that the default does without
+            cfg = compose("train", overrides=[*above, f"+{group}={name}"])
+    assert cfg
