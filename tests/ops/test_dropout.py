@@ -18,11 +18,11 @@ def keep(
 def test_the_keep_rate_is_what_was_asked_for(seed, rate):
     kept = keep(seed, rate).double()
     chance = 1 - rate
-    # 4 standard errors: 30 examples are drawn, and one in 370 falls outside 3
+    # 5 standard errors: 30 examples of 7 means each are drawn, of which one in 75 runs would fall outside 4
     for dims in ((0, 1, 2, 3), (2, 3)):
         count = kept.numel() // kept.mean(dims).numel()
         error = (chance * rate / count) ** 0.5
-        assert ((kept.mean(dims) - chance).abs() < 4 * error).all()
+        assert ((kept.mean(dims) - chance).abs() < 5 * error).all()
 
 
 def test_the_rate_is_within_three_standard_errors_on_a_large_mask():
