@@ -23,9 +23,15 @@ def run(cfg: "DictConfig") -> float:
             cfg.tokenizer.plain = tokenizer.to_dict()
         data = instantiate(cfg.data)
         data.prepare()
+        if data.tokenizer.to_dict() != tokenizer.to_dict():
+            raise ValueError(
+                f"the data have a vocabulary of their own, of {data.tokenizer.vocab_size} ids, and not the "
+                f"checkpoint's, of {tokenizer.vocab_size}"
+            )
     found = measure_bits_per_byte(model, data.held_out, batch_size=data.batch_size, separator=data.separator)
     print(f"{found.tokens:,} tokens, {found.bytes:,} bytes of held-out text")
     print(f"loss {found.loss:.4f} nats per token, {found.bits_per_byte:.4f} bits per byte")
+    print(f"accuracy {found.accuracy:.4f}")
     return found.bits_per_byte
 
 

@@ -56,6 +56,58 @@ def test_every_choice_trains_and_is_evaluated(invoke: Invoke, folder: None, choi
     assert "data: " not in err  # the ids that training made are found again
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_trains_and_goes_on(invoke: Invoke, folder: None, workers: int) -> None:
+    common = [*SHORT[:-1], "tokenizer=bytes", "data=hf", "data.name=stories", "data.streaming=true"]
+    common += ["data.validation_split=validation", "data.validation_bytes=500", f"data.num_workers={workers}"]
+    code, out, err = invoke(*common, "trainer.val_every=1", "run_dir=runs/a")
+    assert code == 0, err
+    assert "approximate resume" in err
+    code, out, err = invoke(*common, "trainer.val_every=1", "trainer.max_steps=4", "ckpt=runs/a")
+    assert code == 0, err
+    assert "data: going on at row" in err
+    assert "step 4" in out
+
+
+def test_a_task_is_trained_scored_and_resumed(invoke: Invoke) -> None:
+    tiny = ["model.dim=32", "model.depth=1", "model.heads=2", "data.context=32", "data.batch_size=16"]
+    task = [
+        "data=synthetic",
+        "data/task=recall",
+        "data.task.vocab_size=16",
+        "data.task.pairs=2",
+        "data.validation_bytes=512",
+    ]
+    code, out, err = invoke(*tiny, *task, "trainer.max_steps=2", "trainer.val_every=2", "run_dir=runs/a")
+    assert code == 0, err
+    assert "val/accuracy 0." in out
+    assert "samples begin with nothing, for their prompt 'def ' cannot be written" in out
+    logged = [json.loads(line) for line in Path("runs/a/metrics.jsonl").read_text().splitlines()]
+    assert any(0 <= line.get("val/accuracy", -1) <= 1 for line in logged)
+    code, out, err = invoke(*task, "data.context=32", script="evaluate.py")
+    assert code == 0, err
+    assert "accuracy 0." in out
+    code, out, err = invoke(script="evaluate.py")
+    assert code == 2
+    code, _, err = invoke(*task[:-1], "data.task.pairs=3", "data.task.vocab_size=20", script="evaluate.py")
+    assert (code, err.splitlines()[-1]) == (
+        2,
+        "error: the data have a vocabulary of their own, of 21 ids, and not the checkpoint's, of 17",
+    )
+    longer = ["trainer.max_steps=4", "trainer.val_every=2"]
+    code, out, err = invoke(*tiny, *task, *longer, "ckpt=runs/a")
+    assert code == 0, err
+    code, _, err = invoke(*tiny, *task, *longer, "data.task.power=1", "ckpt=runs/a")
+    assert code == 2
+    assert "power" in err
+
+
+def test_a_task_is_for_an_objective_that_asks_for_answers(invoke: Invoke) -> None:
+    code, _, err = invoke("data=synthetic", "model=performer_encoder", "objective=mlm")
+    assert code == 2
+    assert "objective=mlm learns from text; data=synthetic asks for answers: objective=clm" in err
+
+
 @pytest.mark.parametrize(
     "tokenizer", [["characters"], ["wordpiece", "tokenizer.vocab_size=600"], ["unigram", "tokenizer.vocab_size=300"]]
 )

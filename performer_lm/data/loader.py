@@ -85,7 +85,7 @@ class Positions(DistributedSampler[int]):
     know their rank already.
     """
 
-    def __init__(self, dataset: Dataset[Tensor]) -> None:
+    def __init__(self, dataset: Dataset[Any]) -> None:
         super().__init__(dataset, num_replicas=1, rank=0, shuffle=False)
         self.start = 0
 

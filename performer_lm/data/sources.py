@@ -7,6 +7,8 @@ from performer_lm.data.corpora.base import Corpus
 from performer_lm.data.corpora.files import Files
 from performer_lm.data.corpora.hub import Hub
 from performer_lm.data.corpora.standard_library import StandardLibrary
+from performer_lm.data.module import WindowData
+from performer_lm.data.stream import StreamData
 from performer_lm.data.text import TextData, TextOptions
 
 
@@ -45,12 +47,17 @@ def hub(
     validation_split: str | None,
     text_column: str,
     revision: str | None,
+    streaming: bool,
+    shuffle_buffer: int,
+    head_bytes: int,
     **options: Unpack[TextOptions],
-) -> TextData:
+) -> WindowData:
     """Return a data set of the Hugging Face hub.
 
     Args:
         name, config, split, validation_split, text_column, revision: of `Hub`.
+        streaming: whether to read it while the run goes on; then nothing of it is stored.
+        shuffle_buffer, head_bytes: of `StreamData`; without streaming, all windows are shuffled.
         options: of `TextData`.
     """
     corpus = Hub(
@@ -61,7 +68,25 @@ def hub(
         text_column=text_column,
         revision=revision,
     )
-    return TextData(corpora={"hub": corpus}, weights=None, **options)
+    if not streaming:
+        return TextData(corpora={"hub": corpus}, weights=None, **options)
+    if options["device_resident"] or options["documents"] == "cropped":
+        raise ValueError("data.streaming=true takes neither data.device_resident=true nor data.documents=cropped")
+    return StreamData(
+        hub=corpus,
+        tokenizer=options["tokenizer"],
+        head_bytes=head_bytes,
+        shuffle_buffer=shuffle_buffer,
+        packed=options["documents"] == "packed",
+        errors=options["errors"],
+        validation_fraction=options["validation_fraction"],
+        validation_bytes=options["validation_bytes"],
+        context=options["context"],
+        batch_size=options["batch_size"],
+        seed=options["seed"],
+        num_workers=options["num_workers"],
+        start_method=options["start_method"],
+    )
 
 
 def mixture(

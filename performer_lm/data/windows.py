@@ -1,11 +1,11 @@
 """Windows of ids by number, as a batch holds them, and what a step of training makes of one.
 
 Letters: `b` batch, `n` context. A window is `n + 1` ids, so that n of them have a next one to predict; `IGNORE` fills
-up what is shorter. A batch is one tensor `(b, n + 1)`.
+up what is shorter, and ids that are read but not predicted are negative (`shown`). A batch is one tensor `(b, n + 1)`.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, Self, final
+from typing import Any, Self, TypeVar, final
 
 import numpy as np
 import torch
@@ -15,9 +15,20 @@ from torch import Tensor
 from performer_lm.data.ids import IGNORE, FlatIds, Ids, Positions
 from performer_lm.data.layouts import FiniteLayout, Layout
 
+AnyIds = TypeVar("AnyIds", Tensor, Positions)
 ByteLengths = NDArray[np.number[Any]]
 
-__all__ = ["IGNORE", "ByteLengths", "FiniteWindows", "Windows", "count_first", "first_bytes", "segments_of", "shift"]
+__all__ = [
+    "IGNORE",
+    "ByteLengths",
+    "FiniteWindows",
+    "Windows",
+    "count_first",
+    "first_bytes",
+    "segments_of",
+    "shift",
+    "shown",
+]
 
 
 class Windows(ABC):
@@ -87,9 +98,16 @@ class HeldOutWindows(FiniteWindows):
 def shift(windows: Tensor) -> tuple[Tensor, Tensor]:
     """Split windows `(b, n + 1)` into inputs and targets `(b, n)`.
 
-    Targets keep `IGNORE`. Inputs get 0 in its place, which no causal prediction that counts can see: fill comes last.
+    Targets are `IGNORE` where there is fill or what is only `shown`. Inputs get 0 for fill, which no causal prediction
+    that counts can see: it comes last.
     """
-    return windows[:, :-1].clamp(min=0), windows[:, 1:]
+    inputs, targets = windows[:, :-1], windows[:, 1:]
+    return torch.where(inputs < IGNORE, shown(inputs), inputs).clamp(min=0), targets.clamp(min=IGNORE)
+
+
+def shown(ids: AnyIds) -> AnyIds:
+    """Return ids as a window holds those that are read but not predicted; of those, the ids again."""
+    return IGNORE - 1 - ids
 
 
 def segments_of(ids: Tensor, separator: int) -> Tensor:

@@ -18,6 +18,7 @@ class BitsPerByte(NamedTuple):
     bits_per_byte: float
     tokens: int
     bytes: int
+    accuracy: float  # share of the tokens that the model thinks likeliest
 
 
 @torch.inference_mode()
@@ -38,6 +39,7 @@ def measure_bits_per_byte(
     """
     device = model.head.weight.device
     nats = torch.zeros((), dtype=torch.float64)
+    right = torch.zeros((), dtype=torch.int64)
     tokens, text = 0, 0.0
     for first in range(0, len(windows), batch_size):
         rows = windows.rows(np.arange(first, first + batch_size, dtype=np.int64))
@@ -45,6 +47,9 @@ def measure_bits_per_byte(
         segments = None if separator is None else segments_of(inputs, separator)
         logits = model(inputs, segments=segments).flatten(0, 1).float()
         nats += F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum").double().cpu()
-        counted = rows[:, 1:][rows[:, 1:] != IGNORE].cpu().numpy()
+        right += (logits.argmax(-1) == targets.flatten()).sum().cpu()
+        counted = targets[targets != IGNORE].cpu().numpy()
         tokens, text = tokens + len(counted), text + windows.byte_lengths[counted].sum(dtype=np.float64)
-    return BitsPerByte(float(nats) / tokens, float(nats) / (math.log(2) * text), tokens, round(text))
+    return BitsPerByte(
+        float(nats) / tokens, float(nats) / (math.log(2) * text), tokens, round(text), int(right) / tokens
+    )

@@ -228,6 +228,7 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
         section=section,
         log_every=cfg.trainer.log_every,
         separator=data.separator,
+        counted=data.counted,
     )
     room = _open_room(cfg, wanted, resumed, writes=trainer.is_global_zero)
     try:

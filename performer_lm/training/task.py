@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import SumMetric
 
-from performer_lm.data.windows import IGNORE
+from performer_lm.data.windows import IGNORE, shift
 from performer_lm.language_model import LanguageModel
 from performer_lm.objectives import Objective
 from performer_lm.training.callbacks.base import RunCallback
@@ -36,6 +36,7 @@ class LanguageModelTask(LightningModule):
         section: the plain-data section of the checkpoint that rebuilds model and tokenizer.
         log_every: optimizer steps between logged metrics.
         separator: the id that begins a document where tokens see their own document only; None where they see all.
+        counted: share of the tokens that count; where only some do, validation tells how many are predicted right.
     """
 
     byte_lengths: Tensor
@@ -52,6 +53,7 @@ class LanguageModelTask(LightningModule):
         section: Mapping[str, Any],
         log_every: int,
         separator: int | None = None,
+        counted: float = 1.0,
     ) -> None:
         super().__init__()
         self.model = model
@@ -61,12 +63,14 @@ class LanguageModelTask(LightningModule):
         self.section = section
         self.log_every = log_every
         self.separator = separator
+        self.counted = counted
         self.register_buffer("byte_lengths", byte_lengths, persistent=False)
         self.register_buffer("_seen", torch.zeros(2), persistent=False)  # nats and predictions of this step so far
         self._measured = (model,)  # a tuple, for a module would become a part of this one
         self.nats = SumMetric()
         self.tokens = SumMetric()
         self.bytes = SumMetric()
+        self.right = SumMetric() if counted < 1 else None
 
     @property
     def measured(self) -> LanguageModel:
@@ -98,7 +102,7 @@ class LanguageModelTask(LightningModule):
         self._seen += torch.stack((losses.nats.detach().sum(), (losses.targets != IGNORE).sum()))
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
             self._finish_loss()
-        return self.objective.mean(losses)
+        return self.objective.mean(losses) / self.counted
 
     def _finish_loss(self) -> None:
         """Take nats per predicted token over the step's micro-batches and ranks; log it where metrics are logged."""
@@ -119,10 +123,16 @@ class LanguageModelTask(LightningModule):
         self.nats.update(nats.sum())
         self.tokens.update(predicted.sum())
         self.bytes.update(torch.where(predicted, self.byte_lengths[targets.clamp(min=0)], 0).sum())
+        if self.right is not None:
+            inputs, answers = shift(batch)
+            self.right.update((self.measured(inputs).argmax(-1) == answers).sum())
 
     def on_validation_epoch_end(self) -> None:
-        """Log `val/loss` (nats per token) and `val/bpb` (bits per byte of text, whatever the tokenizer)."""
+        """Log `val/loss` (nats per token), `val/bpb` (bits per byte of text, whatever the tokenizer), accuracy."""
         nats, tokens, text = (metric.compute() for metric in (self.nats, self.tokens, self.bytes))
+        if self.right is not None:
+            self.log("val/accuracy", self.right.compute() / tokens)
+            self.right.reset()
         for metric in (self.nats, self.tokens, self.bytes):
             metric.reset()
         self.log("step", float(self.global_step))

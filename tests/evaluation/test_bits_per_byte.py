@@ -35,6 +35,8 @@ def test_every_token_but_the_first_counts_once(
         pieces = [torch.from_numpy(ids[start : start + context + 1])[None] for start in range(0, n - 1, context)]
         nats = sum(nats_of(model, piece) for piece in pieces)
     assert (found.tokens, found.bytes) == (n - 1, lengths[ids[1:]].sum())
+    likeliest = [model(piece[:, :-1]).argmax(-1) == piece[:, 1:] for piece in pieces]
+    assert found.accuracy == pytest.approx(sum(int(right.sum()) for right in likeliest) / (n - 1))
     assert found.loss == pytest.approx(nats / (n - 1), rel=1e-5)
     assert found.bits_per_byte == pytest.approx(nats / math.log(2) / found.bytes, rel=1e-5)
 

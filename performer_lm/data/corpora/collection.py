@@ -54,7 +54,7 @@ class Collection:
             seen = kept = 0
             for document in corpus.documents():
                 seen += 1
-                if text := self._clean(document, corpus):
+                if text := clean(document.text, errors=self.errors, place=corpus.place(document.name)):
                     kept += 1
                     yield Part(index, document._replace(text=text))
             if not kept:
@@ -66,19 +66,24 @@ class Collection:
         """Return where a document lies, for messages."""
         return list(self.corpora.values())[part.corpus].place(part.document.name)
 
-    def _clean(self, document: Document, corpus: Corpus) -> bytes:
-        text = document.text
-        try:
-            text.decode("utf-8")
-        except UnicodeDecodeError as error:
-            match self.errors:
-                case "replace":
-                    text = text.decode("utf-8", errors="replace").encode("utf-8")
-                case "skip":
-                    return b""
-                case "strict":
-                    raise ValueError(_refusal(corpus.place(document.name), text, error.start)) from None
-        return text.removeprefix(BYTE_ORDER_MARK)
+
+def clean(text: bytes, *, errors: Errors, place: str) -> bytes:
+    """Return a text as the policy wants it, without a byte order mark; nothing for one that is left out.
+
+    Raises:
+        ValueError: naming the place and the byte, for a text that is refused.
+    """
+    try:
+        text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        match errors:
+            case "replace":
+                text = text.decode("utf-8", errors="replace").encode("utf-8")
+            case "skip":
+                return b""
+            case "strict":
+                raise ValueError(_refusal(place, text, error.start)) from None
+    return text.removeprefix(BYTE_ORDER_MARK)
 
 
 def _refusal(place: str, text: bytes, start: int) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final, final
 
 from performer_lm.data.corpora.base import Corpus, Document
-from performer_lm.data.corpora.tables import import_datasets, pick_column, texts_of
+from performer_lm.data.corpora.tables import first_line, import_datasets, pick_column, texts_of
 from performer_lm.data.progress import say
 
 ROWS_AT_ONCE: Final = 1000
@@ -40,7 +40,8 @@ class Hub(Corpus):
     ) -> None:
         self._name = name
         self._config = config
-        self._splits = [(split, None)] if validation_split is None else [(split, False), (validation_split, True)]
+        self.split: Final = split
+        self.splits: Final = [(split, None)] if validation_split is None else [(split, False), (validation_split, True)]
         self._text_column = text_column
         self._revision = revision
 
@@ -51,13 +52,24 @@ class Hub(Corpus):
 
     def documents(self) -> Iterator[Document]:
         """Yield the rows of the split, then those for validation."""
-        for split, held_out in self._splits:
-            row = 0
-            data = self.open(split, streaming=False).with_format("arrow")
-            for batch in data.iter(batch_size=ROWS_AT_ONCE):
+        for split, held_out in self.splits:
+            for row, text in enumerate(self.texts(self.open(split, streaming=False))):
+                yield Document(f"{split}#{row}", text, held_out)
+
+    def texts(self, data: Any) -> Iterator[bytes]:
+        """Yield the text of every row of what `open` gave; a row without text is empty.
+
+        Raises:
+            ValueError: in one line, for a set that cannot be read to its end.
+        """
+        try:
+            for batch in data.with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
                 for text in texts_of(batch, self._text_column, where=self.label):
-                    yield Document(f"{split}#{row}", (text or "").encode("utf-8"), held_out)
-                    row += 1
+                    yield (text or "").encode("utf-8")
+        except ValueError as error:
+            raise ValueError(f"{self.label}: {first_line(error).removeprefix(f'{self.label}: ')}") from error
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"{self.label} broke off: {first_line(error)}") from error
 
     def open(self, split: str, *, streaming: bool) -> Any:
         """Return a split of the set, with its text column alone, as HF `datasets` gives it.
@@ -80,9 +92,9 @@ class Hub(Corpus):
         return data.select_columns([pick_column(self._text_column, columns, where=self.label)])
 
     def _explain(self, error: Exception, split: str) -> str:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
+        said = first_line(error)
         choices = re.findall(r"'([^']+)'", said.partition("[")[2])
-        if said.startswith("Unknown split"):
+        if said.startswith(("Unknown split", "Bad split")):
             return f"data.split={split}: {self._name} has none of that name{_mean('data.split', split, choices)}"
         if said.startswith("BuilderConfig") or said.startswith("Config name is missing"):
             wanted = self._config or ""

@@ -80,16 +80,21 @@ def import_datasets() -> Any:
     return datasets
 
 
+def first_line(error: Exception) -> str:
+    """Return what an error says, on one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _strings(path: Path, column: str) -> Iterator[str | None]:
     try:
         for batch in _batches(path, column):
             pick_column(column, batch.column_names, where=str(path))
             yield from texts_of(batch, column, where=str(path))
     except ValueError as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
+        said = first_line(error)
         raise ValueError(said if said.startswith(str(path)) else f"{path} cannot be read: {said}") from None
     except (OSError, RuntimeError, ImportError) as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
+        said = first_line(error)
         raise ValueError(f"{path} cannot be read: {said}") from None
 
 

@@ -15,6 +15,7 @@ from performer_lm.data.tokenizer.characters import ByteTokenizer, CharacterToken
 from performer_lm.data.tokenizer.library import LibraryTokenizer
 from performer_lm.data.tokenizer.plain import tokenizer_from_dict
 from performer_lm.data.tokenizer.recipes import TokenizerRecipe
+from performer_lm.data.tokenizer.symbols import SymbolTokenizer
 from performer_lm.data.tokenizer.unigram import UnigramTokenizer, train_unigram
 from performer_lm.data.tokenizer.word_pieces import WordPieceTokenizer, train_word_pieces
 
@@ -23,6 +24,7 @@ __all__ = [
     "ByteTokenizer",
     "CharacterTokenizer",
     "LibraryTokenizer",
+    "SymbolTokenizer",
     "TextStream",
     "Tokenizer",
     "TokenizerRecipe",

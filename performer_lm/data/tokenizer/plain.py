@@ -6,6 +6,7 @@ from performer_lm.data.tokenizer.base import Tokenizer, short
 from performer_lm.data.tokenizer.byte_pairs import read_byte_pairs
 from performer_lm.data.tokenizer.characters import ByteTokenizer, read_characters
 from performer_lm.data.tokenizer.library import read_library
+from performer_lm.data.tokenizer.symbols import read_symbols
 from performer_lm.data.tokenizer.unigram import read_unigram
 from performer_lm.data.tokenizer.word_pieces import read_word_pieces
 
@@ -13,6 +14,7 @@ READERS: Final[dict[str, Any]] = {
     "bytes": lambda plain, *, specials: ByteTokenizer(specials=specials),
     "byte_pairs": read_byte_pairs,
     "characters": read_characters,
+    "symbols": read_symbols,
     "tokenizer_json": read_library,
     "unigram": read_unigram,
     "word_pieces": read_word_pieces,

@@ -1,7 +1,7 @@
 """What a run shows while it goes."""
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from lightning.pytorch import LightningModule, Trainer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from performer_lm.training.task import LanguageModelTask
 
 log = logging.getLogger("performer_lm")
+
+VALIDATED: Final = ("val/loss", "val/bpb", "val/accuracy")
 
 
 class ProgressReport(RunCallback):
@@ -53,8 +55,8 @@ class ProgressReport(RunCallback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what validation found."""
         metrics = trainer.callback_metrics
-        loss, bpb = float(metrics["val/loss"]), float(metrics["val/bpb"])
-        log.info("step %d  val/loss %.4f  val/bpb %.4f", trainer.global_step, loss, bpb)
+        found = [f"{name} {float(metrics[name]):.4f}" for name in VALIDATED if name in metrics]
+        log.info("step %d  %s", trainer.global_step, "  ".join(found))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the bar away."""

@@ -20,7 +20,8 @@ class Samples(RunCallback):
     """Print a sample at every validation and keep all of them in `samples.txt` and in the loggers that
     take text.
 
-    Sampling has a generator of its own, so that it changes nothing in the run.
+    Sampling has a generator of its own, so that it changes nothing in the run. A prompt that the tokenizer cannot
+    write, in a language of few characters, is left out.
     """
 
     def __init__(self, *, prompt: str, max_new_tokens: int, temperature: float, top_k: int | None, seed: int) -> None:
@@ -28,6 +29,14 @@ class Samples(RunCallback):
         self.max_new_tokens = max_new_tokens
         self.sampler = Sampler(temperature=temperature, top_k=top_k)
         self.seed = seed
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make sure that the prompt can be written."""
+        try:
+            self.run.tokenizer.encode(self.prompt)
+        except ValueError as error:
+            log.info("samples begin with nothing, for their prompt %r cannot be written: %s", self.prompt, error)
+            self.prompt = ""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Continue the prompt with the model that validation runs, if it can; on the first rank only."""

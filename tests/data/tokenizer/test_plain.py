@@ -11,7 +11,10 @@ BYTES = [[name, -1.0] for name in BYTE_NAMES]
 @pytest.mark.parametrize(
     ("plain", "message"),
     [
-        (None, "kind (None) must be one of bytes, byte_pairs, characters, tokenizer_json, unigram, word_pieces"),
+        (
+            None,
+            "kind (None) must be one of bytes, byte_pairs, characters, symbols, tokenizer_json, unigram,",
+        ),
         ({"kind": ["bytes"]}, "kind (['bytes']) must be"),
         ({"kind": "os.system"}, "kind ('os.system') must be"),
         ({"kind": "bytes", "specials": "mask"}, "specials ('mask') must be a list"),
@@ -34,6 +37,9 @@ BYTES = [[name, -1.0] for name in BYTE_NAMES]
         ({"kind": "unigram", "split": "words", "pieces": [["a", -1.0]]}, "must begin with the 256 bytes"),
         ({"kind": "unigram", "split": "words", "pieces": [*BYTES, ["ab", float("inf")]]}, "piece 256 (['ab', inf])"),
         ({"kind": "unigram", "split": "words", "pieces": [*BYTES, ["", -1.0]]}, "piece '' spells no bytes"),
+        ({"kind": "symbols", "names": ["a b"]}, "names (['a b']) must be a list of different words"),
+        ({"kind": "symbols", "names": ["a", "a"]}, "names (['a', 'a']) must be a list of different words"),
+        ({"kind": "symbols", "names": [""]}, "names ([''])"),
         ({"kind": "tokenizer_json", "content": []}, "content ([]) must be a parsed tokenizer.json"),
     ],
 )

@@ -1,0 +1,195 @@
+"""Tasks whose answers can be counted right or wrong.
+
+A task fills rows of ids at random and says which of them are answers: ids that follow from those before them.
+Letters: `b` rows, `n` context.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Final, NamedTuple, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from performer_lm.data.ids import Positions
+
+
+class Rows(NamedTuple):
+    """Generated rows, and which of their ids are answers; `(b, at most n + 1)` each."""
+
+    ids: Positions
+    answers: NDArray[np.bool_]
+
+
+class Task(ABC):
+    """A distribution of rows.
+
+    `names` are how its ids are spelled.
+    """
+
+    names: list[str]
+
+    @abstractmethod
+    def check(self, *, context: int) -> None:
+        """Raise ValueError if a row does not fit a window."""
+
+    @abstractmethod
+    def draw(self, random: np.random.Generator, *, count: int, context: int) -> Rows:
+        """Return `count` rows, independent of each other."""
+
+
+@final
+class Copy(Task):
+    """Write a random sequence again after a separator: `a d b | a d b`. It is as long as the context allows.
+
+    Args:
+        symbols: of the alphabet.
+    """
+
+    def __init__(self, *, symbols: int) -> None:
+        _check(2, symbols=symbols)
+        self._symbols: Final = symbols
+        self.names = [*_letters("s", symbols), "|"]
+
+    def check(self, *, context: int) -> None:
+        """Want room for one symbol, the separator and the symbol again."""
+        _check_context(context, least=2, what="a symbol and its copy")
+
+    def draw(self, random: np.random.Generator, *, count: int, context: int) -> Rows:
+        """Draw every symbol on its own."""
+        length = context // 2
+        sequence = random.integers(self._symbols, size=(count, length))
+        separator = np.full((count, 1), self._symbols)
+        return _answered(np.concatenate((sequence, separator), axis=1), sequence)
+
+
+@final
+class SelectiveCopy(Task):
+    """Write the symbols again that stand scattered in noise: `. c . . a | c a` (Gu and Dao 2023, arXiv:2312.00752).
+
+    Args:
+        symbols: of the alphabet.
+        length: how many of them a row has.
+    """
+
+    def __init__(self, *, symbols: int, length: int) -> None:
+        _check(2, symbols=symbols)
+        _check(1, length=length)
+        self._symbols: Final = symbols
+        self._length: Final = length
+        self.names = [*_letters("s", symbols), ".", "|"]
+
+    def check(self, *, context: int) -> None:
+        """Want room for the symbols, the separator and the symbols again."""
+        _check_context(context, least=2 * self._length, what=f"{self._length} symbols and their copy")
+
+    def draw(self, random: np.random.Generator, *, count: int, context: int) -> Rows:
+        """Draw the symbols, and where they stand."""
+        noise, separator, room = self._symbols, self._symbols + 1, context - self._length
+        sequence = random.integers(self._symbols, size=(count, self._length))
+        places = np.sort(_distinct(random, count, room, self._length), axis=1)
+        shown = np.full((count, room + 1), noise)
+        shown[:, -1] = separator
+        np.put_along_axis(shown, places, sequence, axis=1)
+        return _answered(shown, sequence)
+
+
+@final
+class Induction(Task):
+    """Name the symbol that followed the marker before: `c a > b d a c > b` (Olsson et al. 2022, arXiv:2209.11895).
+
+    Args:
+        symbols: of the alphabet.
+    """
+
+    def __init__(self, *, symbols: int) -> None:
+        _check(2, symbols=symbols)
+        self._symbols: Final = symbols
+        self.names = [*_letters("s", symbols), ">"]
+
+    def check(self, *, context: int) -> None:
+        """Want room for the marker, a symbol and the marker again."""
+        _check_context(context, least=3, what="a marker, a symbol and the marker again")
+
+    def draw(self, random: np.random.Generator, *, count: int, context: int) -> Rows:
+        """Draw every symbol on its own, and where the first marker stands."""
+        shown = random.integers(self._symbols, size=(count, context))
+        rows, places = np.arange(count), random.integers(context - 2, size=count)
+        shown[rows, places] = shown[:, -1] = self._symbols
+        return _answered(shown, shown[rows, places + 1][:, None])
+
+
+@final
+class Recall(Task):
+    """Multi-query associative recall (Arora et al. 2023, arXiv:2312.04927): pairs, then their keys in any order.
+
+    `k3 v1 k5 v2 . . k5 v2 . . . . k3 v1`: after a key comes its value, which is the answer; the rest is blank. How far
+    a query stands from the pairs follows a power law, so that many are near.
+
+    Args:
+        vocab_size: ids; the first is the blank, then come keys up to the half, then values.
+        pairs: of a row.
+        power: exponent of the law, above 0; 1 is uniform, the source takes 0.01.
+    """
+
+    def __init__(self, *, vocab_size: int, pairs: int, power: float) -> None:
+        _check(1, pairs=pairs)
+        if vocab_size // 2 - 1 < pairs:
+            raise ValueError(f"data.task.vocab_size ({vocab_size}) must be at least {2 * pairs + 2} for {pairs} pairs")
+        if not power > 0:
+            raise ValueError(f"data.task.power must be above 0, got {power}")
+        self._keys: Final = vocab_size // 2 - 1
+        self._values: Final = vocab_size - 1 - self._keys
+        self._pairs: Final = pairs
+        self._power: Final = power
+        self.names = [".", *_letters("k", self._keys), *_letters("v", self._values)]
+
+    def check(self, *, context: int) -> None:
+        """Want room for the pairs and the queries."""
+        _check_context(context, least=4 * self._pairs - 1, what=f"{self._pairs} pairs and as many queries")
+
+    def draw(self, random: np.random.Generator, *, count: int, context: int) -> Rows:
+        """Draw keys and values without repetition, and the places of the queries."""
+        pairs, slots = self._pairs, (context + 1 - 2 * self._pairs) // 2
+        keys = 1 + _distinct(random, count, self._keys, pairs)
+        values = 1 + self._keys + _distinct(random, count, self._values, pairs)
+        weights = np.arange(1, slots + 1, dtype=np.float64) ** (self._power - 1)
+        places = 2 * pairs + 2 * _distinct(random, count, slots, pairs, weights=weights)
+        ids = np.zeros((count, 2 * pairs + 2 * slots), dtype=np.int64)
+        answers = np.zeros_like(ids, dtype=bool)
+        ids[:, : 2 * pairs : 2], ids[:, 1 : 2 * pairs : 2] = keys, values
+        np.put_along_axis(ids, places, keys, axis=1)
+        np.put_along_axis(ids, places + 1, values, axis=1)
+        np.put_along_axis(answers, places + 1, True, axis=1)
+        return Rows(ids, answers)
+
+
+def _answered(shown: Positions, answers: Positions) -> Rows:
+    """Return rows of what is shown, with the answers after it."""
+    counted = np.concatenate((np.zeros_like(shown, dtype=bool), np.ones_like(answers, dtype=bool)), axis=1)
+    return Rows(np.concatenate((shown, answers), axis=1), counted)
+
+
+def _distinct(
+    random: np.random.Generator, count: int, choices: int, size: int, *, weights: NDArray[np.float64] | None = None
+) -> Positions:
+    """Return `count` rows of `size` different numbers below `choices`, drawn one after another by weight.
+
+    The smallest of exponential waiting times come in the order of such draws (Efraimidis and Spirakis 2006).
+    """
+    waits = random.exponential(size=(count, choices)) / (1.0 if weights is None else weights)
+    return np.argsort(waits, axis=1, kind="stable")[:, :size].astype(np.int64)
+
+
+def _letters(letter: str, count: int) -> list[str]:
+    return [f"{letter}{number}" for number in range(count)]
+
+
+def _check(least: int, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < least:
+            raise ValueError(f"data.task.{name} ({size}) must be at least {least}")
+
+
+def _check_context(context: int, *, least: int, what: str) -> None:
+    if context < least:
+        raise ValueError(f"data.context ({context}) must be at least {least}: {what}")
