@@ -53,13 +53,13 @@ def _loss(axes: "Axes", rows: Sequence[Row]) -> None:
         axes.plot(*_thin(steps, _smooth(train)), color=BLUE, linewidth=1.8, label="train, smoothed")
     steps, val = _column(rows, "val/loss")
     if len(steps):
-        axes.plot(steps, val, color=ORANGE, marker="o", markersize=4, linewidth=1.2, label="validation")
+        axes.plot(steps, val, color=ORANGE, marker=_marker(steps), markersize=4, linewidth=1.2, label="validation")
 
 
 def _bits_per_byte(axes: "Axes", rows: Sequence[Row]) -> None:
     steps, bpb = _column(rows, "val/bpb")
     if len(steps):
-        axes.plot(steps, bpb, color=ORANGE, marker="o", markersize=4, linewidth=1.5)
+        axes.plot(steps, bpb, color=ORANGE, marker=_marker(steps), markersize=4, linewidth=1.5)
         best = int(bpb.argmin())
         axes.plot(steps[best], bpb[best], marker="o", markersize=9, markerfacecolor="none", color=BLUE)
         label = f"best {bpb[best]:.4f} at step {steps[best]:,.0f}"
@@ -82,6 +82,11 @@ def _speed(axes: "Axes", rows: Sequence[Row]) -> None:
         axes.axhline(median, color=GREY, linewidth=1.0, linestyle="--", label=f"median {median:,.0f}")
         axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_ylim(bottom=0.0)
+
+
+def _marker(steps: Floats) -> str:
+    """Return the mark of a point, none where they are many."""
+    return "o" if len(steps) <= 40 else ""
 
 
 def _column(rows: Sequence[Row], name: str) -> tuple[Floats, Floats]:

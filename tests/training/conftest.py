@@ -4,8 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from lightning.pytorch import Callback
 
 from performer_lm.cli import usage_errors
+from performer_lm.training.callbacks.summary import ModelSummary
 from performer_lm.training.loggers import record
 from performer_lm.training.run import Run, prepare
 
@@ -14,9 +16,10 @@ Start = Callable[..., Run]
 
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
-    """Return a function from overrides to a tiny run on a text of our own; it draws no picture, which takes a while."""
+    """Return a function from overrides to a tiny run on a text of our own; it skips picture and costs, to be quick."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(record, "draw_metrics", lambda *arguments, **options: None)
+    monkeypatch.setattr(ModelSummary, "on_train_start", Callback.on_train_start)
     text = "".join(f"line {index} says {index * 37 % 101}\n" for index in range(1500))
     Path("text.txt").write_text(text)
 

@@ -1,8 +1,11 @@
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from performer_lm.training.loggers.record import read_metrics
 
@@ -24,3 +27,32 @@ def test_steps_between_are_not_logged(start: Callable[..., Any]) -> None:
     rows = [row for row in read_metrics(Path("runs/a/metrics.jsonl")) if "train/loss" in row]
     assert [row["step"] for row in rows] == [2, 4, 5]
     assert all("train/grad_norm" in row for row in rows)
+
+
+class Clipped(Callback):
+    """Keeps the norm of the gradients that an update is made with."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
+        if gradients:
+            self.norms.append(float(torch.stack([gradient.norm() for gradient in gradients]).norm()))
+
+
+@pytest.mark.parametrize("bound", [0.05, 1e9, None])
+def test_gradients_are_scaled_down_to_the_bound_and_logged_as_they_were(
+    start: Callable[..., Any], bound: float | None
+) -> None:
+    spelled = "null" if bound is None else bound
+    run, kept = (
+        start(f"trainer.gradient_clip_val={spelled}", "trainer.max_steps=5", "trainer.val_every=5", "run_dir=runs/a"),
+        Clipped(),
+    )
+    run.trainer.callbacks.append(kept)
+    run.fit()
+    logged = [row["train/grad_norm"] for row in read_metrics(Path("runs/a/metrics.jsonl")) if "train/grad_norm" in row]
+    assert len(kept.norms) == 4  # before each step but the first there are those of the one before
+    assert kept.norms == pytest.approx([min(norm, bound or math.inf) for norm in logged[:4]], rel=1e-4)
+    assert min(logged) > 0.05

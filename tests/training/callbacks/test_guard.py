@@ -5,7 +5,9 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from performer_lm.training.callbacks import guard
+from performer_lm.training.callbacks.guard import NonFiniteGuard
 from performer_lm.training.run import Run
 
 Start = Callable[..., Run]
@@ -101,6 +104,21 @@ def test_a_loss_that_is_not_finite_stops_too(start: Start, monkeypatch: pytest.M
         run.fit()
     told = json.loads(Path("runs/a/nonfinite/step=000001.json").read_text())
     assert told["not_finite_weights"] == ["model.head.weight"]
+
+
+@pytest.mark.parametrize(("loss", "norm", "stops"), [(1.0, math.inf, False), (math.nan, 1.0, True)])
+def test_a_loss_scaler_minds_the_gradients_itself(
+    steps: Any, tmp_path: Path, loss: float, norm: float, stops: bool
+) -> None:
+    shown, watch = steps(), NonFiniteGuard()
+    shown.trainer.precision_plugin = SimpleNamespace(scaler=object())
+    shown.trainer.optimizers = [torch.optim.SGD([torch.zeros(1)], lr=0.1)]
+    shown.trainer.global_rank = 0
+    shown.named_parameters = lambda: iter(())
+    watch.run = SimpleNamespace(folder=tmp_path)  # type: ignore[assignment]
+    shown.step = 1
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 1") if stops else nullcontext():
+        watch.on_gradients(shown.trainer, shown, loss=torch.tensor(loss), norm=torch.tensor(norm))
 
 
 SPOILT = """
