@@ -4,8 +4,9 @@
     python benchmarks/kill_test.py --cases 2 --kills 1 --saves 5 --seed 7
 
 Every run is the real train.py, in a process forked from one that has imported what it needs, ended by SIGKILL and
-started again with `ckpt=auto`. Compared are the losses and gradient norms of every step, every validation, and the
-whole last checkpoint: weights, projections, optimizer, schedule, generators, counters, the data's position, averages.
+started again with `ckpt=auto`. Compared are the losses and gradient norms of every step, every validation and sample,
+and the whole last checkpoint: weights, projections, optimizer, schedule, generators, counters, the data's position,
+averages.
 
 Then kills during saves: a process that does nothing but save is killed again and again; each time the last file it
 reported must be there and whole.
@@ -105,7 +106,7 @@ def run_case(options: list[str], *, kills: int, chance: random.Random) -> tuple[
 
 
 def differences(whole: Path, broken: Path) -> Iterator[str]:
-    """Yield the place of each difference between two runs: rows of the record, then tensors and numbers of the file."""
+    """Yield the place of each difference between two runs: rows of the record, samples, then what files hold."""
     rows = [[strip(row) for row in read_metrics(run / "metrics.jsonl")] for run in (whole, broken)]
     if [row["step"] for row in rows[0]] != [row["step"] for row in rows[1]]:
         yield "metrics.jsonl: other steps"
@@ -113,6 +114,8 @@ def differences(whole: Path, broken: Path) -> Iterator[str]:
         if ours != theirs:
             yield f"metrics.jsonl: {ours} / {theirs}"
             break
+    if (whole / "samples.txt").read_bytes() != (broken / "samples.txt").read_bytes():
+        yield "samples.txt"
     for name in ("last", "best"):
         files = [checkpoint.read(run / "checkpoints" / f"{name}.ckpt").content for run in (whole, broken)]
         yield from (f"{name}.ckpt: {place}" for place in unequal(*files))

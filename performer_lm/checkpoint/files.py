@@ -51,9 +51,9 @@ def save(content: Mapping[str, Any], path: Path) -> None:
         digest = _digest(temporary)
         sidecar = sidecar_of(path)
         known = sidecar.read_text().splitlines()[:1] if sidecar.exists() else []
-        _write(sidecar, [f"{digest}  {path.name}", *known])
+        replace_text(sidecar, "".join(f"{line}\n" for line in (f"{digest}  {path.name}", *known)))
         os.replace(temporary, path)
-        _write(sidecar, [f"{digest}  {path.name}"])
+        replace_text(sidecar, f"{digest}  {path.name}\n")
         _sync(path.parent)
     except (OSError, RuntimeError) as error:  # torch's writer turns a failed write into a RuntimeError
         raise _unwritable(path, content, error) from error
@@ -108,6 +108,19 @@ def point(link: Path, target: Path) -> None:
         shutil.copyfile(target, temporary)
     os.replace(temporary, link)
     _sync(link.parent)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Put `text` in the place of a file's content in one move: whoever reads it finds the old text or the new."""
+    temporary = _temporary(path)
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def sidecar_of(path: Path) -> Path:
@@ -197,18 +210,6 @@ def _temporary(path: Path) -> Path:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write(path: Path, lines: list[str]) -> None:
-    temporary = _temporary(path)
-    try:
-        with temporary.open("w") as file:
-            file.write("\n".join(lines) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _sync(folder: Path) -> None:

@@ -14,6 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from performer_lm.cli.choices import dotted_choice
 from performer_lm.cli.errors import UsageError
 from performer_lm.cli.mistakes import COMPOSITION_ERRORS, Mistakes, in_one_line
 
@@ -49,7 +50,9 @@ class Composer:
         else is wrong can be found too; after a wrong choice it is not known which keys there are.
         """
         try:
-            return Composed(self._jobs(overrides, multirun=multirun))
+            dotted = self._dotted(overrides)
+            rest = [text for text in overrides if text not in dotted]
+            return Composed(self._jobs(rest, multirun=multirun), list(dotted.values()))
         except COMPOSITION_ERRORS as error:
             mistakes = self._mistakes(overrides, multirun=multirun)
             problems = [*mistakes.choices.values(), *mistakes.keys.values()] or [in_one_line(error)]
@@ -61,6 +64,12 @@ class Composer:
         """Return what is wrong with `overrides`, or else what `error` says."""
         mistakes = self._mistakes(overrides, multirun=multirun)
         return UsageError(*([*mistakes.choices.values(), *mistakes.keys.values()] or [in_one_line(error)]))
+
+    def _dotted(self, overrides: Sequence[str]) -> dict[str, str]:
+        """Return, with its problem, each override that Hydra takes for a value and its user means as a choice."""
+        parsed = OverridesParser.create(self.loader).parse_overrides(list(overrides))
+        problems = ((str(override.input_line), dotted_choice(self.loader, override)) for override in parsed)
+        return {text: problem for text, problem in problems if problem}
 
     def _mistakes(self, overrides: Sequence[str], *, multirun: bool) -> Mistakes:
         return Mistakes.find(self.loader, self.config_name, overrides, multirun=multirun)

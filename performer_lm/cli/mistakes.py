@@ -3,6 +3,7 @@
 Hydra stops at its first mistake and says it in its own words. This room is entered only after composition failed.
 """
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -10,14 +11,15 @@ from typing import Any, Self
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from performer_lm.cli.errors import did_you_mean, nearest_key
+from performer_lm.cli.choices import is_choice, misplaced, no_choice, options, wrong_choices
+from performer_lm.cli.errors import nearest_key
 from performer_lm.cli.schema import HYDRA_KEYS, parameters
 from performer_lm.cli.targets import resolve
 
@@ -44,16 +46,16 @@ class Mistakes:
     def find(cls, loader: ConfigLoaderImpl, config_name: str, overrides: Sequence[str], *, multirun: bool) -> Self:
         """Look at each override by itself."""
         found = cls()
-        names = _options(loader, "")
+        names = options(loader, "")
         if not loader.repository.config_exists(config_name):
-            found.choices["--config-name"] = _no_choice("--config-name", config_name, names)
+            found.choices["--config-name"] = no_choice("--config-name", config_name, names)
             return found
         parsed = found._parse(loader, overrides, multirun=multirun)
-        choices = [override for override in parsed if _is_choice(loader, override)]
+        choices = [override for override in parsed if is_choice(loader, override)]
         for override in choices:
-            found.choices |= {str(override.input_line): problem for problem in _wrong_choices(loader, override)}
+            found.choices |= {str(override.input_line): problem for problem in wrong_choices(loader, override)}
         if not found.choices:
-            found._look_up(loader, config_name, choices, [o for o in parsed if not _is_choice(loader, o)])
+            found._look_up(loader, config_name, choices, [o for o in parsed if not is_choice(loader, o)])
         return found
 
     def _parse(self, loader: ConfigLoaderImpl, overrides: Sequence[str], *, multirun: bool) -> list[Override]:
@@ -72,11 +74,10 @@ class Mistakes:
         self, loader: ConfigLoaderImpl, config_name: str, choices: list[Override], settings: list[Override]
     ) -> None:
         """Compose with the choices alone, look up the key of every other override in the result, and try each."""
+        base = self._choose(loader, config_name, sorted(choices, key=lambda choice: choice.key_or_group.count("/")))
+        if base is None or self.choices:
+            return
         chosen = [str(override.input_line) for override in choices]
-        try:
-            base = loader.load_configuration(config_name, chosen, run_mode=RunMode.MULTIRUN)
-        except COMPOSITION_ERRORS:
-            return  # the config files themselves are wrong
         groups = loader.repository.get_group_options("", ObjectType.GROUP)
         for override in settings:
             self.keys |= {str(override.input_line): problem for problem in _wrong_key(override, base, groups)}
@@ -84,49 +85,58 @@ class Mistakes:
             try:
                 loader.load_configuration(config_name, [*chosen, text], run_mode=RunMode.MULTIRUN)
             except COMPOSITION_ERRORS as error:
-                self.keys[text] = f"{text}: {in_one_line(error)}"
+                self.keys[text] = f"{text}: {in_one_line(error.__cause__ or error)}"
+
+    def _choose(self, loader: ConfigLoaderImpl, config_name: str, choices: list[Override]) -> DictConfig | None:
+        """Compose with one choice after the other, outer groups first; None where config files are wrong."""
+        taken: list[str] = []
+        try:
+            base = loader.load_configuration(config_name, taken, run_mode=RunMode.MULTIRUN)
+        except COMPOSITION_ERRORS:
+            return None
+        for override in choices:
+            text = str(override.input_line)
+            try:
+                base = loader.load_configuration(config_name, [*taken, text], run_mode=RunMode.MULTIRUN)
+            except COMPOSITION_ERRORS as error:
+                self.choices[text] = misplaced(loader, override, base) or f"{text}: {in_one_line(error)}"
+            else:
+                taken.append(text)
+        return base
 
 
 def in_one_line(error: BaseException) -> str:
     """Return what an error and its cause say, on one line, without Hydra's list of search paths."""
     chain = [error] + ([error.__cause__] if error.__cause__ is not None else [])
-    texts = [" ".join(str(link).partition("\nConfig search path")[0].split()) for link in chain]
+    texts = [_in_words(str(link)) for link in chain]
     return ": ".join(text for text in texts if text) or type(error).__name__
 
 
-def _options(loader: ConfigLoaderImpl, group: str) -> list[str]:
-    names = loader.repository.get_group_options(group, ObjectType.CONFIG)
-    return [name for name in names if not name.startswith("_")]
-
-
-def _is_choice(loader: ConfigLoaderImpl, override: Override) -> bool:
-    return loader.repository.group_exists(override.key_or_group) and not isinstance(override.value(), dict)
+def _in_words(text: str) -> str:
+    """Return an error's words without what only its own library can use: search paths, node types, parser states."""
+    told = text.partition("\nConfig search path")[0].splitlines()
+    kept = [line for line in told if not line.strip().startswith(("full_key:", "object_type=", "reference_type="))]
+    words = " ".join(" ".join(kept).split())
+    if words.startswith(("no viable alternative", "token recognition error", "mismatched input", "extraneous input")):
+        return (
+            rf"`${{` begins an interpolation, and this one does not end well; for the characters write \${{ ({words})"
+        )
+    return words
 
 
 def _syntax(text: str, error: HydraException) -> str:
     if "=" not in text and not text.startswith("~"):
         return f"{text}: wanted key=value"
     reason = [line for line in str(error).splitlines() if not line.startswith(("See ", "Error parsing override"))]
-    return f"{text}: not a valid override: {' '.join(' '.join(reason).split())}"
+    said = " ".join(" ".join(reason).split()).partition("Exception: ")[0]
+    return f"{text}: not a valid override ({said}); to give it as text write {_as_text(text)}"
 
 
-def _wrong_choices(loader: ConfigLoaderImpl, override: Override) -> Iterator[str]:
-    group = override.key_or_group
-    if override.is_delete() and override.value() is None:
-        return
-    values: list[Any] = [override.value()]
-    if override.is_sweep_override():
-        values = list(override.sweep_iterator()) if override.is_discrete_sweep() else []
-    for value in values:
-        for name in value if isinstance(value, list) else [value]:
-            text = "null" if name is None else str(getattr(name, "text", name))
-            if not loader.repository.config_exists(f"{group}/{text}"):
-                yield _no_choice(override.get_key_element(), text, _options(loader, group))
-
-
-def _no_choice(key: str, name: str, options: Sequence[str]) -> str:
-    nearest = did_you_mean(name, options, prefix=f"{key}=")
-    return f"{key}={name}: no such choice{nearest} (choices: {', '.join(options)})"
+def _as_text(text: str) -> str:
+    """Return an override as a shell takes it and Hydra reads its value as it stands: `"a='[1'"`."""
+    key, _, value = text.partition("=")
+    quoted = f"{key}={QuotedString(value, Quote.single).with_quotes()}"
+    return shlex.quote(quoted) if set('"$`!\\') & set(quoted) else f'"{quoted}"'
 
 
 def _wrong_key(override: Override, base: DictConfig, groups: Sequence[str]) -> Iterator[str]:
@@ -137,6 +147,8 @@ def _wrong_key(override: Override, base: DictConfig, groups: Sequence[str]) -> I
             yield f"{line}: {key} is in the config already; write {line.lstrip('+')}"
     elif name != "" and not override.is_force_add():
         yield f"{'~' * override.is_delete()}{key}: {_unknown(base, groups, parent=parent, name=name, key=key)}"
+    elif isinstance(_at(base, key), DictConfig) and isinstance(override.value(), list) and not override.is_delete():
+        yield f"{line}: wanted a section (key=value pairs below {key}), got a list"
 
 
 def _at(cfg: DictConfig, path: str) -> Any:
@@ -163,9 +175,9 @@ def _unknown(base: DictConfig, groups: Sequence[str], *, parent: str, name: str,
     names = [str(other) for other in section] if isinstance(section, DictConfig) else []
     names += [] if parent else groups
     below = key.removeprefix(prefix + name)
-    known = {*names, *accepted} - {"hydra", *HYDRA_KEYS}
-    whole = [other + below for other in sorted(known)]
-    return f"unknown key{_same_name(base, key) or nearest_key(name + below, whole, prefix=prefix)}"
+    known = sorted({*names, *accepted} - {"hydra", *HYDRA_KEYS})
+    whole = [other + below for other in known if not below or _split(base, prefix + other + below)[1] == ""]
+    return f"unknown key{_same_name(base, key) or nearest_key(name + below, whole or known, prefix=prefix)}"
 
 
 def _accepted(section: Any) -> list[str]:

@@ -1,4 +1,7 @@
+import shlex
+
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import setup_globals
 
 from performer_lm.cli.compose import Composer
@@ -31,7 +34,10 @@ def mistakes(tree, *overrides, multirun=False, config_name="train"):
         ("+seed=1", "+seed=1: seed is in the config already; write seed=1"),
         ("~sede", "~sede: unknown key; did you mean seed?"),
         ("flash", "flash: wanted key=value"),
-        ("a=[1", "a=[1: not a valid override: no viable alternative at input '[1'"),
+        (
+            "a=[1",
+            "a=[1: not a valid override (no viable alternative at input '[1'); to give it as text write \"a='[1'\"",
+        ),
         ("attn=flash,exact", "attn=flash,exact: several values need -m (or --multirun)"),
         ("seed=range(3)", "seed=range(3): several values need -m (or --multirun)"),
     ],
@@ -48,7 +54,7 @@ def test_each_mistake_is_one_line_with_the_nearest_name(tree, override, problem)
 
 def test_all_mistakes_are_listed(tree):
     assert mistakes(tree, "attn=falsh", "model=smal", "seed=3", "x=[") == [
-        "x=[: not a valid override: no viable alternative at input '['",
+        "x=[: not a valid override (no viable alternative at input '['); to give it as text write \"x='['\"",
         "attn=falsh: no such choice; did you mean attn=flash? (choices: exact, favor, flash)",
         "model=smal: no such choice; did you mean model=small? (choices: small)",
     ]
@@ -92,3 +98,36 @@ def test_a_broken_config_file_is_one_line(tree, text, words):
     [line] = mistakes(tree)
     assert words in line
     assert "\n" not in line
+
+
+@pytest.fixture
+def parts(tree):
+    """Let attn=favor choose features, as attn=flash does not."""
+    (tree / "attn" / "features").mkdir()
+    (tree / "attn" / "features" / "positive.yaml").write_text("a: 1\n")
+    (tree / "attn" / "favor.yaml").write_text("defaults: [features: positive]\nmomentum: 0.1\n")
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (
+            ["attn=flash", "attn/features=positive"],
+            "attn/features=positive: attn=flash has no attn/features to choose; with one: attn=favor",
+        ),
+        (["attn.features=positive"], "choices are made with a slash; did you mean attn/features=positive?"),
+        (["attn.features=positiv"], "attn/features=positiv: no such choice; did you mean attn/features=positive?"),
+        (["seed='${'"], "`${` begins an interpolation, and this one does not end well"),
+    ],
+)
+def test_a_choice_in_the_wrong_place_or_way_is_told(parts, overrides, problem):
+    [line] = mistakes(parts, *overrides)
+    assert problem in line
+
+
+@pytest.mark.parametrize("override", ["a=[1", "a=it's [", "a=$["])
+def test_what_is_advised_for_text_gives_it(tree, override):
+    [line] = mistakes(tree, override)
+    [typed] = shlex.split(line.rpartition("write ")[2])
+    assert OverridesParser.create().parse_override(typed).value() == override.partition("=")[2]

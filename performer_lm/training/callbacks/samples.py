@@ -1,10 +1,13 @@
 """What the model writes while it learns."""
 
 import logging
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from lightning.pytorch import LightningModule, Trainer
 
+from performer_lm.checkpoint import replace_text
 from performer_lm.generation.decode import stream_text
 from performer_lm.generation.sampling import Sampler
 from performer_lm.training.callbacks.base import RunCallback
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
     from performer_lm.training.task import LanguageModelTask
 
 log = logging.getLogger("performer_lm")
+_TITLE = re.compile(r"^=== sample at step (\d+) ===$", re.MULTILINE)
 
 
 class Samples(RunCallback):
@@ -30,8 +34,17 @@ class Samples(RunCallback):
         self.sampler = Sampler(temperature=temperature, top_k=top_k)
         self.seed = seed
 
+    @property
+    def file(self) -> Path:
+        """Return the file that samples are appended to."""
+        return self.run.folder / "samples.txt"
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make sure that the prompt can be written."""
+        """Drop what was written after the step that is restored, and make sure that the prompt can be written."""
+        if trainer.is_global_zero and self.file.exists():
+            with self.file.open(encoding="utf-8", errors="replace", newline="") as file:
+                written = file.read()
+            replace_text(self.file, cut(written, step=trainer.global_step))
         try:
             self.run.tokenizer.encode(self.prompt)
         except ValueError as error:
@@ -55,8 +68,14 @@ class Samples(RunCallback):
         )
         title = f"sample at step {trainer.global_step}"
         log.info("--- %s ---\n%s%s\n%s", title, self.prompt, continuation, "-" * (len(title) + 8))
-        with (self.run.folder / "samples.txt").open("a", encoding="utf-8") as file:
+        with self.file.open("a", encoding="utf-8", newline="") as file:
             file.write(f"=== {title} ===\n{self.prompt}{continuation}\n\n")
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.log_sample(self.prompt, continuation, step=trainer.global_step)
+
+
+def cut(written: str, *, step: int) -> str:
+    """Return the samples of a `samples.txt` up to `step`."""
+    later = (found for found in _TITLE.finditer(written) if int(found[1]) > step)
+    return written[: next((found.start() for found in later), len(written))]

@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from performer_lm import checkpoint
 from performer_lm.training.loggers.base import RunLogger
 from performer_lm.training.plot import draw_metrics
 
@@ -50,12 +50,8 @@ class MetricsLogger(Logger, RunLogger):
     def begin(self, folder: Path, *, step: int) -> None:
         """Drop what was logged after `step`, and a last line that a kill cut short."""
         if self.record.exists():
-            temporary = self.record.with_suffix(".tmp")
-            with temporary.open("w") as file:
-                file.writelines(_line(row) for row in read_metrics(self.record) if row["step"] <= step)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.record)
+            kept = [row for row in read_metrics(self.record) if row["step"] <= step]
+            checkpoint.replace_text(self.record, "".join(map(_line, kept)))
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:

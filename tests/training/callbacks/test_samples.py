@@ -1,11 +1,13 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 from performer_lm import checkpoint
 from performer_lm.generation.decode import stream_text
 from performer_lm.generation.sampling import Sampler
+from performer_lm.training.callbacks.samples import cut
 from performer_lm.training.run import Run
 
 Start = Callable[..., Run]
@@ -29,3 +31,11 @@ def test_sampling_changes_nothing_of_the_run(start: Start) -> None:
         start("model.dropout=0.1", *more, f"run_dir=runs/{run}").fit()
     one, other = (checkpoint.read(Path(f"runs/{run}/checkpoints/last.ckpt")).weights for run in ("with", "without"))
     assert all(torch.equal(torch.as_tensor(value), torch.as_tensor(other[name])) for name, value in one.items())
+
+
+WRITTEN = "=== sample at step 2 ===\nab\n\n=== sample at step 4 ===\ncd === sample at step 9 ===\n\n=== sample at st"
+
+
+@pytest.mark.parametrize(("step", "kept"), [(1, 0), (2, WRITTEN.index("=== sample at step 4")), (4, len(WRITTEN))])
+def test_a_rewound_run_forgets_later_samples(step: int, kept: int) -> None:
+    assert cut(WRITTEN, step=step) == WRITTEN[:kept]

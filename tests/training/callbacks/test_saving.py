@@ -51,6 +51,7 @@ def test_a_run_goes_on_alike_from_every_checkpoint_it_made(start: Start) -> None
         assert all(torch.equal(value, again.weights[key]) for key, value in whole.weights.items())
         assert torch.equal(whole.content["random"][0]["torch"], again.content["random"][0]["torch"])
         assert record("runs/again") == record("runs/whole")
+        assert Path("runs/again/samples.txt").read_bytes() == Path("runs/whole/samples.txt").read_bytes()
         shutil.rmtree("runs/again")
 
 
