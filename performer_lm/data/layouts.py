@@ -93,7 +93,7 @@ class StreamLayout(ShuffledLayout):
     def _draw(self, epoch: int) -> Positions:
         random = np.random.default_rng([self._seed, epoch])
         count = self.per_epoch
-        offset = int(random.integers(min(self._context, self._num_ids - count * self._context)))
+        offset = int(random.integers(self._num_ids - count * self._context))
         return self._first + offset + self._context * random.permutation(count)
 
     def _cut(self, chosen: Positions) -> Spans:

@@ -36,8 +36,16 @@ def test_each_epoch_is_all_windows_once_from_an_offset(size, batch_size):
     for epoch in range(3):
         ordered = sorted(starts[epoch * per_epoch : (epoch + 1) * per_epoch])
         assert ordered == list(range(ordered[0], ordered[0] + per_epoch * context, context))
-        assert 0 <= ordered[0] < context
+        assert 0 <= ordered[0] < 2 * context
         assert ordered[-1] + context + 1 <= num_ids
+
+
+@given(size=sizes)
+def test_every_id_has_its_turn_as_an_input_and_as_a_target(size):
+    context, num_ids = size
+    starts = np.array(starts_of(num_ids, context, 400 * windows_per_epoch(num_ids, context=context)))
+    inputs = set((np.unique(starts)[:, None] + np.arange(context)).flatten().tolist())
+    assert inputs == set(range(num_ids - 1))
 
 
 @given(size=sizes, batch_size=st.integers(1, 40), places=st.lists(st.integers(0, 200), max_size=9))
