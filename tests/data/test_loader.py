@@ -1,8 +1,12 @@
+import gc
+import multiprocessing
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 from performer_lm.data.ids import HostIds
 from performer_lm.data.layouts import HeldOutStream, StreamLayout
@@ -28,10 +32,10 @@ def shares(micro_batch: int, accumulation: int, ranks: int) -> list[Share]:
     return [Share(batch_size=size, accumulation=accumulation, ranks=ranks, rank=rank) for rank in range(ranks)]
 
 
-def loader(*, steps: int = 6, accumulation: int = 2, done: int = 0, num_workers: int = 0) -> TrainLoader:
+def loader(*, steps: int = 6, accumulation: int = 2, done: int = 0, **options) -> TrainLoader:
     share = Share(batch_size=4, accumulation=accumulation, ranks=1, rank=0)
     batches = TrainBatches(windows(), share, steps=steps)
-    return TrainLoader(batches, accumulation=accumulation, done=lambda: done, num_workers=num_workers)
+    return TrainLoader(batches, accumulation=accumulation, done=lambda: done, **{"num_workers": 0, **options})
 
 
 @given(micro_batch=counts, accumulation=counts, ranks=counts)
@@ -80,3 +84,43 @@ def test_positions_are_what_a_trainer_with_several_ranks_leaves_alone():
     assert isinstance(positions, torch.utils.data.DistributedSampler)
     positions.set_epoch(3)
     assert list(positions) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("start_method", "workers"),
+    [("fork", 1), ("fork", 2), *(pytest.param(name, 2, marks=pytest.mark.slow) for name in ("spawn", "forkserver"))],
+)
+def test_however_workers_start_the_order_is_the_same_and_none_is_left(tmp_path, start_method, workers):
+    path = tmp_path / "ids.bin"
+    IDS.tofile(path)
+    mapped = HostIds(np.memmap(path, dtype=np.uint16, mode="r"))
+    batches = TrainBatches(
+        TextWindows(mapped, StreamLayout(len(IDS), seed=0, context=8), context=8),
+        Share(batch_size=4, accumulation=2, ranks=1, rank=0),
+        steps=6,
+    )
+    wanted = torch.stack(list(loader()))
+    options = {"num_workers": workers, "start_method": start_method}
+    assert torch.equal(torch.stack(list(TrainLoader(batches, accumulation=2, done=lambda: 0, **options))), wanted)
+    persistent = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=Positions(batches),
+        num_workers=workers,
+        multiprocessing_context=start_method,
+        persistent_workers=True,
+    )
+    for _ in range(2):
+        assert torch.equal(torch.stack(list(persistent)), wanted)
+    persistent._iterator._shutdown_workers()  # type: ignore[union-attr]
+    del persistent
+    assert multiprocessing.active_children() == []
+
+
+def test_a_loader_that_is_left_in_the_middle_leaves_no_process():
+    running = iter(loader(num_workers=2, steps=1000))
+    next(running)
+    assert len(multiprocessing.active_children()) == 2
+    del running
+    gc.collect()
+    assert multiprocessing.active_children() == []

@@ -1,4 +1,5 @@
 import re
+import resource
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from performer_lm.data.corpora.files import Files
 from performer_lm.data.text import TextData
-from performer_lm.data.tokenizer.recipes import TokenizerFile
+from performer_lm.data.tokenizer.recipes import BytePairs, Bytes, TokenizerFile
 from performer_lm.data.windows import IGNORE, FiniteWindows, shift
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -237,3 +238,62 @@ def test_with_a_tokenizer_that_loses_text_bytes_are_those_of_the_text(text_data,
         assert round(counted_bytes(data.validation)) in {sum(pair) for pair in combinations(sizes.tolist(), 2)} | {
             sum(three) for three in combinations(sizes.tolist(), 3)
         }
+
+
+def test_documents_shorter_than_the_context_are_packed_and_none_is_dropped(text_data, tmp_path):
+    few = corpora(tmp_path, few={str(number): chr(ord("a") + number) * 3 for number in range(20)})
+    data = text_data(corpora=few, context=30)
+    data.prepare()
+    seen = set(data.training.rows(np.arange(60)).flatten().tolist())
+    assert seen == set(data.train_ids.tolist())
+
+
+@pytest.mark.parametrize("missing", [1, 0])
+def test_one_token_short_of_a_window_is_too_short(text_data, missing):
+    data = text_data()
+    data.prepare()
+    context = len(data.train_ids) - 1 + missing
+    again = text_data(context=context)
+    if missing:
+        with pytest.raises(ValueError, match=rf"has {context} tokens for training; one window needs {context + 1} "):
+            again.prepare()
+    else:
+        again.prepare()
+        assert torch.equal(batch(again, 0), torch.from_numpy(data.train_ids.astype(np.int64)).expand(8, -1))
+
+
+def test_a_batch_may_be_larger_than_an_epoch(text_data):
+    data = text_data(context=200)
+    data.prepare()
+    rows = data.training.rows(np.arange(500))
+    assert rows.shape == (500, 201)
+    assert len(torch.unique(rows, dim=0)) < 500
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"\0" * 500, b"a\r\nb\r\n" * 90, b"\xef\xbb\xbfabc " * 90, b"\n" * 500, ("=" * 300 + " \u3000").encode() * 3],
+)
+@pytest.mark.parametrize("recipe", [Bytes(), BytePairs(vocab_size=300, train_bytes=10**6)], ids=["bytes", "bpe"])
+def test_texts_that_are_hard_to_read_come_back_byte_for_byte(text_data, tmp_path, text, recipe):
+    (tmp_path / "hard.txt").write_bytes(text)
+    data = text_data(corpora={"hard": Files(path=str(tmp_path / "hard.txt"), include=[])}, tokenizer=recipe, context=4)
+    data.prepare()
+    both = (data.tokenizer.decode_bytes(ids) for ids in (data.train_ids, data.held_out_ids))
+    assert b"".join(both) == text.removeprefix(b"\xef\xbb\xbf")
+
+
+@pytest.mark.slow
+def test_a_line_of_100_megabytes_is_read_whole_and_in_bounded_memory(text_data, tmp_path):
+    words = np.random.default_rng(0).integers(0, 1000, 20_000_000)
+    text = b" ".join(b"%04d" % word for word in words)
+    (tmp_path / "long.txt").write_bytes(text)
+    recipe = BytePairs(vocab_size=600, train_bytes=1 << 20)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    data = text_data(corpora={"long": Files(path=str(tmp_path / "long.txt"), include=[])}, tokenizer=recipe)
+    data.prepare()
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    lengths = data.tokenizer.byte_lengths()
+    assert int(lengths[data.train_ids].sum() + lengths[data.held_out_ids].sum()) == len(text)
+    assert text.startswith(data.tokenizer.decode_bytes(data.train_ids[:1000]))
+    assert grown < 2000  # MiB: the text, its characters and its ids, several times over; not its encodings
