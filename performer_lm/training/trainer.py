@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import CheckpointIO
@@ -15,6 +14,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from performer_lm import checkpoint
 from performer_lm.checkpoint import Checkpoint
 from performer_lm.training.callbacks.saving import Checkpoints
+from performer_lm.training.precision import choose_precision
 from performer_lm.training.processes import make_strategy
 
 
@@ -67,7 +67,7 @@ def make_trainer(
         devices: of Lightning.
         num_nodes: of Lightning.
         strategy, timeout: of `make_strategy`.
-        precision: of Lightning; `auto` is bf16-mixed on an accelerator and 32-true on a CPU.
+        precision: of `choose_precision`.
         accumulate_grad_batches: micro-batches per optimizer step.
         gradient_clip_val: largest global gradient norm; None for no clipping.
         save_every, save_minutes, keep_checkpoints: of `callbacks.saving.Checkpoints`, which the trainer is given later.
@@ -79,8 +79,7 @@ def make_trainer(
         raise ValueError(f"trainer.accumulate_grad_batches must be at least 1, got {accumulate_grad_batches}")
     Checkpoints(Path(), every=save_every, minutes=save_minutes, keep=keep_checkpoints)  # refuses what is out of range
     _quiet()
-    accelerated = accelerator not in ("auto", "cpu") or (accelerator == "auto" and torch.accelerator.is_available())
-    chosen: Any = ("bf16-mixed" if accelerated else "32-true") if precision == "auto" else precision
+    chosen: Any = choose_precision(precision, accelerator=accelerator)
     return Trainer(
         max_steps=max_steps,
         max_epochs=-1,

@@ -13,7 +13,25 @@ from performer_lm.nn.mixing import LogDecay
 from performer_lm.objectives import NextToken
 from performer_lm.performer import Performer
 from performer_lm.training.loggers.record import read_metrics
+from performer_lm.training.precision import choose_precision
 from performer_lm.training.run import Run
+
+
+@pytest.mark.parametrize(
+    ("asked", "found", "wanted"),
+    [
+        ("auto", {"avx512_bf16": True, "amx_bf16": False}, "bf16-mixed"),
+        ("auto", {"avx512_bf16": False, "amx_bf16": True}, "bf16-mixed"),
+        ("auto", {"avx512_bf16": False, "amx_bf16": False}, "32-true"),
+        ("auto", {"sve": True}, "32-true"),
+        ("64-true", {"avx512_bf16": True}, "64-true"),
+    ],
+)
+def test_a_processor_that_multiplies_bfloat16_does(
+    monkeypatch: pytest.MonkeyPatch, asked: str, found: dict[str, bool], wanted: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    assert choose_precision(asked, accelerator="cpu") == wanted
 
 
 def losses(run: str) -> list[float]:

@@ -13,7 +13,7 @@ SETTINGS: dict[str, Any] = {
     "num_nodes": 1,
     "strategy": "auto",
     "timeout": 10,
-    "precision": "auto",
+    "precision": "32-true",
     "accumulate_grad_batches": 3,
     "gradient_clip_val": 1.0,
     "save_every": None,

@@ -23,23 +23,25 @@ class ModelSummary(RunCallback):
             with torch.device("meta"):
                 sketch = checkpoint.build(task.section["model"])
             cost = measure_cost(sketch, task.objective, context=data.context)
-            log.info("%s", describe_cost(cost, context=data.context, sequences=data.share(trainer).micro_batch))
+            sequences, precision = data.share(trainer).micro_batch, str(trainer.precision)
+            log.info("%s", describe_cost(cost, context=data.context, sequences=sequences, precision=precision))
 
 
-def describe_cost(cost: Cost, *, context: int, sequences: int) -> str:
+def describe_cost(cost: Cost, *, context: int, sequences: int, precision: str) -> str:
     """Return a few lines on size, arithmetic and memory, and a note where softmax would do less arithmetic.
 
     Args:
         cost: at `context`.
         context: tokens of a window.
         sequences: windows of a micro-batch.
+        precision: of Lightning.
     """
     size = cost.size
     frozen = size.parameters - size.trainable
     lines = [
         f"parameters    {size.parameters:,}: {size.embedding:,} in embeddings"
         f"{f', {frozen:,} frozen' if frozen else ''}; {size.buffers:,} numbers in buffers",
-        f"arithmetic    {_count(cost.flops)}FLOP a token forward at context {context:,}",
+        f"arithmetic    {_count(cost.flops)}FLOP a token forward at context {context:,}, in {precision}",
         f"activations   about {_bytes(cost.activation_bytes * sequences)} a step of {sequences} x {context:,} tokens",
     ]
     compared = [(f"{layers} x {backend.name}", backend) for backend, layers in cost.backends.items()]
