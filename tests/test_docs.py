@@ -54,7 +54,8 @@ def shortened(script: str, arguments: list[str], cache: Path) -> list[str]:
         short = {"evaluate.py": EVALUATE, "generate.py": GENERATE}.get(script, {})
         if typed & {"data", "data.path"}:
             short = {key: value for key, value in short.items() if not key.startswith("data")}
-    options = [f"{key}={value}" for key, value in short.items() if key not in typed]
+    taken_out = tuple(f"{word[1:]}." for word in typed if word.startswith("~"))
+    options = [f"{k}={value}" for k, value in short.items() if k not in typed and not k.startswith(taken_out)]
     if script in ("train.py", "evaluate.py") and not {"--help", "--hydra-help"} & typed:
         options.append(f"data.cache_dir={cache}")
     return [*arguments, *options]

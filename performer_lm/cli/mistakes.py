@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from performer_lm.cli.choices import is_choice, misplaced, no_choice, options, wrong_choices
+from performer_lm.cli.choices import dotted_choice, is_choice, misplaced, no_choice, options, wrong_choices
 from performer_lm.cli.errors import nearest_key
 from performer_lm.cli.schema import HYDRA_KEYS, parameters
 from performer_lm.cli.targets import resolve
@@ -80,7 +80,8 @@ class Mistakes:
         chosen = [str(override.input_line) for override in choices]
         groups = loader.repository.get_group_options("", ObjectType.GROUP)
         for override in settings:
-            self.keys |= {str(override.input_line): problem for problem in _wrong_key(override, base, groups)}
+            problems = [*_wrong_key(override, base, groups), dotted_choice(loader, override)]
+            self.keys |= {str(override.input_line): problem for problem in problems if problem}
         for text in [str(override.input_line) for override in settings if str(override.input_line) not in self.keys]:
             try:
                 loader.load_configuration(config_name, [*chosen, text], run_mode=RunMode.MULTIRUN)
