@@ -26,7 +26,7 @@ def run(cfg: "DictConfig") -> None:
         )
         if cfg.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {cfg.max_new_tokens}")
-        model, tokenizer = open_from(cfg)
+        model, tokenizer, _ = open_from(cfg)
         prompt = sys.stdin.read() if cfg.prompt == "-" else cfg.prompt
         pieces = stream_text(
             model, tokenizer, prompt, max_new_tokens=cfg.max_new_tokens, sampler=sampler, seed=cfg.seed

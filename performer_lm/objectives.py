@@ -34,8 +34,19 @@ class Losses(NamedTuple):
     """`(b, n)` the ids that were predicted, `IGNORE` elsewhere."""
 
 
+class Prediction(NamedTuple):
+    """What a model is asked in one micro-batch."""
+
+    hidden: Tensor
+    """`(b, n, dim)` what the output layer reads."""
+    targets: Tensor
+    """`(b, n)` the ids that are to be predicted from it, `IGNORE` elsewhere."""
+
+
 class Objective(ABC):
     """A way to make losses from windows; `share` of the positions are predicted, on average.
+
+    `predicted` is what one prediction is called.
 
     Args:
         chunk_size: tokens whose logits are held at once; None for all while they need at most 256 MiB, else for as
@@ -43,6 +54,7 @@ class Objective(ABC):
     """
 
     share: float = 1.0
+    predicted: str = "token"
 
     def __init__(self, *, chunk_size: int | None) -> None:
         if chunk_size is not None and chunk_size < 1:
@@ -64,8 +76,8 @@ class Objective(ABC):
         del tokenizer
 
     @abstractmethod
-    def __call__(self, model: Any, windows: Tensor, *, step: int | None, separator: int | None = None) -> Losses:
-        """Return the losses of windows `(b, n + 1)`, in which `IGNORE` fills up what is no text.
+    def ask(self, model: Any, windows: Tensor, *, step: int | None, separator: int | None = None) -> Prediction:
+        """Show a model windows `(b, n + 1)`, in which `IGNORE` fills up what is no text.
 
         Whatever is random must be a function of the seed, the step and the windows alone, so that resumes, ranks and
         accumulation change nothing.
@@ -76,6 +88,11 @@ class Objective(ABC):
             step: the optimizer step in training, from 0; None in validation, which predicts the same every time.
             separator: the id that begins a document where tokens see their own document only; None: they see all.
         """
+
+    def __call__(self, model: Any, windows: Tensor, *, step: int | None, separator: int | None = None) -> Losses:
+        """Return the losses of what `ask` asks."""
+        hidden, targets = self.ask(model, windows, step=step, separator=separator)
+        return Losses(token_losses(model.head, hidden, targets, chunk_size=self.chunk_size), targets)
 
     def mean(self, losses: Losses) -> Tensor:
         """Return what training minimises: nats per usually predicted position."""
@@ -96,15 +113,12 @@ class NextToken(Objective):
                 f"objective={fitting}"
             )
 
-    def __call__(
-        self, model: PerformerLM, windows: Tensor, *, step: int | None, separator: int | None = None
-    ) -> Losses:
-        """Return the loss of every token but the windows' first."""
+    def ask(self, model: PerformerLM, windows: Tensor, *, step: int | None, separator: int | None = None) -> Prediction:
+        """Ask for every token but the windows' first."""
         del step
         inputs, targets = shift(windows)
         segments = None if separator is None else segments_of(inputs, separator)
-        hidden = model.hidden(inputs, segments=segments)
-        return Losses(token_losses(model.head, hidden, targets, chunk_size=self.chunk_size), targets)
+        return Prediction(model.hidden(inputs, segments=segments), targets)
 
 
 @final
@@ -124,6 +138,7 @@ class MaskedTokens(Objective):
         ValueError: for shares outside their range.
     """
 
+    predicted = "masked token"
     mask_id: int
     words: int
 
@@ -156,10 +171,8 @@ class MaskedTokens(Objective):
         """
         self.mask_id, self.words = tokenizer.special_id("mask"), tokenizer.end_id
 
-    def __call__(
-        self, model: PerformerLM, windows: Tensor, *, step: int | None, separator: int | None = None
-    ) -> Losses:
-        """Return the loss of the chosen among the windows' first n tokens."""
+    def ask(self, model: PerformerLM, windows: Tensor, *, step: int | None, separator: int | None = None) -> Prediction:
+        """Ask for the chosen among the windows' first n tokens."""
         ids = windows[:, :-1]
         given = ids != IGNORE
         masked, hidden, replaced = (round(bound * 2**32) for bound in self.bounds)
@@ -168,8 +181,7 @@ class MaskedTokens(Objective):
         shown = torch.where(bits < hidden, self.mask_id, shown).where(given, 0)
         segments = None if separator is None else segments_of(ids, separator)
         found = model.hidden(shown, mask=given, segments=segments)
-        targets = torch.where(bits < masked, ids, IGNORE)
-        return Losses(token_losses(model.head, found, targets, chunk_size=self.chunk_size), targets)
+        return Prediction(found, torch.where(bits < masked, ids, IGNORE))
 
     def _draw(self, ids: Tensor, step: int | None) -> tuple[Tensor, Tensor]:
         """Return two random numbers of 32 bits for each token, `(b, n)`."""
@@ -184,6 +196,8 @@ class MaskedTokens(Objective):
 class SourceToTarget(Objective):
     """Write the second half of each window from its first (sequence to sequence)."""
 
+    predicted = "target token"
+
     def check(self, model: LanguageModel, *, packed: bool, answers: bool) -> None:
         """Want an encoder-decoder, and text whose documents stand in one stream."""
         if not isinstance(model, PerformerEncoderDecoder):
@@ -193,16 +207,15 @@ class SourceToTarget(Objective):
         if packed:
             raise ValueError("objective=seq2seq takes no packed documents: set data.documents to stream or cropped")
 
-    def __call__(
+    def ask(
         self, model: PerformerEncoderDecoder, windows: Tensor, *, step: int | None, separator: int | None = None
-    ) -> Losses:
-        """Return the loss of every token of the second half."""
+    ) -> Prediction:
+        """Ask for every token of the second half."""
         del step, separator
         source, targets = windows.tensor_split(2, dim=1)
         begin = targets.new_full((len(targets), 1), model.start_id)
         inputs = torch.cat((begin, targets[:, :-1]), dim=1).clamp(min=0)
-        found = model.hidden(source.clamp(min=0), inputs, source_mask=source != IGNORE)
-        return Losses(token_losses(model.head, found, targets, chunk_size=self.chunk_size), targets)
+        return Prediction(model.hidden(source.clamp(min=0), inputs, source_mask=source != IGNORE), targets)
 
 
 def token_losses(head: nn.Linear, hidden: Tensor, targets: Tensor, *, chunk_size: int | None) -> Tensor:

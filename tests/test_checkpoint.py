@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from performer_lm import checkpoint
-from performer_lm.data.tokenizer import ByteTokenizer
+from performer_lm.attention.base import Attention
+from performer_lm.data.tokenizer import ByteTokenizer, Tokenizer
 from performer_lm.model import PerformerLM
+from performer_lm.objectives import MaskedTokens, NextToken, Objective
 
 Section = Callable[..., dict[str, Any]]
 
@@ -160,6 +162,65 @@ def test_a_wrong_path_lists_the_nearest_checkpoints(saved: Path, monkeypatch: py
     monkeypatch.chdir(saved.parent)
     with pytest.raises(ValueError, match="there are no checkpoints yet"):
         checkpoint.find("elsewhere/best.ckpt")
+
+
+def test_the_folder_that_holds_a_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "step=000001.ckpt").touch()
+    (folder / "last.ckpt").symlink_to("step=000001.ckpt")
+    (tmp_path / "latest").symlink_to("a")
+    assert checkpoint.holder(tmp_path / "latest" / "checkpoints" / "last.ckpt") == tmp_path / "a"
+    assert checkpoint.holder(tmp_path / "loose.ckpt") == tmp_path
+
+
+@pytest.mark.parametrize("attn", ["exact", "relu"])
+def test_every_stack_of_an_encoder_decoder_opens_with_another_backend(
+    model_section: Section, tmp_path: Path, attn: str
+) -> None:
+    tiny = [f"model.{stack}.{size}" for stack in ("encoder", "decoder") for size in ("depth=1", "heads=4")]
+    options = {"vocab_size": 257, "tiny": ["model=performer_seq2seq", "model.dim=32", *tiny]}
+    write(tmp_path / "a.ckpt", model_section("attn=favor", **options))
+    other = model_section(f"attn={attn}", **options)["encoder"]["attn"]
+    opened, _ = checkpoint.open_model(checkpoint.read(tmp_path / "a.ckpt"), attn=other)
+    backends = [type(module).__name__ for module in opened.modules() if isinstance(module, Attention)]
+    assert backends == [{"exact": "ExactAttention", "relu": "FavorAttention"}[attn]] * 3
+
+
+def test_a_file_says_what_its_model_predicts(model_section: Section, tmp_path: Path) -> None:
+    tokenizer = ByteTokenizer(specials=["mask"])
+    masked = {"masked": 0.3, "hidden": 0.8, "replaced": 0.1, "seed": 0, "chunk_size": None}
+    told = {"objective": {"_target_": "performer_lm.objectives.MaskedTokens", **masked}}
+    section = model_section("model=performer_encoder", vocab_size=tokenizer.vocab_size)
+    found = reopened(tmp_path, section, tokenizer, told)
+    assert isinstance(found, MaskedTokens)
+    assert (found.share, found.mask_id) == (0.3, tokenizer.special_id("mask"))
+    assert isinstance(reopened(tmp_path, model_section(vocab_size=257), ByteTokenizer(), {}), NextToken)
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        ({"_target_": "shutil.rmtree", "path": "/"}, "'shutil.rmtree', which is no objective of performer_lm"),
+        ({"_target_": "performer_lm.objectives.NextToken", "chunk": 1}, "unexpected keyword argument 'chunk'"),
+        ({"_target_": "performer_lm.objectives.SourceToTarget", "chunk_size": None}, "needs an encoder and a decoder"),
+    ],
+)
+def test_other_objectives_are_refused(
+    model_section: Section, tmp_path: Path, objective: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        reopened(tmp_path, model_section(vocab_size=257), ByteTokenizer(), {"objective": objective})
+
+
+def reopened(tmp_path: Path, section: dict[str, Any], tokenizer: Tokenizer, training: dict[str, Any]) -> Objective:
+    path = tmp_path / "told.ckpt"
+    write(path, section)
+    content = checkpoint.read(path).content
+    content["performer_lm"] |= {"training": training, "tokenizer": tokenizer.to_dict()}
+    checkpoint.save(content, path)
+    opened = checkpoint.read(path)
+    return checkpoint.open_objective(opened, *checkpoint.open_model(opened))
 
 
 def test_weights_that_do_not_fit_are_named(saved: Path, model_section: Section) -> None:

@@ -23,8 +23,8 @@ from performer_lm.checkpoint.files import (
     sidecar_of,
     sweep,
 )
-from performer_lm.checkpoint.finding import candidates, find, name_of, named_by_step, newest_runs
-from performer_lm.checkpoint.section import build, check_fit, describe, load_weights, open_model
+from performer_lm.checkpoint.finding import candidates, find, holder, name_of, named_by_step, newest_runs
+from performer_lm.checkpoint.section import build, check_fit, describe, load_weights, open_model, open_objective
 
 __all__ = [
     "AVERAGES",
@@ -35,11 +35,13 @@ __all__ = [
     "check_fit",
     "describe",
     "find",
+    "holder",
     "load_weights",
     "name_of",
     "named_by_step",
     "newest_runs",
     "open_model",
+    "open_objective",
     "peek",
     "point",
     "read",

@@ -36,6 +36,12 @@ def newest_runs(runs: Path) -> Iterator[Path]:
         yield folder.parent
 
 
+def holder(path: Path) -> Path:
+    """Return the run folder that a checkpoint file belongs to, links followed."""
+    folder = path.resolve().parent
+    return folder.parent if folder.name == "checkpoints" else folder
+
+
 def find(name: str, *, prefer: tuple[str, ...] = ("best", "last"), runs: Path = Path("runs")) -> Path:
     """Return the checkpoint file that `name` means: a file, a run folder, or `latest` for the newest run.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from performer_lm.checkpoint.files import FORMAT, Checkpoint
 from performer_lm.data.tokenizer import Tokenizer, tokenizer_from_dict
 from performer_lm.language_model import LanguageModel
+from performer_lm.objectives import MaskedTokens, NextToken, Objective, SourceToTarget
 
 BUILDABLE = (
     "performer_lm.model",
@@ -19,6 +20,9 @@ BUILDABLE = (
     "performer_lm.nn.",
     "performer_lm.attention.",
 )
+OBJECTIVES: dict[str, type[Objective]] = {
+    f"performer_lm.objectives.{each.__name__}": each for each in (NextToken, MaskedTokens, SourceToTarget)
+}
 BACKEND = ".backend."  # keys of what a backend owns: it may change between saving and opening
 
 
@@ -91,9 +95,7 @@ def open_model(checkpoint: Checkpoint, *, attn: Mapping[str, Any] | None = None)
     Raises:
         ValueError: for weights that do not fit the model that the file describes.
     """
-    section = dict(checkpoint.section["model"])
-    if attn is not None:
-        section["attn"] = attn
+    section = checkpoint.section["model"] if attn is None else _with_backend(checkpoint.section["model"], attn)
     source = str(checkpoint.path)
     _check_depth(section, checkpoint)
     with torch.device("meta"):  # sizes first, memory later
@@ -107,6 +109,34 @@ def open_model(checkpoint: Checkpoint, *, attn: Mapping[str, Any] | None = None)
     model.redraw(int(checkpoint.content.get("global_step", 0)))
     load_weights(model, checkpoint.weights, source=source)
     return model.eval(), tokenizer_from_dict(checkpoint.section["tokenizer"])
+
+
+def open_objective(checkpoint: Checkpoint, model: LanguageModel, tokenizer: Tokenizer) -> Objective:
+    """Return what a checkpoint's model was trained to predict; next tokens where the file does not say.
+
+    Raises:
+        ValueError: for an objective that is none of this package's, or that does not fit the model.
+    """
+    training = checkpoint.section.get("training") or {}
+    section = dict(training.get("objective") or {"_target_": next(iter(OBJECTIVES)), "chunk_size": None})
+    name = section.pop("_target_", None)
+    if name not in OBJECTIVES:
+        raise ValueError(f"{checkpoint.path} was trained on {name!r}, which is no objective of performer_lm")
+    try:
+        objective = OBJECTIVES[name](**section)
+    except TypeError as error:
+        raise ValueError(f"{checkpoint.path}: {name}: {error}") from error
+    objective.check(model, packed=False, answers=False)
+    objective.adopt(tokenizer)
+    return objective
+
+
+def _with_backend(section: Mapping[str, Any], attn: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model's section with another backend in each of its stacks."""
+    found = {
+        name: _with_backend(value, attn) if isinstance(value, Mapping) else value for name, value in section.items()
+    }
+    return {**found, "attn": attn} if "attn" in section else found
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, source: str) -> None:

@@ -1,18 +1,28 @@
-"""Open the trained model that an entry point's config names: `ckpt`, perhaps another `attn`, and a `device`."""
+"""Open what a config names: a trained model, perhaps with another `attn`, on a `device`, and text for it."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
 if TYPE_CHECKING:
     import torch
 
+    from performer_lm.checkpoint import Checkpoint
+    from performer_lm.data.module import WindowData
     from performer_lm.data.tokenizer import Tokenizer
     from performer_lm.language_model import LanguageModel
 
 
-def open_from(cfg: DictConfig) -> "tuple[LanguageModel, Tokenizer]":
-    """Return the model, in evaluation mode on its device, and its tokenizer.
+class Opened(NamedTuple):
+    """A trained model, in evaluation mode on its device, its tokenizer, and the file they come from."""
+
+    model: "LanguageModel"
+    tokenizer: "Tokenizer"
+    checkpoint: "Checkpoint"
+
+
+def open_from(cfg: DictConfig) -> Opened:
+    """Return the model that the config names.
 
     Random projections belong to the model, not to this process: where `attn` asks for another backend, it draws those
     of the training run's seed, whatever `seed` is here.
@@ -26,7 +36,28 @@ def open_from(cfg: DictConfig) -> "tuple[LanguageModel, Tokenizer]":
     trained = OmegaConf.create({"seed": opened.section["seed"], "attn": cfg.get("attn")})
     plain: Any = OmegaConf.to_container(trained, resolve=True)
     model, tokenizer = checkpoint.open_model(opened, attn=plain["attn"])
-    return model.to(find_device(cfg.device)), tokenizer
+    return Opened(model.to(find_device(cfg.device)), tokenizer, opened)
+
+
+def open_data(cfg: DictConfig, tokenizer: "Tokenizer") -> "WindowData":
+    """Return the data of the config, prepared with a checkpoint's tokenizer.
+
+    Raises:
+        ValueError: for data that are not there, or that bring a vocabulary of their own.
+    """
+    from hydra.utils import instantiate
+    from omegaconf import open_dict
+
+    with open_dict(cfg):
+        cfg.tokenizer.plain = tokenizer.to_dict()
+    data: WindowData = instantiate(cfg.data)
+    data.prepare()
+    if data.tokenizer.to_dict() != tokenizer.to_dict():
+        raise ValueError(
+            f"the data have a vocabulary of their own, of {data.tokenizer.vocab_size} ids, and not the "
+            f"checkpoint's, of {tokenizer.vocab_size}"
+        )
+    return data
 
 
 def find_device(name: str) -> "torch.device":

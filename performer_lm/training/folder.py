@@ -66,9 +66,3 @@ class RunFolder:
         for folder in reversed(self._made):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
-
-
-def holder(path: Path) -> Path:
-    """Return the run folder that a checkpoint file belongs to, links followed."""
-    folder = path.resolve().parent
-    return folder.parent if folder.name == "checkpoints" else folder

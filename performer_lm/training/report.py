@@ -54,9 +54,14 @@ def point_latest(folder: Path) -> None:
     os.replace(temporary, runs / "latest")
 
 
-def card(summary: Mapping[str, Any], *, resume: str) -> str:
-    """Return the lines that close a run, with the commands that go on from it."""
+def card(summary: Mapping[str, Any], *, resume: str, decodes: bool = True) -> str:
+    """Return the lines that close a run, with the commands that go on from it; `decodes`: the model can write text."""
     folder = shlex.quote(f"ckpt={summary['folder']}")
+    if decodes:
+        use = f'sample        python generate.py {folder} prompt="def main("'
+    else:
+        data = [override for override in summary["overrides"] if override.lstrip("+~").startswith("data")]
+        use = " ".join([f"measure       python evaluate.py {folder}", *map(shlex.quote, data)])
     return "\n".join(
         (
             "--- done ---",
@@ -64,7 +69,7 @@ def card(summary: Mapping[str, Any], *, resume: str) -> str:
             f"tokens        {summary['tokens']:,}  ({summary['tokens_per_second']:,.0f} tokens/s)",
             f"best val bpb  {summary['best_val_bpb']:.4f}",
             f"files         {summary['folder']}",
-            f'sample        python generate.py {folder} prompt="def main("',
+            use,
             f"resume        {resume}",
         )
     )

@@ -8,7 +8,6 @@ from typing import Any
 
 from performer_lm import checkpoint
 from performer_lm.checkpoint import Checkpoint
-from performer_lm.training.folder import holder
 
 AUTO = "auto"
 
@@ -23,7 +22,9 @@ def open_named(name: str) -> Checkpoint:
     try:
         return checkpoint.read(path)
     except ValueError as error:
-        others = [other for other in checkpoint.candidates(holder(path)) if other.resolve() != path.resolve()]
+        others = [
+            other for other in checkpoint.candidates(checkpoint.holder(path)) if other.resolve() != path.resolve()
+        ]
         whole = next((other for other in others if _is_whole(other)), None)
         hint = f"; to go on from the one before it: ckpt={whole}" if whole else ""
         raise ValueError(f"{error}{hint}") from error

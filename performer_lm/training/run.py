@@ -38,7 +38,7 @@ from performer_lm.training.callbacks.stopping import StopOnSignal, requeue
 from performer_lm.training.callbacks.summary import ModelSummary
 from performer_lm.training.callbacks.throughput import Throughput
 from performer_lm.training.compile import compile_stacks
-from performer_lm.training.folder import RunFolder, holder
+from performer_lm.training.folder import RunFolder
 from performer_lm.training.loggers.base import RunLogger
 from performer_lm.training.loggers.record import MetricsLogger
 from performer_lm.training.memory import peak_memory, reset_peak_memory, sizes_told
@@ -157,7 +157,7 @@ class Run:
             "overrides": list(self.overrides),
         }
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        log.info("%s", card(summary, resume=self._resume_command()))
+        log.info("%s", card(summary, resume=self._resume_command(), decodes=self.task.model.decodes))
         return self.saving.best
 
     def _resume_command(self) -> str:
@@ -299,7 +299,7 @@ def _assemble(
 def _open_room(cfg: DictConfig, wanted: Path, resumed: Checkpoint | None, *, writes: bool) -> RunFolder:
     """Return the folder to resume in, or a new one; `ckpt=auto` also takes one that was left before its first save."""
     if resumed:
-        return RunFolder(holder(resumed.path), writes=writes)
+        return RunFolder(checkpoint.holder(resumed.path), writes=writes)
     if cfg.ckpt == AUTO and (wanted / "config.yaml").exists():
         return RunFolder(wanted, writes=writes)
     return RunFolder.create(wanted, writes=writes)

@@ -30,7 +30,7 @@ def test_every_token_but_the_first_counts_once(
         return
     model = lively_model("attn=exact")
     windows = HeldOutWindows(HostIds(ids), HeldOutStream(n, context=context), context=context, byte_lengths=lengths)
-    found = measure_bits_per_byte(model, windows, batch_size=batch_size)
+    found = measure_bits_per_byte(model, windows, objective=NextToken(chunk_size=None), batch_size=batch_size)
     with torch.no_grad():
         pieces = [torch.from_numpy(ids[start : start + context + 1])[None] for start in range(0, n - 1, context)]
         nats = sum(nats_of(model, piece) for piece in pieces)
@@ -43,15 +43,16 @@ def test_every_token_but_the_first_counts_once(
 
 def test_packed_documents_cost_what_they_cost_alone(lively_model: Callable[..., PerformerLM]) -> None:
     end, model = 39, lively_model("attn=favor")
+    clm = NextToken(chunk_size=None)
     ones = np.ones(40, dtype=np.int64)
     texts = [torch.randint(0, end, (size,)) for size in (5, 1, 9)]
     ends = torch.tensor([end])
     documents = [torch.cat((ends, text, ends)) for text in texts]
     stream = torch.cat([ends, *(part for text in texts for part in (text, ends))]).numpy()
     windows = HeldOutWindows(HostIds(stream), HeldOutStream(len(stream), context=40), context=40, byte_lengths=ones)
-    found = measure_bits_per_byte(model, windows, batch_size=1, separator=end)
+    found = measure_bits_per_byte(model, windows, objective=clm, batch_size=1, separator=end)
     with torch.no_grad():
         alone = sum(nats_of(model, document[None]) for document in documents)
     assert found.tokens == sum(len(document) - 1 for document in documents)
     assert found.loss * found.tokens == pytest.approx(alone, rel=1e-5)
-    assert found.loss != pytest.approx(measure_bits_per_byte(model, windows, batch_size=1).loss)
+    assert found.loss != pytest.approx(measure_bits_per_byte(model, windows, objective=clm, batch_size=1).loss)

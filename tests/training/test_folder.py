@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from performer_lm.training.folder import RunFolder, holder
+from performer_lm.training.folder import RunFolder
 
 
 def test_a_name_in_use_gets_a_suffix(tmp_path: Path) -> None:
@@ -29,13 +29,3 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     room = RunFolder.create(tmp_path / "runs" / "a", writes=False)
     room.abandon()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_folder_that_holds_a_checkpoint(tmp_path: Path) -> None:
-    folder = tmp_path / "a" / "checkpoints"
-    folder.mkdir(parents=True)
-    (folder / "step=000001.ckpt").touch()
-    (folder / "last.ckpt").symlink_to("step=000001.ckpt")
-    (tmp_path / "latest").symlink_to("a")
-    assert holder(tmp_path / "latest" / "checkpoints" / "last.ckpt") == tmp_path / "a"
-    assert holder(tmp_path / "loose.ckpt") == tmp_path

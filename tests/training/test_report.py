@@ -18,6 +18,13 @@ def test_the_card_names_the_next_commands() -> None:
     assert text.endswith("python train.py ckpt=runs/a")
 
 
+def test_the_card_of_a_model_that_does_not_decode_measures_it_on_its_data() -> None:
+    summary = {**SUMMARY, "overrides": ["objective=mlm", "data=files", "data.path=a b.txt", "+data.seed=1"]}
+    text = card(summary, resume="", decodes=False)
+    assert "generate.py" not in text
+    assert "python evaluate.py 'ckpt=runs/a b' data=files 'data.path=a b.txt' +data.seed=1" in text
+
+
 def test_lines_go_to_the_console_and_the_file(tmp_path: Path) -> None:
     log, out = logging.getLogger("performer_lm"), io.StringIO()
     before = log.handlers[:]

@@ -67,10 +67,10 @@ def test_validation_and_opening_use_the_average(start: Start, options: list[str]
     saved = checkpoint.read(Path("runs/a") / LAST)
     model, _ = checkpoint.open_model(saved)
     windows: FiniteWindows = run.data.val_dataloader().dataset._windows  # type: ignore[attr-defined]
-    measured = measure_bits_per_byte(model, windows, batch_size=4)
+    measured = measure_bits_per_byte(model, windows, objective=run.task.objective, batch_size=4)
     assert measured.bits_per_byte == pytest.approx(found, rel=1e-5)
     raw = saved._replace(weights={k.removeprefix("model."): v for k, v in saved.content["state_dict"].items()})
-    unlike = measure_bits_per_byte(checkpoint.open_model(raw)[0], windows, batch_size=4)
+    unlike = measure_bits_per_byte(checkpoint.open_model(raw)[0], windows, objective=run.task.objective, batch_size=4)
     assert unlike.bits_per_byte != pytest.approx(found, rel=1e-3)
 
 

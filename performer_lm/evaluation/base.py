@@ -1,0 +1,34 @@
+"""What every evaluation is: something that measures a trained model on held-out text and tells what it found."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import NamedTuple
+
+from performer_lm.data.module import WindowData
+from performer_lm.language_model import LanguageModel
+from performer_lm.objectives import Objective
+
+
+class Subject(NamedTuple):
+    """What is measured."""
+
+    model: LanguageModel
+    """In evaluation mode, on its device."""
+    objective: Objective
+    """What it was trained to predict."""
+    data: WindowData
+    """Prepared; of the model's own vocabulary."""
+    folder: Path
+    """Of the run it comes from, for files that belong to it."""
+
+
+class Evaluation(ABC):
+    """A choice of `task` in `evaluate.py`."""
+
+    @abstractmethod
+    def check(self, model: LanguageModel, *, folder: Path) -> None:
+        """Raise ValueError for a model that cannot be measured so, before any text is read."""
+
+    @abstractmethod
+    def __call__(self, subject: Subject) -> float:
+        """Measure, print what there is to tell, and return the number that a sweep compares."""
