@@ -9,6 +9,7 @@ import pytest
 Invoke = Callable[..., tuple[int, str, str]]
 DATA = ["data=files", "data.path=text.txt", "data.context=64"]
 SHORT = ["debug=fast", *DATA, "tokenizer=bytes", "trainer.max_steps=2", "callbacks.samples.max_new_tokens=4"]
+SHORT += ["trainer.precision=32-true"]  # what evaluate.py runs in
 SEQ2SEQ = ["debug=[]", "model.dim=32", "data.batch_size=4", "trainer.val_every=2"]
 SEQ2SEQ += [f"model.{stack}.{size}" for stack in ("encoder", "decoder") for size in ("depth=1", "heads=2")]
 KINDS = {
