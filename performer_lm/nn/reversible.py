@@ -57,8 +57,7 @@ class _Reversible(torch.autograd.Function):
         grad_vectors = None if vectors is None else torch.zeros_like(vectors)
         grads: list[Tensor | None] = []
         for branch, surroundings in zip(reversed(ctx.branches), reversed(ctx.surroundings), strict=True):
-            with surroundings.restored():
-                given, pulled = _pull(branch, a, vectors, ctx.layout, grad_b)
+            given, pulled = _pull(branch, surroundings, a, vectors, ctx.layout, grad_b)
             a, b = b - given, a
             grad_a, grad_b = grad_b, grad_a + pulled.x
             if grad_vectors is not None and pulled.vectors is not None:
@@ -75,15 +74,17 @@ class _Pulled(NamedTuple):
     parameters: Sequence[Tensor | None]
 
 
-def _pull(branch: Branch, x: Tensor, vectors: Tensor | None, layout: Layout, grad: Tensor) -> tuple[Tensor, _Pulled]:
-    """Compute a branch anew, and pull the gradient at what it gave back through it."""
+def _pull(
+    branch: Branch, surroundings: "_Surroundings", x: Tensor, vectors: Tensor | None, layout: Layout, grad: Tensor
+) -> tuple[Tensor, _Pulled]:
+    """Compute a branch anew as it was, and pull the gradient at what it gave back through it."""
     x = x.detach().requires_grad_()
     leaves: list[Tensor] = [x, *(p for p in branch.parameters() if p.requires_grad)]
     if vectors is not None and layout.context is not None:
         vectors = vectors.detach().requires_grad_()
         leaves.append(vectors)
         layout = layout._replace(context=layout.context._replace(vectors=vectors))
-    with torch.enable_grad():
+    with surroundings.restored(), torch.enable_grad():
         given = branch(x, layout)
     found = list(torch.autograd.grad(given, leaves, grad.to(given.dtype), allow_unused=True))
     grad_vectors = found.pop() if vectors is not None else None

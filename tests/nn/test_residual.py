@@ -13,7 +13,10 @@ import torch.multiprocessing
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from performer_lm.attention.base import AttentionFactory
 from performer_lm.attention.exact import ExactAttention
+from performer_lm.attention.favor import FavorAttention
+from performer_lm.attention.kernel_maps import IdentityFeatures
 from performer_lm.nn.branch import Branch
 from performer_lm.nn.feed_forward import FeedForward
 from performer_lm.nn.layout import Layout
@@ -22,17 +25,28 @@ from performer_lm.nn.positions import NoPositions
 from performer_lm.nn.residual import Reversible
 from performer_lm.performer import Performer
 
+linear = partial(
+    FavorAttention,
+    features=IdentityFeatures,
+    num_features=None,
+    seed=0,
+    redraw_interval=None,
+    redraw_until=None,
+    chunk_size=5,
+)
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 
-def build(*, dim: int = 8, depth: int = 3, dropout: float = 0.0, **options: Any) -> Performer:
+def build(
+    *, dim: int = 8, depth: int = 3, dropout: float = 0.0, attn: AttentionFactory | None = None, **options: Any
+) -> Performer:
     """Build a stack with the same weights every time."""
     torch.manual_seed(0)
     stack = Performer(
         dim=dim,
         depth=depth,
         heads=2,
-        attn=partial(ExactAttention, dropout=dropout),
+        attn=attn or partial(ExactAttention, dropout=dropout),
         positions=NoPositions,
         feed_forward=partial(FeedForward, mult=2, activation="gelu", dropout=dropout),
         norm=RMSNorm,
@@ -108,8 +122,9 @@ def test_a_backward_leaves_the_random_generator_where_it_was() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_autocast_is_that_of_the_forward() -> None:
-    stack = build(reversible=True, depth=8)
+@pytest.mark.parametrize("attn", [ExactAttention, linear])
+def test_autocast_is_that_of_the_forward(attn: AttentionFactory) -> None:
+    stack = build(reversible=True, depth=8, attn=attn)
     x = torch.randn(2, 6, 8, requires_grad=True)
     found = []
     for run in (stack, kept(stack)):
