@@ -54,8 +54,8 @@ class Alternate(Callback):
         """Note the time, and take the bare step."""
         start = time.perf_counter()
         self.framework.append(start - self._mark)
-        with trainer.precision_plugin.forward_context():
-            step(self.model, self.optimizer, pl_module.objective, batch)  # type: ignore[arg-type]
+        forward = trainer.precision_plugin.forward_context
+        step(self.model, self.optimizer, pl_module.objective, batch, forward=forward)  # type: ignore[arg-type]
         self.schedule.step()
         self._mark = time.perf_counter()
         self.bare.append(self._mark - start)

@@ -1,5 +1,7 @@
 """Training steps of configured models, for the benchmarks: forward, backward, clipping, update."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,9 +38,18 @@ def prepare_length(length: int, *overrides: str) -> Run:
     return prepare(*overrides, f"data.context={length}")
 
 
-def step(model: Any, optimizer: torch.optim.Optimizer, objective: NextToken, windows: Tensor) -> None:
-    """Take one step."""
-    objective.mean(objective(model, windows, step=0)).backward()
+def step(
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    objective: NextToken,
+    windows: Tensor,
+    *,
+    forward: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> None:
+    """Take one step, the forward inside a context such as autocast."""
+    with forward():
+        loss = objective.mean(objective(model, windows, step=0))
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
