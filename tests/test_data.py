@@ -24,6 +24,12 @@ def folder(invoke: Invoke) -> None:
         Path(f"notes/{name}").mkdir(parents=True)
         Path(f"notes/{name}/note.md").write_text(f"# Note {name}\n" * 40)
     Path("broken.txt").write_bytes(b"fine so far \xff and on" * 100)
+    Path("empty.txt").touch()
+    Path("byte.txt").write_text("x")
+    Path("short.txt").write_text("line of text\n" * 4)
+    Path("same").mkdir()
+    for name in ("one", "two"):
+        Path(f"same/{name}.txt").write_text("the same text\n" * 50)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +88,11 @@ def test_a_task_is_trained_scored_and_resumed(invoke: Invoke) -> None:
     assert code == 0, err
     assert "val/accuracy 0." in out
     assert "samples begin with nothing, for their prompt 'def ' cannot be written" in out
+    assert "val accuracy  " in out
+    prompt = out.partition(' prompt="')[2].partition('"')[0]
+    code, continued, err = invoke(f"prompt={prompt}", "max_new_tokens=1", script="generate.py")
+    assert code == 0, err
+    assert continued.startswith(prompt)
     logged = [json.loads(line) for line in Path("runs/a/metrics.jsonl").read_text().splitlines()]
     assert any(0 <= line.get("val/accuracy", -1) <= 1 for line in logged)
     code, out, err = invoke(*task, "data.context=32", script="evaluate.py")
@@ -127,6 +138,11 @@ def test_every_tokenizer_trains_and_generates(invoke: Invoke, folder: None, toke
         (["data.path=note*.txt"], "data.path=note*.txt finds no file; the nearest is"),
         (["data.path=rows.jsonl"], "rows.jsonl has no column 'text' (columns: body)"),
         (["data.path=broken.txt"], "broken.txt is not UTF-8 text: byte 0xff at 12; data.errors=replace"),
+        (["data.path=empty.txt"], "data.path=empty.txt has no text: 1 document, all empty or left out"),
+        (["data.path=byte.txt"], "data.path=byte.txt has 3 tokens for training; one window needs 65 (data.context=64)"),
+        (["data.path=short.txt"], "data.path=short.txt has 51 tokens for training; one window needs 65"),
+        (["data.path=same"], "nothing is left to validate on: the text of all"),
+        (["data.path=broken.txt", "data.errors=skip"], "data.path=broken.txt has no text: 1 document"),
         (["data.errors=ignore"], "data.errors: wanted 'strict' or 'replace' or 'skip' or 'bytes', got 'ignore'"),
         (["data.documents=paked"], "data.documents: wanted 'stream' or 'packed' or 'cropped', got 'paked'"),
         (["data.validation_fraction=1"], "data.validation_fraction (1) must lie between 0 and 1"),

@@ -4,7 +4,7 @@ A run is one Lightning epoch of `max_steps` optimizer steps, so that its positio
 """
 
 from abc import abstractmethod
-from typing import Any, Literal, TypedDict, TypeVar
+from typing import Any, Final, Literal, TypedDict, TypeVar
 
 import lightning
 import torch
@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader
 from performer_lm.data.loader import Positions, Share, TrainBatches, TrainLoader, ValidationBatches
 from performer_lm.data.tokenizer import Tokenizer
 from performer_lm.data.windows import FiniteWindows, Windows
+
+PROMPT: Final = "def main("
 
 AnyWindows = TypeVar("AnyWindows", bound=Windows)
 StartMethod = Literal["fork", "spawn", "forkserver"]
@@ -93,6 +95,15 @@ class WindowData(lightning.LightningDataModule):
     def counted(self) -> float:
         """The share of a window's tokens that count."""
         return 1.0
+
+    @property
+    def prompt(self) -> str:
+        """What to have a trained model go on from, for a start; empty where the tokenizer cannot write it."""
+        try:
+            self.tokenizer.encode(PROMPT)
+        except ValueError:
+            return ""
+        return PROMPT
 
     def setup(self, stage: str) -> None:
         """Do what `prepare` does, for a trainer that was given data nobody prepared."""

@@ -54,11 +54,12 @@ def point_latest(folder: Path) -> None:
     os.replace(temporary, runs / "latest")
 
 
-def card(summary: Mapping[str, Any], *, resume: str, decodes: bool = True) -> str:
-    """Return the lines that close a run, with the commands that go on from it; `decodes`: the model can write text."""
+def card(summary: Mapping[str, Any], *, resume: str, prompt: str | None) -> str:
+    """Return the lines that close a run, with commands that go on from it; without a prompt the model writes no text."""
     folder = shlex.quote(f"ckpt={summary['folder']}")
-    if decodes:
-        use = f'sample        python generate.py {folder} prompt="def main("'
+    accuracy = summary.get("last_val_accuracy")
+    if prompt is not None:
+        use = f'sample        python generate.py {folder} prompt="{prompt}"'
     else:
         data = [override for override in summary["overrides"] if override.lstrip("+~").startswith("data")]
         use = " ".join([f"measure       python evaluate.py {folder}", *map(shlex.quote, data)])
@@ -68,6 +69,7 @@ def card(summary: Mapping[str, Any], *, resume: str, decodes: bool = True) -> st
             f"steps         {summary['steps']:,}",
             f"tokens        {summary['tokens']:,}  ({summary['tokens_per_second']:,.0f} tokens/s)",
             f"best val bpb  {summary['best_val_bpb']:.4f}",
+            *([] if accuracy is None else [f"val accuracy  {accuracy:.2%}"]),
             f"files         {summary['folder']}",
             use,
             f"resume        {resume}",

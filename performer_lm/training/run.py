@@ -144,20 +144,22 @@ class Run:
 
     def _close(self) -> float:
         """Write `summary.json` and print the card that closes a run."""
-        steps = self.trainer.global_step
+        steps, metrics = self.trainer.global_step, self.trainer.callback_metrics
         summary: dict[str, Any] = {
             "steps": steps,
             "tokens": steps * self.throughput.run.tokens_per_step,
             "tokens_per_second": round(self.throughput.tokens_per_second, 1),
             "peak_memory": peak_memory(self.trainer.strategy.root_device),
             "best_val_bpb": self.saving.best,
-            "last_val_bpb": float(self.trainer.callback_metrics["val/bpb"]),
+            "last_val_bpb": float(metrics["val/bpb"]),
+            **({"last_val_accuracy": float(metrics["val/accuracy"])} if "val/accuracy" in metrics else {}),
             "parameters": sum(parameter.numel() for parameter in self.task.model.parameters()),
             "folder": str(self.folder),
             "overrides": list(self.overrides),
         }
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        log.info("%s", card(summary, resume=self._resume_command(), decodes=self.task.model.decodes))
+        prompt = self.data.prompt if self.task.model.decodes else None
+        log.info("%s", card(summary, resume=self._resume_command(), prompt=prompt))
         return self.saving.best
 
     def _resume_command(self) -> str:

@@ -19,7 +19,9 @@ MEASURES = {  # of a summary: what it is called here, and in which unit
     "tokens_per_second": ("tokens/s", 1.0),
     "peak_memory": ("peak memory (MiB)", 2.0**-20),
     "best_val_bpb": ("val bpb", 1.0),
+    "last_val_accuracy": ("val accuracy", 1.0),
 }
+OPTIONAL = ("last_val_accuracy",)  # only data that ask for answers have it
 Row = dict[str, Any]
 
 
@@ -55,9 +57,10 @@ def collect(folder: Path) -> list[Row]:
             if told.get(failure["job"], {}).get("ended") != "done":  # it may have been run again, and well
                 told[failure["job"]] = {**failure, "ended": failure["error"]}
     varied = _varied([_settings(job) for job in told.values()])
+    known = {key: MEASURES[key] for key in MEASURES if key not in OPTIONAL or any(key in job for job in told.values())}
     rows = []
     for number, job in sorted(told.items()):
-        measured = {name: job[key] * unit if key in job else "" for key, (name, unit) in MEASURES.items()}
+        measured = {name: job[key] * unit if key in job else "" for key, (name, unit) in known.items()}
         chosen = {name: _settings(job).get(name, "") for name in varied}
         rows.append({"job": number, **chosen, **measured, "ended": job["ended"]})
     return rows
@@ -85,9 +88,10 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     names = [name for name in done[0] if name not in ("job", "ended", *(name for name, _ in MEASURES.values()))]
     labels = [" ".join(f"{name}={_rounded(row[name])}" for name in names) or f"job {row['job']}" for row in done]
     figure = Figure(figsize=(13, 1.2 + 0.35 * len(done)), layout="constrained")
-    panels = figure.subplots(1, len(MEASURES), sharey=True)
-    for panel, (name, _) in zip(panels, MEASURES.values(), strict=True):
-        values = [float(row[name]) for row in done]
+    measured = [name for name, _ in MEASURES.values() if name in done[0]]
+    panels = figure.subplots(1, len(measured), sharey=True)
+    for panel, name in zip(panels, measured, strict=True):
+        values = [float(row[name] or 0) for row in done]
         bars = panel.barh(range(len(done)), values, color="#4878a8")
         panel.bar_label(bars, labels=[_spell(name, value) for value in values], padding=2, fontsize=8)
         panel.set(title=name, xlim=(0, 1.25 * max(values) or 1.0))
@@ -112,7 +116,7 @@ def _varied(settings: Sequence[Mapping[str, str]]) -> list[str]:
 def _spell(name: str, value: Any) -> str:
     if value == "":
         return "-"
-    if name == "val bpb":
+    if name in ("val bpb", "val accuracy"):
         return f"{value:.4f}"
     if isinstance(value, str):
         return _rounded(value) if name != "ended" else value[:60]

@@ -11,16 +11,18 @@ SUMMARY = {"steps": 10, "tokens": 20480, "tokens_per_second": 1234.5, "best_val_
 
 
 def test_the_card_names_the_next_commands() -> None:
-    text = card(SUMMARY, resume="python train.py ckpt=runs/a")
+    text = card(SUMMARY, resume="python train.py ckpt=runs/a", prompt="def main(")
     assert "20,480  (1,234 tokens/s)" in text
     assert "best val bpb  1.7500" in text
     assert """python generate.py 'ckpt=runs/a b' prompt="def main(\"""" in text
     assert text.endswith("python train.py ckpt=runs/a")
+    assert "accuracy" not in text
+    assert "val accuracy  87.50%" in card({**SUMMARY, "last_val_accuracy": 0.875}, resume="", prompt="")
 
 
 def test_the_card_of_a_model_that_does_not_decode_measures_it_on_its_data() -> None:
     summary = {**SUMMARY, "overrides": ["objective=mlm", "data=files", "data.path=a b.txt", "+data.seed=1"]}
-    text = card(summary, resume="", decodes=False)
+    text = card(summary, resume="", prompt=None)
     assert "generate.py" not in text
     assert "python evaluate.py 'ckpt=runs/a b' data=files 'data.path=a b.txt' +data.seed=1" in text
 

@@ -61,3 +61,14 @@ def test_the_table_marks_the_best_and_the_csv_keeps_all_digits(sweep: Path) -> N
 def test_nothing_is_written_where_nothing_ran(tmp_path: Path) -> None:
     close_sweep(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_over_tasks_tells_their_accuracy(sweep: Path) -> None:
+    assert "val accuracy" not in collect(sweep)[0]
+    (sweep / "0" / "summary.json").write_text(json.dumps({**SUMMARY, "overrides": [], "last_val_accuracy": 0.875}))
+    close_sweep(sweep)
+    rows = collect(sweep)
+    assert [row["val accuracy"] for row in rows] == [0.875, "", "", ""]
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(table(rows, title="a sweep"))
+    assert "0.8750" in console.export_text()

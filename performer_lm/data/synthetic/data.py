@@ -118,6 +118,13 @@ class SyntheticData(WindowData):
         }
 
     @property
+    def prompt(self) -> str:
+        """The first row that is validated on, up to its first answer."""
+        inputs, targets = shift(self.validation.rows(np.zeros(1, dtype=np.int64)))
+        first = int((targets[0] != IGNORE).nonzero()[0])
+        return self.tokenizer.decode(inputs[0, : first + 1].tolist()).strip()
+
+    @property
     def counted(self) -> float:
         """The share of answers in the first rows."""
         rows = TaskWindows(self._task, seed=HELD_OUT, context=self.context).rows(np.arange(BLOCK))

@@ -75,3 +75,13 @@ def test_the_share_that_counts_is_that_of_answers():
     assert synthetic().has_answers
     assert synthetic().counted == pytest.approx(3 / 30)
     assert synthetic(Copy(symbols=5)).counted == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("task", [RECALL, Copy(symbols=5)])
+def test_the_prompt_asks_for_the_first_answer(task):
+    data = synthetic(task)
+    data.prepare()
+    inputs, targets = shift(data.validation.rows(np.zeros(1, dtype=np.int64)))
+    asked = data.tokenizer.encode(data.prompt)
+    assert asked.tolist() == inputs[0, : len(asked)].tolist()
+    assert (targets[0] != IGNORE).nonzero()[0] == len(asked) - 1
