@@ -55,7 +55,7 @@ def point_latest(folder: Path) -> None:
 
 
 def card(summary: Mapping[str, Any], *, resume: str, prompt: str | None) -> str:
-    """Return the lines that close a run, with commands that go on from it; without a prompt the model writes no text."""
+    """Return the lines that close a run, with commands that go on from it; no prompt: the model writes no text."""
     folder = shlex.quote(f"ckpt={summary['folder']}")
     accuracy = summary.get("last_val_accuracy")
     if prompt is not None:
