@@ -177,3 +177,21 @@ def test_a_signal_ends_a_real_process_at_a_step_and_it_goes_on_exactly(
     rows = [[{k: v for k, v in row.items() if "per_second" not in k} for row in read_metrics(folder / "metrics.jsonl")]
             for folder in (whole, Path("runs/a"))]  # fmt: skip
     assert rows[0] == rows[1]
+
+
+@pytest.mark.slow
+def test_a_real_process_without_memory_ends_with_code_4_and_says_what_to_lower(invoke: Invoke) -> None:
+    big = "data.batch_size=65536"
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *TINY, big, "run_dir=runs/a"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32)),
+    )
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    told = done.stderr[done.stderr.index("error: out of memory: ") :]
+    assert "micro-batch 65536 x 64 tokens" in told
+    assert "raise trainer.accumulate_grad_batches" in told
+    assert not list(Path("runs").rglob("*.ckpt*"))

@@ -140,7 +140,7 @@ def _builds(node: dict[str, Any], wanted: Any, args: tuple[Any, ...]) -> bool:
     if wanted is collections.abc.Callable:
         product = typing.get_origin(args[1]) or args[1] if len(args) == 2 else Any
         return not node.get("_partial_") or _is_subclass(target, product)
-    return not node.get("_partial_") and wanted not in _SCALARS and _is_subclass(target, wanted)
+    return not node.get("_partial_") and wanted not in (*_SCALARS, Literal) and _is_subclass(target, wanted)
 
 
 def _is_subclass(target: Callable[..., Any], wanted: Any) -> bool:

@@ -97,7 +97,8 @@ class _Checker:
         try:
             value = node[name]
         except OmegaConfBaseException as error:
-            self.note(key, f"{written} does not resolve: {str(error).partition(chr(10))[0]}")
+            if written is not None:
+                self.note(key, f"{written} does not resolve: {_unresolved(error)}")
             return UNKNOWN
         return self.resolve(value, written, key)
 
@@ -165,6 +166,11 @@ class _Checker:
         except ValueError as refusal:
             self.note(f"{key}._target_", str(refusal))
             return None
+
+
+def _unresolved(error: OmegaConfBaseException) -> str:
+    told = str(error).partition("\n")[0]
+    return "it gives its resolver the wrong arguments" if told.startswith("TypeError") else told
 
 
 def _join(section: str, name: Any) -> str:

@@ -80,6 +80,7 @@ def test_a_value_that_fits(wanted, value):
         (Colour, "rde", "key", "wanted 'red', got 'rde' (str)"),
         (int, {"a": 1}, "key", "wanted int, got a section without _target_"),
         (int, PART, "key", "wanted int, got performer_lm.sample.Part"),
+        (Literal["fast", "slow"], PART, "key", "wanted 'fast' or 'slow', got performer_lm.sample.Part"),
     ],
 )
 def test_a_value_that_does_not_fit(sample, wanted, value, where, problem):

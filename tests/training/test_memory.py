@@ -1,0 +1,35 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from performer_lm.training.memory import peak_memory, reset_peak_memory, sizes_told
+
+CPU = torch.device("cpu")
+needs_status = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell")
+
+
+@needs_status
+def test_the_peak_is_that_of_what_was_held_for_a_while() -> None:
+    reset_peak_memory(CPU)
+    before = peak_memory(CPU)
+    held = torch.ones(64 * 2**20, dtype=torch.uint8)
+    del held
+    assert 60 * 2**20 < peak_memory(CPU) - before < 80 * 2**20
+    reset_peak_memory(CPU)
+    assert peak_memory(CPU) < before + 16 * 2**20
+
+
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError])
+def test_sizes_are_added_to_what_may_be_a_lack_of_memory(error: type[Exception]) -> None:
+    with pytest.raises(error) as found, sizes_told(CPU, micro_batch="4 x 8 tokens", vocabulary=257):
+        raise error("no room")
+    [note] = found.value.__notes__
+    assert note.startswith("micro-batch 4 x 8 tokens, vocabulary 257; at most ")
+    assert note.endswith(" GiB were held on cpu")
+
+
+def test_other_errors_pass_as_they_are() -> None:
+    with pytest.raises(ValueError, match="wrong") as found, sizes_told(CPU):
+        raise ValueError("wrong")
+    assert not hasattr(found.value, "__notes__")
