@@ -186,7 +186,7 @@ def judge(code: int, out: str, err: str, left: set[Path]) -> str:
 
 
 drawn = settings(
-    max_examples=15,
+    max_examples=8,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # a line is short as it is
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
