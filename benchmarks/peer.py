@@ -5,8 +5,9 @@
 
 dim 256, depth 4, 4 heads of 64, 266 features, 1024 tokens of a vocabulary of 256, one sequence (more need more memory
 there than most machines have), causal, AdamW. Ours is the model that `interop/performer_pytorch.py` makes of the same
-arguments. The processes take turns, a step each; medians of tokens per second, and the peak memory of a step over
-parameters and optimizer state. Writes results/peer.json. About two minutes on two quiet cores.
+arguments. Both in float32, and both under autocast to bfloat16. The processes take turns, a step each; medians of
+tokens per second, and the peak memory of a step over parameters and optimizer state. Writes results/peer.json. About
+three minutes on two quiet cores.
 """
 
 import multiprocessing
@@ -54,61 +55,68 @@ def build_ours() -> nn.Module:
 
 
 MODELS = {"performer-pytorch": build_theirs, "performer-lm": build_ours}
+PRECISIONS = ("float32", "bfloat16")
 
 
-def serve(build: Callable[[], nn.Module], pipe: Connection) -> None:
+def serve(build: Callable[[], nn.Module], precision: str, pipe: Connection) -> None:
     """Take a step for every message, and answer with its seconds and its peak memory in bytes."""
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     model = build()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     tokens = torch.randint(0, VOCABULARY, (1, LENGTH + 1))
-    step(model, optimizer, tokens[:, :65])  # libraries and optimizer state are not the step's
+    step(model, optimizer, tokens[:, :65], precision)  # libraries and optimizer state are not the step's
     while pipe.recv():
         Path("/proc/self/clear_refs").write_text("5")
         before, start = status("VmRSS"), time.perf_counter()
-        step(model, optimizer, tokens)
+        step(model, optimizer, tokens, precision)
         pipe.send((time.perf_counter() - start, status("VmHWM") - before))
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor) -> None:
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor, precision: str) -> None:
     """Train on one sequence."""
-    logits = model(tokens[:, :-1])
-    F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+        logits = model(tokens[:, :-1])
+    F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten()).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
 def main() -> None:
-    """Let both processes take their steps in turns."""
+    """Let the processes take their steps in turns."""
     context = multiprocessing.get_context("spawn")
     pipes = {}
-    for name, build in MODELS.items():
-        pipes[name], there = context.Pipe()
-        context.Process(target=serve, args=(build, there), daemon=True).start()
-    found: dict[str, list[tuple[float, int]]] = {name: [] for name in MODELS}
+    for precision in PRECISIONS:
+        for name, build in MODELS.items():
+            pipes[name, precision], there = context.Pipe()
+            context.Process(target=serve, args=(build, precision, there), daemon=True).start()
+    found: dict[tuple[str, str], list[tuple[float, int]]] = {which: [] for which in pipes}
     for _ in range(STEPS):
-        for name, pipe in pipes.items():
+        for which, pipe in pipes.items():
             pipe.send(True)
-            found[name].append(pipe.recv())
+            found[which].append(pipe.recv())
     for pipe in pipes.values():
         pipe.send(False)
+    results = {precision: compare(*(found[name, precision] for name in MODELS)) for precision in PRECISIONS}
+    write_results("peer", {"shape": ARGUMENTS, **results})
+
+
+def compare(theirs: list[tuple[float, int]], ours: list[tuple[float, int]]) -> dict[str, Any]:
+    """Print and return medians and ratios."""
     rows = {
         name: {
             "tokens_per_second": LENGTH / statistics.median(seconds for seconds, _ in steps),
             "peak_MiB": max(peak for _, peak in steps) / 2**20,
         }
-        for name, steps in found.items()
-    }
-    theirs, ours = rows.values()
-    ratios = {
-        "faster": ours["tokens_per_second"] / theirs["tokens_per_second"],
-        "less_memory": theirs["peak_MiB"] / ours["peak_MiB"],
+        for name, steps in zip(MODELS, (theirs, ours), strict=True)
     }
     for name, row in rows.items():
         print(f"{name:18} {row['tokens_per_second']:7.0f} tokens/s, {row['peak_MiB']:6.0f} MiB")
-    print(f"{ratios['faster']:.1f} times faster, in {ratios['less_memory']:.1f} times less memory")
-    write_results("peer", {"shape": ARGUMENTS, "models": rows, **ratios})
+    other, own = rows.values()
+    faster = own["tokens_per_second"] / other["tokens_per_second"]
+    less = other["peak_MiB"] / own["peak_MiB"]
+    print(f"{faster:.1f} times faster, in {less:.1f} times less memory")
+    return {"models": rows, "faster": faster, "less_memory": less}
 
 
 if __name__ == "__main__":
