@@ -11,6 +11,7 @@ from performer_lm.data.corpora.tables import first_line, import_datasets, pick_c
 from performer_lm.data.progress import say
 
 ROWS_AT_ONCE: Final = 1000
+READERS: Final = ("arrow", "csv", "generator", "json", "parquet", "text")  # folders of the cache that are no data sets
 
 
 @final
@@ -115,5 +116,5 @@ def _mean(key: str, name: str, choices: list[str]) -> str:
 def _at_hand() -> list[str]:
     """Return the names that can be opened without a network: what the cache holds, and folders here."""
     cache = Path(import_datasets().config.HF_DATASETS_CACHE)
-    cached = [path.name.replace("___", "/") for path in cache.glob("*") if path.is_dir()]
+    cached = [path.name.replace("___", "/") for path in cache.glob("*") if path.is_dir() and path.name not in READERS]
     return [*cached, *{path.parent.name for kind in ("jsonl", "parquet", "csv") for path in Path().glob(f"*/*.{kind}")}]

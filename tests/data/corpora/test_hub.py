@@ -88,3 +88,14 @@ def test_name_config_split_and_revision_are_what_the_hub_is_asked_for(monkeypatc
     corpus = hub("org/set", config="en", split="train[:1%]", text_column="body", revision="v2")
     assert [document.text for document in corpus.documents()] == [b"a", b"b"]
     assert asked == [(("org/set", "en"), {"split": "train[:1%]", "streaming": False, "revision": "v2"})]
+
+
+def test_the_cache_s_own_readers_are_no_data_sets(tmp_path, monkeypatch):
+    for name in ("json", "parquet", "someone___stories"):
+        (tmp_path / "cache" / name).mkdir(parents=True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"at hand on this machine: data\.name=someone/stories$"):
+        list(hub("someone/storeis").documents())
+    with pytest.raises(ValueError, match=r"the hub cannot be reached; data=files reads local files$"):
+        list(hub("jsom").documents())
