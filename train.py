@@ -16,7 +16,7 @@ def run(cfg: "DictConfig") -> float:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from performer_lm.training.run import prepare
+    from performer_lm.training.prepare import prepare
 
     job = HydraConfig.get()
     number = int(job.job.num) if job.mode == RunMode.MULTIRUN else None

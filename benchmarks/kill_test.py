@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-import performer_lm.training.run  # so that forked runs start at once
+import performer_lm.training.prepare  # so that forked runs start at once
 from performer_lm import checkpoint
 from performer_lm.training.loggers.record import read_metrics
 
@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--saves", type=int, default=100, help="how many saves to kill")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
-    assert performer_lm.training.run is not None
+    assert performer_lm.training.prepare is not None
     chance = random.Random(args.seed)
     results: list[dict[str, Any]] = []
     for options in chance.sample(MATRIX, args.cases):

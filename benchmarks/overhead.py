@@ -26,7 +26,7 @@ from steps import CONFIGS, step
 from torch.optim.lr_scheduler import LambdaLR
 
 from performer_lm.training.optim import parameter_groups
-from performer_lm.training.run import prepare
+from performer_lm.training.prepare import prepare
 
 STEPS, WARM_UP = 70, 10
 DATA = Path(__file__).parents[1] / "data" / "cache"

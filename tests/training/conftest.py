@@ -9,7 +9,8 @@ from lightning.pytorch import Callback
 from performer_lm.cli import usage_errors
 from performer_lm.training.callbacks.summary import ModelSummary
 from performer_lm.training.loggers import record
-from performer_lm.training.run import Run, prepare
+from performer_lm.training.prepare import prepare
+from performer_lm.training.run import Run
 
 Start = Callable[..., Run]
 

@@ -1,0 +1,205 @@
+"""From a training config to a run that is ready: all that a user can get wrong, cheapest first.
+
+Nothing is written before everything has succeeded.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, Trainer
+from omegaconf import DictConfig
+from rich.console import Console
+from torch import nn
+
+from performer_lm import checkpoint
+from performer_lm.attention.local import LocalAttention
+from performer_lm.checkpoint import Checkpoint
+from performer_lm.data.module import WindowData
+from performer_lm.language_model import LanguageModel
+from performer_lm.training.callbacks.base import RunCallback, Surroundings
+from performer_lm.training.callbacks.ending import FinalValidation
+from performer_lm.training.callbacks.guard import NonFiniteGuard
+from performer_lm.training.callbacks.learning_rates import LearningRates
+from performer_lm.training.callbacks.new_settings import NewSettings
+from performer_lm.training.callbacks.progress import ProgressReport
+from performer_lm.training.callbacks.random_state import RandomState
+from performer_lm.training.callbacks.redraw import Redraw
+from performer_lm.training.callbacks.saving import Checkpoints, StepBoundary
+from performer_lm.training.callbacks.stopping import StopOnSignal
+from performer_lm.training.callbacks.summary import ModelSummary
+from performer_lm.training.callbacks.throughput import Throughput
+from performer_lm.training.compile import compile_stacks
+from performer_lm.training.folder import RunFolder
+from performer_lm.training.loggers.record import MetricsLogger
+from performer_lm.training.optim import check_scaling, parameter_groups
+from performer_lm.training.processes import OneRun, check_sharding, without_samples
+from performer_lm.training.resume import (
+    AUTO,
+    best_score,
+    check_resumed,
+    open_named,
+    open_newest,
+    share_out_anew,
+)
+from performer_lm.training.run import Run, plain
+from performer_lm.training.task import LanguageModelTask
+from performer_lm.training.trainer import attach
+
+
+def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None) -> Run:
+    """Check and build everything that a run needs.
+
+    Args:
+        cfg: the composed training config.
+        overrides: what the user typed, for the resume command.
+        job: number of this job within a sweep.
+
+    Raises:
+        ValueError: for whatever the user has to put right, in one line.
+    """
+    trainer: Trainer = instantiate(cfg.trainer)
+    objective, optimizer, schedule = (instantiate(cfg[name]) for name in ("objective", "optimizer", "schedule"))
+    check_scaling(optimizer(parameter_groups(nn.Linear(1, 1), head=nn.Identity())), precision=str(trainer.precision))
+    schedule(trainer.max_steps)
+    model_section = plain(cfg.model)
+    sketch = _sketch_model(model_section, context=cfg.data.context)
+    data: WindowData = instantiate(cfg.data)
+    objective.check(sketch, packed=data.is_packed, answers=data.has_answers)
+    data.share(trainer)
+    resumed = open_named(cfg.ckpt) if cfg.ckpt not in (None, AUTO) else None
+
+    data.prepare()
+    objective.adopt(data.tokenizer)
+    model_section["vocab_size"] = data.tokenizer.vocab_size
+    section = _describe(cfg, model_section, data, trainer)
+    wanted = Path(cfg.run_dir) if job is None else Path(cfg.run_dir) / str(job)
+    notes: list[str] = []
+    if cfg.ckpt == AUTO:
+        is_named = any(override.startswith("run_dir=") for override in overrides)
+        resumed, notes = open_newest(section, run_dir=wanted if is_named else None)
+    if resumed:
+        notes += check_resumed(resumed, section, max_steps=trainer.max_steps, allow=cfg.resume.allow)
+        share_out_anew(resumed.content, accumulation=trainer.accumulate_grad_batches)
+    lightning.seed_everything(cfg.seed, workers=True, verbose=False)
+    model: LanguageModel = checkpoint.build(model_section)
+    if resumed:
+        checkpoint.check_fit(model, resumed.weights, source=str(resumed.path))
+    if cfg.compile:
+        compile_stacks(model, device=trainer.strategy.root_device)
+    task = LanguageModelTask(
+        model,
+        objective=objective,
+        optimizer=optimizer,
+        schedule=schedule,
+        byte_lengths=torch.from_numpy(data.validation.byte_lengths),
+        section=section,
+        log_every=cfg.trainer.log_every,
+        separator=data.separator,
+        counted=data.counted,
+    )
+    room = _open_room(cfg, wanted, resumed, writes=trainer.is_global_zero)
+    try:
+        return _assemble(cfg, overrides, room, resumed, data, task, trainer, notes)
+    except BaseException:
+        room.abandon()
+        raise
+
+
+def _describe(cfg: DictConfig, model: dict[str, Any], data: WindowData, trainer: Trainer) -> dict[str, Any]:
+    """Return what the run's checkpoints say of it, and what must be alike where it goes on."""
+    return checkpoint.describe(
+        model=model,
+        tokenizer=data.tokenizer,
+        fingerprint={
+            **data.fingerprint(),
+            "ranks": trainer.world_size,
+            "accumulation": trainer.accumulate_grad_batches,
+        },
+        seed=cfg.seed,
+        training={
+            **{name: plain(cfg[name]) for name in ("objective", "optimizer", "schedule")},
+            "compile": cfg.compile,
+            "trainer": {"precision": trainer.precision, "gradient_clip_val": trainer.gradient_clip_val},
+        },
+    )
+
+
+def _assemble(
+    cfg: DictConfig,
+    overrides: Sequence[str],
+    room: RunFolder,
+    resumed: Checkpoint | None,
+    data: WindowData,
+    task: LanguageModelTask,
+    trainer: Trainer,
+    notes: list[str],
+) -> Run:
+    """Build what knows the folder, and give it to the trainer in the order in which it runs."""
+    cfg.run_dir = str(room.path)
+    surroundings = Surroundings(
+        folder=room.path,
+        console=Console(highlight=False, quiet=not trainer.is_global_zero),
+        tokenizer=data.tokenizer,
+        context=cfg.data.context,
+        tokens_per_step=cfg.data.batch_size * cfg.data.context,
+        log_every=cfg.trainer.log_every,
+    )
+    saving = Checkpoints(
+        room.checkpoints,
+        every=cfg.trainer.save_every,
+        minutes=cfg.trainer.save_minutes,
+        keep=cfg.trainer.keep_checkpoints,
+        best=best_score(resumed) if resumed else float("nan"),
+        resumed=resumed.path if resumed else None,
+    )
+    stop = StopOnSignal(saving)
+    throughput = Throughput()
+    chosen = instantiate(cfg.callbacks).values() if cfg.get("callbacks") else ()
+    own: list[Callback] = [callback for callback in chosen if callback is not None]  # None: switched off
+    check_sharding(trainer, task.model, task.optimizer(parameter_groups(task.model, head=task.model.head)), own)
+    first = OneRun(room, saving, resumed=f"{resumed.path} at step {resumed.content['global_step']}" if resumed else "")
+    callbacks: list[Callback] = [first, RandomState(seed=cfg.seed), ModelSummary(), Redraw(), NonFiniteGuard()]
+    callbacks += [
+        FinalValidation(),
+        throughput,
+        LearningRates(),
+        ProgressReport(),
+        *without_samples(trainer, own),
+        StepBoundary(),
+        saving,
+        stop,
+    ]
+    if resumed and cfg.resume.allow:
+        callbacks.append(NewSettings())
+    for callback in callbacks:
+        if isinstance(callback, RunCallback):  # a config may add Lightning's own
+            callback.join(surroundings)
+    added = instantiate(cfg.logger).values() if cfg.get("logger") else ()
+    loggers = [MetricsLogger(folder=room.path), *added]
+    attach(trainer, callbacks=callbacks, loggers=loggers, resumed=resumed)
+    return Run(
+        cfg, overrides, room, resumed, data, task, trainer, throughput, saving, stop, surroundings.console, notes
+    )
+
+
+def _open_room(cfg: DictConfig, wanted: Path, resumed: Checkpoint | None, *, writes: bool) -> RunFolder:
+    """Return the folder to resume in, or a new one; `ckpt=auto` also takes one that was left before its first save."""
+    if resumed:
+        return RunFolder(checkpoint.holder(resumed.path), writes=writes)
+    if cfg.ckpt == AUTO and (wanted / "config.yaml").exists():
+        return RunFolder(wanted, writes=writes)
+    return RunFolder.create(wanted, writes=writes)
+
+
+def _sketch_model(section: dict[str, Any], *, context: int) -> LanguageModel:
+    """Build the model without values, so that sizes that do not fit are found before any data is read."""
+    with torch.device("meta"):
+        model: LanguageModel = checkpoint.build({**section, "vocab_size": 256})
+    for module in model.modules():
+        if isinstance(module, LocalAttention) and module.window > context:
+            raise ValueError(f"window ({module.window}) must be at most the context (data.context={context})")
+    return model
