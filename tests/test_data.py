@@ -113,6 +113,21 @@ def test_a_task_is_trained_scored_and_resumed(invoke: Invoke) -> None:
     assert "power" in err
 
 
+@pytest.mark.parametrize("name", ["recall", "copy", "selective_copy", "induction"])
+def test_every_experiment_on_a_task_trains(invoke: Invoke, name: str) -> None:
+    short = ["trainer.max_steps=2", "trainer.val_every=2", "data.batch_size=4", "data.validation_bytes=256"]
+    code, out, err = invoke(f"experiment={name}", *short)
+    assert code == 0, err
+    assert "val accuracy  " in out
+
+
+@pytest.mark.slow
+def test_attention_learns_to_recall(invoke: Invoke) -> None:
+    code, _, err = invoke("experiment=recall", "attn=flash", "trainer.max_steps=300", "run_dir=runs/a")
+    assert code == 0, err
+    assert json.loads(Path("runs/a/summary.json").read_text())["last_val_accuracy"] > 0.8
+
+
 def test_a_task_is_for_an_objective_that_asks_for_answers(invoke: Invoke) -> None:
     code, _, err = invoke("data=synthetic", "model=performer_encoder", "objective=mlm")
     assert code == 2
