@@ -4,6 +4,7 @@ In a ```bash block, every line that starts with `python` and a script of the pro
 few tokens; scripts of benchmarks/ need only exist. A block that is not to be run is ```text.
 """
 
+import json
 import re
 import shlex
 import subprocess
@@ -24,8 +25,11 @@ TRAIN = {
     "data.batch_size": "2",
     "callbacks.samples.max_new_tokens": "8",
 }
+TASK = {"trainer.val_every": "2", "data.validation_bytes": "4096", "data.batch_size": "2"}
 EVALUATE = {"data": "files", "data.path": "my.txt", "data.context": "256"}
 GENERATE = {"max_new_tokens": "16"}
+TASKS = ("recall", "copy", "selective_copy", "induction")
+GENERATED = {"data=synthetic", *(f"experiment={task}" for task in TASKS)}
 Invoke = Callable[..., tuple[int, str, str]]
 
 
@@ -47,16 +51,17 @@ def shortened(script: str, arguments: list[str], cache: Path) -> list[str]:
     if script == "train.py":
         arguments = [argument for argument in arguments if not argument.startswith("trainer.max_steps=")]
     typed = {argument.partition("=")[0] for argument in arguments}
+    generated = bool(GENERATED & {*arguments})
     if script == "train.py":
         resumed = "ckpt" in typed
-        short = {**TRAIN, "trainer.max_steps": str(MORE_STEPS if resumed else STEPS)}
+        short = {**(TASK if generated else TRAIN), "trainer.max_steps": str(MORE_STEPS if resumed else STEPS)}
     else:
         short = {"evaluate.py": EVALUATE, "generate.py": GENERATE}.get(script, {})
         if typed & {"data", "data.path"}:
             short = {key: value for key, value in short.items() if not key.startswith("data")}
     taken_out = tuple(f"{word[1:]}." for word in typed if word.startswith("~"))
     options = [f"{k}={value}" for k, value in short.items() if k not in typed and not k.startswith(taken_out)]
-    if script in ("train.py", "evaluate.py") and not {"--help", "--hydra-help"} & typed:
+    if script in ("train.py", "evaluate.py") and not generated and not {"--help", "--hydra-help"} & typed:
         options.append(f"data.cache_dir={cache}")
     return [*arguments, *options]
 
@@ -67,10 +72,23 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+def write_texts(folder: Path) -> None:
+    """Write the texts that documents name: a file, a folder, a table, and a set in the hub's form."""
+    (folder / "my.txt").write_text(" ".join(f"word{number * 7919 % 1000}" for number in range(8_000)))
+    rows = [f"row {row} says " + " ".join(f"word{row * number % 1000}" for number in range(30)) for row in range(500)]
+    (folder / "my.jsonl").write_text("".join(json.dumps({"body": row}) + "\n" for row in rows))
+    for name in ("notes/one", "notes/two", "stories"):
+        (folder / name).mkdir(parents=True)
+    for note in range(20):
+        (folder / "notes" / ("one", "two")[note % 2] / f"{note}.md").write_text("\n".join(rows[note::20]))
+    for split, part in (("train", rows[50:]), ("validation", rows[:50])):
+        (folder / f"stories/{split}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in part))
+
+
 @pytest.mark.readme
 @pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
 def test_every_command_works_in_order(document: Path, invoke: Invoke, tmp_path: Path, cache: Path) -> None:
-    (tmp_path / "my.txt").write_text(" ".join(f"word{number * 7919 % 1000}" for number in range(8_000)))
+    write_texts(tmp_path)
     if any("ckpt=" in word for command in scripts(document)[:1] for word in command):
         assert invoke(*shortened("train.py", [], cache))[0] == 0  # a document may start from a trained model
     previous: list[str] = []
