@@ -11,6 +11,9 @@ from performer_lm.checkpoint import Checkpoint
 
 AUTO = "auto"
 
+CHUNK_SIZES = frozenset({"chunk_size", "query_chunk_size", "key_chunk_size"})
+"""How much is worked on at once: it moves results by rounding only, so it makes no other run."""
+
 
 def open_named(name: str) -> Checkpoint:
     """Return the checkpoint that `ckpt=name` means.
@@ -53,7 +56,8 @@ def open_newest(
         problems: list[str] = []
         for path in checkpoint.candidates(run):
             try:
-                if run_dir is None and _differing(checkpoint.peek(path).section, section):
+                differing = _differing(checkpoint.peek(path).section, section) if run_dir is None else []
+                if not all(_keeps_results(key) for key, *_ in differing):
                     break
                 found = checkpoint.read(path)
             except ValueError as error:
@@ -77,13 +81,17 @@ def check_resumed(
         allow: names of what may change: `fingerprint.corpus`, `optimizer.lr`, or a whole section, `model`.
 
     Returns:
-        A line for each change that was allowed.
+        A line for each change that was allowed, or that moves results by rounding only.
 
     Raises:
         ValueError: with the old and the new value of everything else that changed.
     """
     changes = _differing(resumed.section, section)
-    refused = [f"{key} was {old!r}, is {new!r}" for key, old, new in changes if not _is_allowed(key, allow)]
+    refused = [
+        f"{key} was {old!r}, is {new!r}"
+        for key, old, new in changes
+        if not (_keeps_results(key) or _is_allowed(key, allow))
+    ]
     if refused:
         raise ValueError(
             f"{resumed.path} belongs to another run: {'; '.join(refused)} (resume.allow=[...] names what may change)"
@@ -119,6 +127,11 @@ def _differences(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]
                 yield from _differences(f"{key}.{name}", old.get(name), new.get(name))
     elif old != new:
         yield key, old, new
+
+
+def _keeps_results(key: str) -> bool:
+    """Tell whether an option trades speed and memory alone."""
+    return key.rpartition(".")[-1] in CHUNK_SIZES
 
 
 def _is_allowed(key: str, allow: Collection[str]) -> bool:

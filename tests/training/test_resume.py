@@ -48,6 +48,16 @@ def test_changes_are_allowed_by_name_alone_and_told() -> None:
         check_resumed(old, new, max_steps=5, allow=["optimizer.lr", "model.dep"])
 
 
+def test_how_much_is_worked_on_at_once_makes_no_other_run() -> None:
+    old = saved(model={"attn": {"chunk_size": 64, "backends": {"favor": {"chunk_size": 64}}}})
+    new = {"attn": {"chunk_size": None, "backends": {"favor": {"chunk_size": 128}}}}
+    told = check_resumed(old, {"model": new, "fingerprint": {}, "seed": 0}, max_steps=5)
+    assert told == [
+        "changed since the checkpoint: model.attn.backends.favor.chunk_size was 64, is 128",
+        "changed since the checkpoint: model.attn.chunk_size was 64, is None",
+    ]
+
+
 def test_options_that_a_file_does_not_know_were_off() -> None:
     old = saved(model={"dim": 1})
     new = {"model": {"dim": 1, "shift": False, "extra": None}, "fingerprint": {}, "seed": 0, "training": {"a": {}}}
