@@ -24,7 +24,6 @@ from performer_lm.attention.feature_maps import SoftmaxFeatures
 
 HEADS = 8
 LARGE, SMALL = {"d": 64, "m": 266}, {"d": 32, "m": 64}
-CHUNK = 128
 LENGTHS = [1024, 2048, 4096, 8192, 16384]
 LONG_LENGTHS = [4096, 8192, 16384, 32768, 65536]
 FLOPS_PER_TOKEN = 178_000  # per head at d = 64, m = 266 and tiles of 64, whatever the chunk
@@ -44,7 +43,7 @@ def build(d: int, m: int) -> FavorAttention:
         seed=0,
         redraw_interval=None,
         redraw_until=None,
-        chunk_size=CHUNK,
+        chunk_size=None,
     )
 
 

@@ -12,7 +12,6 @@ from torch.nn.functional import pad
 
 from performer_lm.attention.base import Attention
 from performer_lm.attention.feature_maps import AttentionFeatures
-from performer_lm.ops.features import BlockMap
 from performer_lm.ops.linear import (
     LinearState,
     absorb_keys,
@@ -21,7 +20,8 @@ from performer_lm.ops.linear import (
     empty_state,
     read_state,
 )
-from performer_lm.ops.linear.block import TILE
+from performer_lm.ops.linear.tokens import TILE
+from performer_lm.ops.maps import BlockMap
 
 
 class FavorAttention(Attention[LinearState]):
@@ -42,7 +42,7 @@ class FavorAttention(Attention[LinearState]):
         seed: of the projections.
         redraw_interval: optimizer steps between new projections; None never redraws.
         redraw_until: last step at which they may be redrawn; None sets no end.
-        chunk_size: tokens per block, which trades speed and memory, never the result.
+        chunk_size: tokens per block, which trades speed and memory, never the result; None for as many as caches hold.
         dropout: 0: random features hold no probabilities that could be dropped.
     """
 
@@ -59,7 +59,7 @@ class FavorAttention(Attention[LinearState]):
         seed: int,
         redraw_interval: int | None,
         redraw_until: int | None,
-        chunk_size: int,
+        chunk_size: int | None,
         dropout: float = 0.0,
     ) -> None:
         super().__init__(
@@ -67,8 +67,8 @@ class FavorAttention(Attention[LinearState]):
         )
         if redraw_interval is not None and redraw_interval < 1:
             raise ValueError(f"redraw_interval must be at least 1 or null, got {redraw_interval}")
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1 or null, got {chunk_size}")
         self.chunk_size = chunk_size
         self.redraw_interval, self.redraw_until = redraw_interval, redraw_until
         self.features = features(
@@ -187,7 +187,7 @@ class FavorAttention(Attention[LinearState]):
 
     def count_flops(self, queries: int, keys: int, *, causal: bool) -> int:
         """Count features, sums over keys, what queries read of them and, causal, the scores within a tile."""
-        m, tile = self.features.num_features, min(self.chunk_size, TILE)
+        m, tile = self.features.num_features, min(self.chunk_size or TILE, TILE)
         features = m * self.dim_head * (self.heads * queries + self.key_heads * keys)
         sums = m * (self.dim_value + 1) * (self.heads * queries + self.key_heads * keys)
         scores = self.heads * queries * tile * (m + self.dim_value + 1) if causal else 0

@@ -13,7 +13,8 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
-from performer_lm.ops.features import Exponential, FeatureMap, optimal_damping
+from performer_lm.ops.features import optimal_damping
+from performer_lm.ops.maps import Exponential, FeatureMap
 from performer_lm.ops.projections import default_num_features, draw_projection
 
 
@@ -187,17 +188,15 @@ class SoftmaxFeatures(RandomFeatures):
             self.register_buffer("pending", torch.zeros(2, key_heads), persistent=False)  # sum, count
 
     def maps(self) -> tuple[FeatureMap, FeatureMap]:
-        """Return the maps. What cancels in a query is left out, and its bias 2 A |w|^2 covers both sides."""
+        """Return the maps. What cancels in a query is left out; but for that both are one."""
         rows = self.projection.to(torch.promote_types(self.projection.dtype, torch.float32))
         rows = torch.cat([rows, -rows], dim=1) if self.antithetic else rows
         scale = self.dim_head**-0.25
-        norm = 0.5 * scale * scale
-        if self.momentum is None:
-            return Exponential((rows,), scale=scale), Exponential((rows,), scale=scale, norm=norm)
-        damping = optimal_damping(self.mean_square.to(rows.dtype), self.dim_head)[:, None]
-        weight = rows * (1.0 - 4.0 * damping[..., None]).sqrt()
-        bias = 2.0 * damping * rows.square().sum(dim=-1)
-        return Exponential((weight, bias), scale=scale), Exponential((weight,), scale=scale, norm=norm)
+        tensors: tuple[Tensor, ...] = (rows,)
+        if self.momentum is not None:
+            damping = optimal_damping(self.mean_square.to(rows.dtype), self.dim_head)[:, None]
+            tensors = (rows * (1.0 - 4.0 * damping[..., None]).sqrt(), damping * rows.square().sum(dim=-1))
+        return Exponential(tensors, scale=scale), Exponential(tensors, scale=scale, norm=0.5 * scale * scale)
 
     def prepare(self, q: Tensor, k: Tensor) -> Prepared:
         """Subtract the learned centres, if any, and make up for them in the keys' gain."""

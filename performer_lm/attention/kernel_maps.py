@@ -3,22 +3,12 @@
 Letters: `b` batch, `g` key heads, `n` tokens, `d` head width, `m` features.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
 from performer_lm.attention.feature_maps import AttentionFeatures, RandomFeatures, count_features
-from performer_lm.ops.features import (
-    ACTIVATIONS,
-    POSITIVE,
-    Exponential,
-    FeatureMap,
-    Pointwise,
-    Trigonometric,
-    generalized,
-    second_order_taylor,
-)
+from performer_lm.ops.features import ACTIVATIONS, POSITIVE
+from performer_lm.ops.maps import Exponential, FeatureMap, Generalized, Taylor, Trigonometric
 from performer_lm.ops.projections import haar, mix_seed
 
 
@@ -76,18 +66,13 @@ class GeneralizedFeatures(RandomFeatures):
         )
         self.num_features = count
         self.signed = activation not in POSITIVE
-        self.function = partial(_generalized, activation=activation, epsilon=epsilon)
+        self.activation, self.epsilon = activation, epsilon
 
     def maps(self) -> tuple[FeatureMap, FeatureMap]:
         """Return f(W x) + epsilon for both sides."""
-        both = Pointwise((_wide(self.projection) * self.dim_head**-0.25,), function=self.function)
+        weight = _wide(self.projection) * self.dim_head**-0.25
+        both = Generalized((weight,), activation=self.activation, epsilon=self.epsilon)
         return both, both
-
-
-def _generalized(x: Tensor, weight: Tensor, *, activation: str, epsilon: float) -> Tensor:
-    values = generalized(x, weight, activation=activation, epsilon=epsilon).values
-    assert values is not None
-    return values
 
 
 class TrigonometricFeatures(RandomFeatures):
@@ -175,21 +160,12 @@ class TaylorFeatures(AttentionFeatures):
     def maps(self) -> tuple[FeatureMap, FeatureMap]:
         """Return the map of x = q d^-1/4 for both sides."""
         scale = self.dim_head**-0.25
-        if self.projection is None:
-            both = Pointwise((), function=partial(_taylor, scale=scale))
-        else:
-            both = Pointwise((_wide(self.projection) * scale,), function=_taylor)
+        both = Taylor((), scale=scale) if self.projection is None else Taylor((_wide(self.projection) * scale,))
         return both, both
 
 
 def _count_taylor(width: int) -> int:
     return 1 + width + width * (width + 1) // 2
-
-
-def _taylor(x: Tensor, weight: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
-    values = second_order_taylor(scale * x if weight is None else x @ weight.mT).values
-    assert values is not None
-    return values
 
 
 class IdentityFeatures(AttentionFeatures):

@@ -15,7 +15,8 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from performer_lm.attention.favor import FavorAttention
-from performer_lm.ops.features import FeatureMap, Features
+from performer_lm.ops.features import Features
+from performer_lm.ops.maps import FeatureMap
 from performer_lm.ops.softmax import no_autocast
 from performer_lm.ops.terms import slices
 
@@ -154,7 +155,7 @@ class _Pairs:
         self.places = rows + (k.shape[2] - q.shape[2])  # of the queries among the keys
         self.total = None if log_decay is None else log_decay.double().cumsum(dim=-1)
         prepared = attention.features.prepare(self.q, k)
-        query_map, key_map = (a_map.spread(1, q.dtype) for a_map in attention.features.maps())
+        query_map, key_map = (a_map.to(q.dtype) for a_map in attention.features.maps())
         self.queries = _features(query_map, prepared.q, k.shape[1])
         self.keys = _features(key_map, prepared.k, k.shape[1])
         if prepared.log_gain is not None and self.keys.log_scale is not None:
@@ -218,10 +219,15 @@ class _Pairs:
 
 def _features(a_map: FeatureMap, x: Tensor, g: int) -> Features:
     """Map vectors `(b, g r, n, d)` to features `(b, g, r, n, m)`."""
-    rows = a_map(rearrange(x, "b (g r) n d -> g (b r n) d", g=g))
+    flat = rearrange(x, "b (g r) n d -> g (b r n) d", g=g)
+    values, logs = a_map(flat)
+    gain = a_map.gain(flat)
+    if logs is not None and gain is not None:
+        logs = logs + gain[..., None].to(logs.dtype)
     shape = {"b": x.shape[0], "n": x.shape[2]}
-    values, logs = (None if part is None else rearrange(part, "g (b r n) m -> b g r n m", **shape) for part in rows)
-    return Features(values, logs)
+    return Features(
+        *(None if part is None else rearrange(part, "g (b r n) m -> b g r n m", **shape) for part in (values, logs))
+    )
 
 
 def _terms(queries: Features, keys: Features, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:

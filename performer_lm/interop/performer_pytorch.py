@@ -173,7 +173,7 @@ def _attention(given: Arguments, seed: int) -> dict[str, Any]:
         seed=seed,
         redraw_interval=redraw_interval,
         redraw_until=None,
-        chunk_size=64,
+        chunk_size=None,
     )
 
 

@@ -4,24 +4,18 @@ A map gives `Features(values, log_scale)`, standing for values * exp(log_scale).
 `log_scale`, where nothing overflows or vanishes; polynomial maps live in `values`. Constant factors common to all
 features (m^-1/2 and the like) are left out: normalised attention cancels them.
 
-The functions say what each map is; a `FeatureMap` is how `linear.py` evaluates one, and a `BlockMap` how the causal
-engine evaluates it on a block of tokens and pulls a gradient back, so that features never outlive their block.
+The functions here say what each map is; `maps.py` is how the engine evaluates them.
 
-Letters: `b` batch times key heads, `g` key heads, `n` tokens, `d` head width, `m` features.
+Letters: `n` tokens, `d` head width, `m` features.
 """
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-
-# the sums |x|^2 / 2 of long vectors need more than float32 holds, if a weight e^(w.x - |x|^2 / 2) is to have 5 digits
-_GAIN_DTYPE = torch.float64
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "abs": torch.abs,
@@ -98,121 +92,3 @@ def generalized(x: Tensor, projection: Tensor | None, *, activation: str, epsilo
     """Map to f(W x) + epsilon, or f(x) + epsilon without a projection (2009.14794, eq. 5)."""
     rows = x if projection is None else x @ projection.mT
     return Features(ACTIVATIONS[activation](rows) + epsilon, None)
-
-
-@dataclass(frozen=True, eq=False)
-class FeatureMap(ABC):
-    """A map as the engine uses it: on x `(b, n, d)`, with tensors `(b, ...)` that gradients may reach.
-
-    Maps are built with tensors `(g, ...)`, one entry per key head; `spread` repeats them over the batch.
-    """
-
-    tensors: tuple[Tensor, ...]
-
-    def with_tensors(self, tensors: tuple[Tensor, ...]) -> Self:
-        """Return the same map over other tensors."""
-        return replace(self, tensors=tensors)
-
-    def spread(self, batch: int, dtype: torch.dtype) -> Self:
-        """Repeat tensors `(g, ...)` to `(batch g, ...)` in `dtype`."""
-        tensors = tuple(t.to(dtype) for t in self.tensors)
-        if batch > 1:
-            tensors = tuple(t.repeat(batch, *(1,) * (t.ndim - 1)) for t in tensors)
-        return self.with_tensors(tensors)
-
-    @abstractmethod
-    def __call__(self, x: Tensor) -> Features:
-        """Map x `(b, n, d)` to its features."""
-
-
-@dataclass(frozen=True, eq=False)
-class Trigonometric(FeatureMap):
-    """`trigonometric` features of scale * x; the tensor is W `(g, m, d)`."""
-
-    scale: float = 1.0
-
-    def __call__(self, x: Tensor) -> Features:
-        """Map x to `2 m` features."""
-        return trigonometric(self.scale * x, *self.tensors)
-
-
-@dataclass(frozen=True, eq=False)
-class BlockMap(FeatureMap):
-    """A map without negative features, which the causal engine evaluates, and pulls back, block by block."""
-
-    logarithmic: bool = True
-
-    @abstractmethod
-    def rows(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        """Return log features if `logarithmic`, else features, `(b, n, m)`, plus a shift `(b, 1 or n, 1 or m)`."""
-
-    def gain(self, x: Tensor) -> Tensor | None:
-        """Return what is to be added to all log features of a token, `(b, n)`, in a precise dtype."""
-        del x
-        return None
-
-    @abstractmethod
-    def pull(self, x: Tensor, grad: Tensor, wanted: bool) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """Turn the gradient at rows + gain into those at x and, if `wanted`, at the tensors."""
-
-    def __call__(self, x: Tensor) -> Features:
-        """Map x to its features."""
-        rows, gain = self.rows(x), self.gain(x)
-        if not self.logarithmic:
-            return Features(rows, None)
-        return Features(None, rows if gain is None else rows + gain[..., None].to(rows.dtype))
-
-
-@dataclass(frozen=True, eq=False)
-class Exponential(BlockMap):
-    """Log features scale W x + bias - norm |x|^2; the tensors are W `(g, m, d)` and, if any, the bias `(g, m)`."""
-
-    scale: float = 1.0
-    norm: float = 0.0
-
-    def rows(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        """Project in one matrix product, with scale, shift and bias."""
-        weight, *bias = self.tensors
-        for more in bias:
-            shift = more[:, None] if shift is None else shift + more[:, None]
-        return self._multiply(x, weight.mT, shift)
-
-    def gain(self, x: Tensor) -> Tensor | None:
-        """Return -norm |x|^2."""
-        return x.square().sum(dim=-1, dtype=_GAIN_DTYPE) * -self.norm if self.norm else None
-
-    def pull(self, x: Tensor, grad: Tensor, wanted: bool) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """Pull by two matrix products."""
-        weight, *bias = self.tensors
-        grad_x = self._multiply(grad, weight)
-        if self.norm:
-            grad_x.addcmul_(x, grad.sum(dim=-1, keepdim=True), value=-2.0 * self.norm)
-        if not wanted:
-            return grad_x, (None,) * len(self.tensors)
-        return grad_x, (self._multiply(grad.mT, x), *(grad.sum(dim=1) for _ in bias))
-
-    def _multiply(self, one: Tensor, other: Tensor, shift: Tensor | None = None) -> Tensor:
-        if shift is None:
-            return torch.baddbmm(one.new_empty(1, 1, 1), one, other, beta=0, alpha=self.scale)
-        return torch.baddbmm(shift, one, other, alpha=self.scale)
-
-
-@dataclass(frozen=True, eq=False)
-class Pointwise(BlockMap):
-    """Any function of x and the tensors; gradients come from autograd, block by block."""
-
-    logarithmic: bool = False
-    function: Callable[..., Tensor] = torch.relu
-
-    def rows(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        """Apply the function."""
-        rows = self.function(x, *self.tensors)
-        return rows if shift is None else rows + shift
-
-    def pull(self, x: Tensor, grad: Tensor, wanted: bool) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """Evaluate once more under autograd and pull through."""
-        with torch.enable_grad():
-            leaves = [t.detach().requires_grad_() for t in ((x, *self.tensors) if wanted else (x,))]
-            rows = self.function(leaves[0], *(leaves[1:] if wanted else self.tensors))
-            grads = torch.autograd.grad(rows, leaves, grad)
-        return grads[0], grads[1:] if wanted else (None,) * len(self.tensors)

@@ -94,7 +94,7 @@ def sum_dtype(*tensors: Tensor) -> torch.dtype:
 
 def no_autocast(device: torch.device) -> AbstractContextManager[None]:
     """Return a context in which autocast leaves the scores in the dtype they are computed in."""
-    if not torch.amp.is_autocast_available(device.type):
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 

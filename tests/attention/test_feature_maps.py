@@ -52,13 +52,15 @@ def inputs(n: int, std: float = 0.7) -> tuple[Tensor, Tensor, Tensor]:
 def quadratic(attention: FavorAttention, q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
     """Write attention out from the features that the maps themselves give."""
     q, k, gain = attention.features.prepare(q, k)
-    query_map, key_map = (a_map.spread(2, torch.float64) for a_map in attention.features.maps())
     found = []
-    for x, a_map in ((q, query_map), (k, key_map)):
-        features = a_map(x.reshape(4, -1, 8))
-        logs = torch.zeros(()) if features.log_scale is None else features.log_scale
-        values = torch.ones(()) if features.values is None else features.values
-        found.append((values * logs.exp()).unflatten(0, (2, 2)))
+    for x, a_map in zip((q, k), attention.features.maps(), strict=True):
+        rows = x.reshape(2, 2, -1, 8).transpose(0, 1).flatten(1, 2)  # (g, b n, d)
+        values, logs = a_map(rows)
+        own_gain = a_map.gain(rows)
+        logs = torch.zeros(()) if logs is None else logs
+        logs = logs if own_gain is None else logs + own_gain[..., None]
+        features = (torch.ones(()) if values is None else values) * logs.exp()
+        found.append(features.unflatten(1, (2, -1)).transpose(0, 1))
     query, key = found
     query = query.unflatten(2, (2, -1)).flatten(1, 2)
     key, v = key.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)

@@ -11,9 +11,7 @@ from torch import Tensor
 from performer_lm.ops.features import (
     ACTIVATIONS,
     POSITIVE,
-    Exponential,
     Features,
-    Pointwise,
     exponential,
     generalized,
     optimal_damping,
@@ -153,24 +151,3 @@ def test_positive_activations_are_those_that_never_go_below_zero(name: str) -> N
     values = generalized(x, None, activation=name, epsilon=0.0).values
     assert values is not None
     assert bool((values >= 0).all()) == (name in POSITIVE)
-
-
-@pytest.mark.parametrize("kind", ["exponential", "pointwise"])
-@pytest.mark.parametrize("wanted", [True, False])
-def test_pulling_equals_autograd(kind: str, wanted: bool) -> None:
-    x, weight = torch.randn(2, 5, 3, dtype=torch.float64), torch.randn(2, 4, 3, dtype=torch.float64)
-    x, weight = x.requires_grad_(), weight.requires_grad_()
-    if kind == "exponential":
-        bias = torch.randn(2, 4, dtype=torch.float64).requires_grad_()
-        a_map, tensors = Exponential((weight, bias), norm=0.3), (weight, bias)
-    else:
-        a_map, tensors = Pointwise((weight,), function=lambda x, w: (x @ w.mT).sin()), (weight,)
-    features = a_map(x)
-    out = features.log_scale if features.values is None else features.values
-    assert out is not None
-    grad = torch.randn_like(out)
-    expected = torch.autograd.grad(out, (x, *tensors), grad)
-    found, found_tensors = a_map.pull(x.detach(), grad, wanted)
-    assert torch.allclose(found, expected[0])
-    for one, other in zip(found_tensors, expected[1:], strict=True):
-        assert one is None if not wanted else torch.allclose(one, other)

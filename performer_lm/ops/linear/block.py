@@ -1,145 +1,77 @@
 """One block of causal linear attention: from tokens to features to what is seen, and back.
 
-`dense.py` and `halves.py` do the sums; here a block's keys become features, the form is chosen, and
-scales are kept. Logarithms are held relative to an origin near them, as float32 is finest near zero.
+`dense.py` and `halves.py` do the sums; here a block's tokens become features, the form is chosen, and scales are kept.
+Inside, logarithms are in units of log 2 and relative to an origin near them, as float32 is finest near zero; exponents
+of the state are float64, so that nothing is lost between blocks.
 
-Letters: `b` batch times key heads, `r` queries per key, `n` tokens of the block, `t` tiles of `c` tokens, `d` head
-width, `e` value width, `m` features.
+Letters: `b` batch times key heads, `g` key heads, `r` queries per key, `n` tokens of the block, `t` tiles of `c`
+tokens, `d` head width, `e` value width, `m` features.
 """
 
-from dataclasses import dataclass, replace
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from performer_lm.ops.features import BlockMap
-from performer_lm.ops.linear.dense import (
-    Gradients,
-    Weighing,
-    absorb_dense,
-    attend_dense,
-    fits_one_scale,
-    pull_dense,
-    weigh,
-)
-from performer_lm.ops.linear.fading import Times, fading
-from performer_lm.ops.linear.halves import EMPTY, Block, attend_halves, fade_to_end
-
-TILE = 64
-"""Tokens that see each other through a matrix: more cost arithmetic, fewer cost passes over the sums."""
+from performer_lm.ops.linear.dense import Gradients, Tiles, attend_dense, fits_one_scale, pull_dense
+from performer_lm.ops.linear.fading import Times, fading, pull_decay
+from performer_lm.ops.linear.halves import Block, absorb, attend_halves, pull_absorb, pull_halves
+from performer_lm.ops.linear.scratch import Scratch
+from performer_lm.ops.linear.state import EMPTY
+from performer_lm.ops.linear.tokens import Keys, Maps, State, Tokens, flat, open_keys, pull_map
 
 
-@dataclass(frozen=True, kw_only=True)
-class Maps:
-    """The features of queries and of keys."""
+class Seen(NamedTuple):
+    """What a block's queries see, the exponent of the state after it, and whether the block was put on one scale."""
 
-    query: BlockMap
-    key: BlockMap
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors of both."""
-        return (*self.query.tensors, *self.key.tensors)
-
-    def with_tensors(self, tensors: tuple[Tensor, ...]) -> Self:
-        """Return the same maps over other tensors."""
-        count = len(self.query.tensors)
-        query, key = self.query.with_tensors(tensors[:count]), self.key.with_tensors(tensors[count:])
-        return replace(self, query=query, key=key)
-
-
-class Tokens(NamedTuple):
-    """What a block is made of, in the dtype of the sums, with nothing left in masked tokens."""
-
-    queries: Tensor  # (b, t r c, d)
-    keys: Tensor  # (b, n, d)
-    values: Tensor  # (b, n, e + 1): [v, 1]
-    log_gain: Tensor | None  # (b, n)
-    mask: Tensor | None  # (b, n)
-    times: Times
-    tiles: int
-
-
-class State(NamedTuple):
-    """The sums of phi(k) [v, 1] over exp(log_scale), per feature."""
-
-    sums: Tensor  # (b, m, e + 1)
-    log_scale: Tensor  # (b, m)
-
-
-class Step(NamedTuple):
-    """What a block sees, and leaves behind."""
-
-    seen: Tensor  # (b t, r c, e + 1): numerators and denominators, on any scale per row
-    state: State
+    weighted: Tensor  # (b, t, c, r, e + 1): numerators and denominators, on any scale per query
+    exponent: Tensor  # (b, m)
     dense: bool
+
+
+class Grads(NamedTuple):
+    """Gradients at what a block gives."""
+
+    seen: Tensor  # (b, n, r, e + 1)
+    sums: Tensor  # (b, m, e + 1), after the block; used up
 
 
 class Pulled(NamedTuple):
     """Gradients of one block."""
 
-    queries: Tensor  # (b, t r c, d)
+    queries: Tensor  # (b, n r, d)
     keys: Tensor  # (b, n, d)
-    values: Tensor  # (b, n, e + 1)
+    values: Tensor  # (b, n, e)
     log_gain: Tensor | None  # (b, n)
     log_decay: Tensor | None  # (b, n)
     sums: Tensor  # (b, m, e + 1)
     tensors: tuple[Tensor | None, ...]
 
 
-class _Keys(NamedTuple):
-    """A block's keys as features, before their scale is taken off."""
-
-    rows: Tensor  # (b, n, m): log features, -inf where masked; or features, 0 where masked
-    origin: Tensor | None  # (b, 1)
-    before: Tensor  # (b, m): the state's log scale, relative to the origin
-    scale: Tensor  # (b, m): that of the block, likewise
-
-
-def take_step(maps: Maps, tokens: Tokens, state: State, causal: Tensor) -> Step:
-    """Let a block attend to the state and itself, and join the state.
-
-    `causal` is a lower triangle of ones, of at least c rows.
-    """
-    keys = _open(maps, tokens, state.log_scale)
-    if maps.key.logarithmic and not _fits(keys, tokens.times):
-        return _step_halves(keys, tokens, maps.query.rows(tokens.queries), state.sums)
-    block, _ = _weigh(maps, tokens, keys, state.sums, causal)
-    seen = attend_dense(block)
-    sums = absorb_dense(block)  # in place of the state that was just read
-    if not maps.key.logarithmic:
-        return Step(seen, State(sums, state.log_scale), True)
-    return Step(seen, _lower(sums, keys) if tokens.times.fade else _stored(sums, keys), True)
-
-
-def take_token(maps: Maps, tokens: Tokens, state: State, *, own: bool) -> Step:
-    """Let a block of one token join the state, then read it: what attending is where no gradient is wanted.
-
-    It writes into the sums of the state if they are its `own` to use.
-    """
-    keys, (log_decay, documents) = _open(maps, tokens, state.log_scale), tokens.times
-    sums = state.sums if own else state.sums.clone()
-    if documents is not None:
-        stays = documents[:, :1] == documents[:, 1:]
-        keys = keys._replace(before=keys.before.masked_fill(~stays, EMPTY))
-        sums = sums.mul_(stays[..., None])
-    if not maps.key.logarithmic:
-        sums = sums if log_decay is None else sums.mul_(log_decay.exp()[..., None])
-        seen = torch.bmm(maps.query.rows(tokens.queries), sums.addcmul_(keys.rows.mT, tokens.values))
-        return Step(seen, State(sums, state.log_scale), True)
-    before = keys.before if log_decay is None else keys.before + log_decay
-    keys = keys._replace(scale=_round(torch.maximum(before, keys.rows[:, 0]), keys.origin))
-    sums.mul_((before - keys.scale).exp_()[..., None])
-    sums.addcmul_(keys.rows.sub_(keys.scale[:, None]).exp_().mT, tokens.values)
-    queries = maps.query.rows(tokens.queries, keys.scale[:, None])
-    queries = queries.sub_(queries.amax(dim=-1, keepdim=True)).exp_()
-    return Step(torch.bmm(queries, sums), _stored(sums, keys), True)
+def take_step(maps: Maps, tokens: Tokens, state: State, scratch: Scratch, *, after: Tensor) -> Seen:
+    """Let a block attend to the state and itself, and join the state: its sums go to `after`, which may be the same."""
+    keys = open_keys(maps, tokens, state.exponent, scratch)
+    if not _on_one_scale(keys, tokens.times):
+        return _step_halves(maps, tokens, keys, state.sums, scratch, after=after)
+    tiles, factor = _tiles(maps, tokens, keys, scratch)
+    _scale(state.sums, factor, out=after)
+    weighted = attend_dense(tiles, after, scratch).unflatten(2, (tiles.keys.shape[2], -1)).transpose(0, 1)
+    if keys.scale is None:
+        return Seen(weighted, state.exponent, True)
+    exponent = keys.base.absolute(keys.scale)
+    return Seen(weighted, _settle(after, exponent) if tokens.times.fade else exponent, True)
 
 
 def pull_step(
-    maps: Maps, tokens: Tokens, state: State, step: Step, grad_sums: Tensor, causal: Tensor, *, wanted: bool
+    maps: Maps,
+    tokens: Tokens,
+    state: State,
+    exponent: Tensor,
+    grads: Grads,
+    scratch: Scratch,
+    *,
+    dense: bool,
+    wanted: bool,
 ) -> Pulled:
     """Compute a block's features anew and pull gradients back through it.
 
@@ -147,135 +79,115 @@ def pull_step(
         maps: as in the forward.
         tokens: likewise.
         state: before the block.
-        step: as it was, but with the gradient at what was seen in the place of that.
-        grad_sums: at the sums after the block.
-        causal: as in the forward.
+        exponent: `(b, m)`, of the state after it.
+        grads: at what the forward gave.
+        scratch: memory to work in.
+        dense: the form that the forward took; to choose again could choose otherwise, by a rounding.
         wanted: whether the maps' tensors want gradients.
     """
-    keys = _open(maps, tokens, state.log_scale)
-    pull = _pull_dense if step.dense else _pull_halves
-    found = pull(maps, tokens, keys, state.sums, step, grad_sums, causal)
-    grad_queries, grad_keys = (x.reshape(tokens.keys.shape[0], -1, x.shape[-1]) for x in (found.queries, found.keys))
+    keys = open_keys(maps, tokens, state.exponent, scratch)
+    if dense:
+        found = _pull_dense(maps, tokens, keys, state, exponent, grads, scratch)
+    else:
+        found = _pull_halves(maps, tokens, keys, state, grads, scratch)
     if tokens.mask is not None and not maps.key.logarithmic:
-        grad_keys = grad_keys.masked_fill(~tokens.mask[..., None], 0.0)
-    queries, query_tensors = maps.query.pull(tokens.queries, grad_queries, wanted)
-    found_keys, key_tensors = maps.key.pull(tokens.keys, grad_keys, wanted)
-    return Pulled(
-        queries=queries,
-        keys=found_keys,
-        values=found.values.reshape(tokens.values.shape),
-        log_gain=None if tokens.log_gain is None else grad_keys.sum(dim=-1),
-        log_decay=None if found.log_decay is None else found.log_decay.reshape(tokens.keys.shape[:2]),
-        sums=found.sums,
-        tensors=(*query_tensors, *key_tensors),
-    )
+        found.keys.masked_fill_(~tokens.mask[..., None], 0.0)
+    log_gain = log_decay = None
+    if tokens.log_gain is not None or tokens.times.log_decay is not None:
+        log_gain = found.keys.sum(dim=-1) if maps.key.logarithmic else _at_weights(found.keys, keys.rows)
+    if tokens.times.log_decay is not None:
+        assert log_gain is not None
+        log_decay = pull_decay(log_gain, (found.sums * state.sums).sum(dim=(1, 2)))
+    queries, query_tensors = pull_map(maps.query, tokens.queries, found.queries, tokens.groups, wanted)
+    found_keys, key_tensors = pull_map(maps.key, tokens.keys, found.keys, tokens.groups, wanted)
+    return Pulled(queries, found_keys, found.values, log_gain, log_decay, found.sums, (*query_tensors, *key_tensors))
 
 
-def _open(maps: Maps, tokens: Tokens, log_scale: Tensor) -> _Keys:
-    """Map a block's keys to features."""
-    hidden = None if tokens.mask is None else ~tokens.mask[..., None]
-    if not maps.key.logarithmic:
-        rows = maps.key.rows(tokens.keys)
-        return _Keys(rows if hidden is None else rows.masked_fill(hidden, 0.0), None, log_scale, log_scale)
-    gain = maps.key.gain(tokens.keys)
-    if tokens.log_gain is not None:
-        gain = tokens.log_gain if gain is None else gain + tokens.log_gain
-    origin, before, shift = None, log_scale, None
-    if gain is not None:
-        origin = gain.amax(dim=-1, keepdim=True).to(log_scale.dtype)
-        before, shift = log_scale - origin, (gain - origin).to(log_scale.dtype)[..., None]
-    rows = maps.key.rows(tokens.keys, shift)
-    rows = rows if hidden is None else rows.masked_fill(hidden, -torch.inf)
-    return _Keys(rows, origin, before, _round(torch.maximum(before, rows.amax(dim=1)), origin))
+def _per_token(x: Tensor, tokens: Tokens) -> Tensor:
+    """View `(..., c r, e + 1)` as `(b, n, r, e + 1)`."""
+    return x.reshape(*tokens.keys.shape[:2], -1, x.shape[-1])
 
 
-def _round(scale: Tensor, origin: Tensor | None) -> Tensor:
-    """Round a scale so that it can be stored without its origin."""
-    return scale if origin is None else (scale + origin) - origin
+def _at_weights(grad: Tensor, features: Tensor) -> Tensor:
+    """Return the gradient at the logarithm of each token's weight `(b, n)`, given that at its features."""
+    return (grad * features).sum(dim=-1)
 
 
-def _absolute(scale: Tensor, keys: _Keys) -> Tensor:
-    return scale if keys.origin is None else scale + keys.origin
+# --- on one scale -----------------------------------------------------------------------------------------------------
 
 
-def _stored(sums: Tensor, keys: _Keys) -> State:
-    return State(sums, _absolute(keys.scale, keys))
+def _on_one_scale(keys: Keys, times: Times) -> bool:
+    """Tell whether a block can be put on one scale; where a look would make the host wait, it is said not to."""
+    if keys.scale is None:
+        return True
+    return keys.rows.device.type == "cpu" and fits_one_scale(keys.rows, keys.base.before, keys.scale, times)
 
 
-def _lower(sums: Tensor, keys: _Keys) -> State:
-    """Put sums that faded on the scale at which each feature's mass is about one."""
+def _tiles(maps: Maps, tokens: Tokens, keys: Keys, scratch: Scratch) -> tuple[Tiles, Tensor | None]:
+    """Put a block on one scale, using up its rows; also return what the state is to be multiplied by, `(b, m, 1)`."""
+    queries = scratch("queries", *tokens.queries.shape[:2], keys.rows.shape[-1])
+    out, factor = flat(queries, tokens.groups), None
+    if keys.scale is None:
+        maps.query.write(flat(tokens.queries, tokens.groups), out, add=False)
+    else:
+        queries.copy_(keys.scale.expand_as(queries))
+        maps.query.write(flat(tokens.queries, tokens.groups), out, add=True)
+        queries.sub_(queries.amax(dim=-1, keepdim=True)).exp2_()
+        keys.rows.sub_(keys.scale).exp2_()
+        factor = (keys.base.before - keys.scale).clamp_(max=1.0).exp2_().to(queries.dtype).mT
+    count = tokens.tiles
+    queries, rows, values = (x.unflatten(1, (count, -1)) for x in (queries, keys.rows, tokens.values))
+    return Tiles(queries, rows, values, fading(tokens.times, count, scratch.triangle(rows.shape[2]))), factor
+
+
+def _scale(sums: Tensor, factor: Tensor | None, *, out: Tensor) -> Tensor:
+    return out.copy_(sums) if factor is None else torch.mul(sums, factor, out=out)
+
+
+def _settle(sums: Tensor, exponent: Tensor) -> Tensor:
+    """Put sums that faded, in place, on the exponent at which each feature's mass is about one; return that."""
     mass = sums[..., -1]
     empty = mass == 0
-    lower = _round(keys.scale + mass.masked_fill(empty, 1.0).log(), keys.origin)
-    stored = _absolute(lower, keys).masked_fill(empty, EMPTY)
-    return State(sums.mul_((keys.scale - lower).exp_()[..., None]), stored)
-
-
-def _fits(keys: _Keys, times: Times) -> bool:
-    """Tell whether a block can be put on one scale; where a look would make the host wait, it is said not to."""
-    return keys.rows.device.type == "cpu" and fits_one_scale(keys.rows, keys.before, keys.scale, times)
-
-
-def _weigh(maps: Maps, tokens: Tokens, keys: _Keys, sums: Tensor, causal: Tensor) -> tuple[Weighing, Tensor | None]:
-    """Score a block on one scale, using up its rows; also return what the state was multiplied by, `(b, m, 1)`."""
-    features, factor = keys.rows, None
-    if maps.key.logarithmic:
-        queries = maps.query.rows(tokens.queries, keys.scale[:, None])
-        queries = queries.sub_(queries.amax(dim=-1, keepdim=True)).exp_()
-        features = features.sub_(keys.scale[:, None]).exp_()
-        factor = (keys.before - keys.scale).exp_()[..., None]
-        sums = sums * factor
-    else:
-        queries, sums = maps.query.rows(tokens.queries), sums.clone()
-    values = tokens.values
-    if tokens.tiles > 1:
-        queries, features, values = (
-            x.unflatten(1, (tokens.tiles, -1)).flatten(0, 1) for x in (queries, features, values)
-        )
-    c = features.shape[1]
-    return weigh(queries, features, values, sums, fading(tokens.times.tiles(tokens.tiles), causal[:c, :c])), factor
+    lower = mass.masked_fill(empty, 1.0).log2().round_()
+    sums.mul_(lower.neg().exp2_()[..., None])
+    return (exponent + lower).masked_fill_(empty, EMPTY)
 
 
 def _pull_dense(
-    maps: Maps, tokens: Tokens, keys: _Keys, sums: Tensor, step: Step, grad_sums: Tensor, causal: Tensor
+    maps: Maps, tokens: Tokens, keys: Keys, state: State, exponent: Tensor, grads: Grads, scratch: Scratch
 ) -> Gradients:
-    if maps.key.logarithmic and tokens.times.fade:
-        after = step.state.log_scale
-        lower = after if keys.origin is None else after - keys.origin
-        grown = (keys.scale - lower).masked_fill(after == EMPTY, 0.0).exp_()
-        grad_sums = grad_sums * grown[..., None]
-    block, shrink = _weigh(maps, tokens, keys, sums, causal)
-    found = pull_dense(block, step.seen, grad_sums, decays=tokens.times.log_decay is not None)
-    if shrink is None:
-        return found
-    found.queries.mul_(block.queries)
-    found.keys.mul_(block.keys)
-    return found._replace(sums=found.sums * shrink)
+    if keys.scale is not None and tokens.times.fade:
+        higher = (keys.base.absolute(keys.scale) - exponent).masked_fill_(exponent == EMPTY, 0.0)
+        grads.sums.mul_(higher.exp2_().to(grads.sums.dtype)[..., None])
+    tiles, factor = _tiles(maps, tokens, keys, scratch)
+    sums = _scale(state.sums, factor, out=scratch("sums", *state.sums.shape))
+    grad = grads.seen.view(*tiles.queries.shape[:3], -1)
+    queries, rows, values, grad_sums = pull_dense(tiles, sums, grad, grads.sums, scratch)
+    if factor is None:
+        return Gradients(queries.flatten(1, 2), rows.flatten(1, 2), values, grad_sums)
+    queries, rows = tiles.queries.mul_(queries), tiles.keys.mul_(rows)  # at the logarithms, in the features' place
+    return Gradients(queries.flatten(1, 2), rows.flatten(1, 2), values, grad_sums.mul_(factor))
 
 
-def _step_halves(keys: _Keys, tokens: Tokens, queries: Tensor, sums: Tensor) -> Step:
-    n, t = tokens.keys.shape[1], tokens.tiles
-    queries = rearrange(queries, "b (t r c) m -> b r (t c) m", t=t, c=n // t)
-    block = Block(queries, keys.rows, tokens.values, tokens.times)
-    found = attend_halves(block, sums, keys.before)
-    rows, sums, before = fade_to_end(block, sums, keys.before)
-    keys = keys._replace(scale=_round(torch.maximum(before, rows.detach().amax(dim=1)), keys.origin))
-    weights = (rows - keys.scale[:, None]).exp()
-    sums = torch.baddbmm((before - keys.scale).exp()[..., None] * sums, weights.mT, tokens.values)
-    return Step(rearrange(found.weighted, "b r (t c) e -> (b t) (r c) e", t=t), _stored(sums, keys), False)
+# --- in halves --------------------------------------------------------------------------------------------------------
 
 
-def _pull_halves(
-    maps: Maps, tokens: Tokens, keys: _Keys, sums: Tensor, step: Step, grad_sums: Tensor, causal: Tensor
-) -> Gradients:
-    del causal
-    log_decay = tokens.times.log_decay
-    inputs = (maps.query.rows(tokens.queries), keys.rows, tokens.values, sums)
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in (*inputs, *(() if log_decay is None else (log_decay,)))]
-        queries, rows, values, sums = leaves[:4]
-        if log_decay is not None:
-            tokens = tokens._replace(times=tokens.times._replace(log_decay=leaves[4]))
-        again = _step_halves(keys._replace(rows=rows), tokens._replace(values=values), queries, sums)
-        found = torch.autograd.grad([again.seen, again.state.sums], leaves, [step.seen, grad_sums])
-    return Gradients(found[0], found[1], found[2], found[3], found[4] if log_decay is not None else None)
+def _in_logs(maps: Maps, tokens: Tokens, keys: Keys, scratch: Scratch) -> Block:
+    queries = scratch("queries", *tokens.queries.shape[:2], keys.rows.shape[-1])
+    maps.query.write(flat(tokens.queries, tokens.groups), flat(queries, tokens.groups), add=False)
+    return Block(_per_token(queries, tokens), keys.rows, tokens.values, tokens.times)
+
+
+def _step_halves(maps: Maps, tokens: Tokens, keys: Keys, sums: Tensor, scratch: Scratch, *, after: Tensor) -> Seen:
+    block = _in_logs(maps, tokens, keys, scratch)
+    seen = attend_halves(block, sums, keys.base.before).weighted[:, None]
+    found, scale = absorb(block, sums, keys.base.before)
+    after.copy_(found)
+    return Seen(seen, keys.base.absolute(scale), False)
+
+
+def _pull_halves(maps: Maps, tokens: Tokens, keys: Keys, state: State, grads: Grads, scratch: Scratch) -> Gradients:
+    block = _in_logs(maps, tokens, keys, scratch)
+    found = pull_halves(block, state.sums, keys.base.before, grads.seen)
+    pull_absorb(block, keys.base.before, grads.sums, found)
+    return Gradients(found.queries.flatten(1, 2), found.keys, found.values[..., :-1], found.sums)

@@ -4,13 +4,17 @@ Every feature of the block's keys is put relative to one scale, the largest it h
 exact to rounding as long as no weight in sight lies more than `HEADROOM` below it, which `fits_one_scale` tells; other
 blocks go to `halves.py`. Features that are not logarithms have no scale and always fit.
 
-A block is worked on in tiles of c tokens, all at once: within a tile tokens see each other through a c x c matrix,
-across tiles through the sums S that each tile finds, on the one scale. With features E of queries and F of keys, D what
-is left of a key (`Fading`) and V = [v, 1], the weighted sums N = [numerator, denominator] and the gradients are
+A block is worked on in tiles of c tokens: within a tile tokens see each other through a c x c matrix, across tiles
+through the sums S, which one tile after the other joins. With features E of queries and F of keys, D what is left of a
+key (`Fading`) and V = [v, 1], a tile's weighted sums N = [numerator, denominator] and the gradients are
 
     P = D * (E F^T)          N = P V + since * (E S)          S' = across * S + F^T (until * V)
     dE = (D * (dN V^T)) F + (since * dN) S^T                  dF = (D * (dN V^T))^T E + (until * V) dS'^T
-    dV = P^T dN + until * (F dS')                             dS = E^T (since * dN) + across * dS'
+    dv = P^T dn + until * (F dS'_n)                           dS = E^T (since * dN) + across * dS'
+
+where n stands for the columns of numerators. The odd width e + 1 costs a seventh of the rate of products that write it;
+numerators and denominators apart would cost more, in passes over features. Tiles are the first dimension of what is
+written: batched products are fast into contiguous memory only; and S, used tile by tile, stays in the cache.
 
 Letters: `b` batch times key heads, `r` queries per key, `t` tiles, `c` tokens of a tile (`i` queries, `j` keys), `m`
 features, `e` value width.
@@ -21,148 +25,155 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from performer_lm.ops.linear.fading import Fading, Times, pull_fading
+from performer_lm.ops.linear.fading import Fading, Times
+from performer_lm.ops.linear.scratch import Scratch
+from performer_lm.ops.linear.state import EMPTY
+from performer_lm.ops.maps import LOG2_E
 
-HEADROOM = 50.0
-"""How far below its block's scale (in nats) a weight in sight may lie: float32 ends at 87, 16 are for precision."""
+HEADROOM = 72.0
+"""How far below its block's scale (in factors of 2) a weight in sight may lie: float32 ends at 126, 24 are digits."""
 
 
-class Weighing(NamedTuple):
-    """The tiles of a block: features, faded scores, and the sums each tile finds."""
+class Tiles(NamedTuple):
+    """A block as its tiles, features on one scale."""
 
-    queries: Tensor  # (b t, r c, m): E
-    keys: Tensor  # (b t, c, m): F
-    values: Tensor  # (b t, c, e + 1): V
-    until: Tensor  # (b t, c, e + 1): until * V
-    fade: Fading
-    scores: Tensor  # (b t, r c, c): P
-    sums: Tensor  # (b t, m, e + 1): S
-    last: Tensor  # (b, m, e + 1): S of the last tile
+    queries: Tensor  # (b, t, c r, m): E
+    keys: Tensor  # (b, t, c, m): F
+    values: Tensor  # (b, t, c, e + 1): V
+    fading: Fading
+
+    @property
+    def at_end(self) -> Tensor:
+        """Return what is left of the values at the end of their tiles, until * V."""
+        until = self.fading.until_end
+        return self.values if until is None else self.values * until
 
 
 class Gradients(NamedTuple):
-    """Gradients of a block, the last where anything decays."""
+    """Gradients of a block: at features in `dense.py`, at their logarithms elsewhere."""
 
-    queries: Tensor  # (b t, r c, m)
-    keys: Tensor  # (b t, c, m)
-    values: Tensor  # (b t, c, e + 1)
-    sums: Tensor  # (b, m, e + 1), on the block's scale
-    log_decay: Tensor | None  # (b t, c)
+    queries: Tensor  # (b, t, c r, m) or (b, n r, m)
+    keys: Tensor  # (b, t, c, m) or (b, n, m)
+    values: Tensor  # (b, n, e)
+    sums: Tensor  # (b, m, e + 1), before the block
 
 
-def fits_one_scale(keys: Tensor, log_scale: Tensor, scale: Tensor, times: Times) -> bool:
+def fits_one_scale(keys: Tensor, before: Tensor, scale: Tensor, times: Times) -> bool:
     """Tell whether every query surely sees, in each feature, a weight within HEADROOM of the scale.
 
-    Either the state is such a weight until the end, or each token's own key is. This looks at values, so it is for the
-    host only.
+    Either the state is such a weight until the end, or each token's own key is, or the last key before a masked one.
+    This looks at values, so it is for the host only.
+
+    Args:
+        keys: `(b, n, m)` log features, -inf where masked.
+        before: `(b, 1, m)`, the state's scale.
+        scale: `(b, 1, m)`, the block's.
+        times: how keys fade.
     """
-    rise = scale - log_scale
+    rise = scale - before
     if times.log_decay is not None:
-        rise = rise - times.log_decay.sum(dim=-1, keepdim=True)
-    if times.documents is None and bool((rise <= HEADROOM).all()):
+        rise = rise - LOG2_E * times.log_decay.sum(dim=-1)[:, None, None]
+    if times.documents is None and bool(rise.amax() <= HEADROOM):
         return True
-    below = scale - keys.masked_fill(keys == -torch.inf, torch.inf).amin(dim=1)
-    return bool((below <= HEADROOM).all())
+    own = scale - keys.masked_fill(keys == -torch.inf, torch.inf).amin(dim=1, keepdim=True)
+    lone = (keys[:, :1] == -torch.inf) & (before > EMPTY / 2)  # masked tokens first: they see the state alone
+    own = torch.where(lone, torch.maximum(own, scale - before), own)
+    return bool(((own if times.documents is not None else torch.minimum(own, rise)) <= HEADROOM).all())
 
 
-def weigh(queries: Tensor, keys: Tensor, values: Tensor, sums: Tensor, fade: Fading) -> Weighing:
-    """Score queries `(b t, r c, m)` against keys `(b t, c, m)`, and sum up keys and values until the last tile.
+def attend_dense(tiles: Tiles, sums: Tensor, scratch: Scratch) -> Tensor:
+    """Return what the queries see, numerators and denominators `(t, b, c r, e + 1)`.
 
-    `sums` `(b, m, e + 1)` are those before the block.
+    `sums` `(b, m, e + 1)` are those before the block; those after it take their place.
     """
-    scores = _fade_scores(torch.bmm(queries, keys.mT), fade.between)
-    until = values if fade.until_end is None else values * fade.until_end[..., None]
-    if keys.shape[0] == sums.shape[0]:
-        return Weighing(queries, keys, values, until, fade, scores, sums, sums)
-    tiles = keys.shape[0] // sums.shape[0]
-    early_keys, early_values = (_split_tiles(x, tiles)[:, :-1] for x in (keys, until))
-    found = early_keys.mT @ early_values
-    each = [sums]
-    for a in range(tiles - 1):
-        each.append(_carry(each[-1], found[:, a], fade, a))
-    return Weighing(queries, keys, values, until, fade, scores, torch.stack(each, dim=1).flatten(0, 1), each[-1])
+    queries, keys, values, fade = tiles
+    scores = _scores(queries, keys, fade, scratch, "scores")
+    seen = scratch("seen", *_tiles_first(queries)[:-1], values.shape[-1])
+    each = zip(*(x.unbind(1) for x in (queries, keys, values, tiles.at_end, scores)), seen, strict=True)
+    for tile, (query, key, value, at_end, score, out) in enumerate(each):
+        torch.bmm(query, sums, out=out)
+        if fade.since_start is not None:
+            _times(out, fade.since_start[:, tile])
+        out.baddbmm_(score, value)
+        _absorb(sums, key, at_end, fade, tile)
+    return seen
 
 
-def absorb_dense(block: Weighing) -> Tensor:
-    """Return the sums after the block, `(b, m, e + 1)`; uses up those before its last tile."""
-    tiles = block.keys.shape[0] // block.last.shape[0]
-    keys, values = (_split_tiles(x, tiles)[:, -1] for x in (block.keys, block.until))
-    if block.fade.across is not None:
-        block.last.mul_(block.fade.across.unflatten(0, (-1, tiles))[:, -1, None, None])
-    return block.last.baddbmm_(keys.mT, values)
+def pull_dense(tiles: Tiles, sums: Tensor, grad: Tensor, grad_sums: Tensor, scratch: Scratch) -> Gradients:
+    """Pull back gradients at what queries see and at the sums after the block.
+
+    Args:
+        tiles: a block.
+        sums: `(b, m, e + 1)`, before the block; used up.
+        grad: `(b, t, c r, e + 1)`, at numerators and denominators.
+        grad_sums: `(b, m, e + 1)`, at the sums after the block; those at the sums before it take their place.
+        scratch: memory to work in.
+    """
+    fade = tiles.fading
+    late = grad if fade.since_start is None else _times(scratch.take("late", grad), fade.since_start)
+    scores = _scores(tiles.queries, tiles.keys, fade, scratch, "scores")
+    grad_scores = _scores(grad, tiles.values, fade, scratch, "grad scores")
+    grad_queries = _sweep_onward(tiles, sums, late, grad_scores, scratch("grad queries", *_tiles_first(tiles.queries)))
+    grad_keys = scratch("grad keys", *_tiles_first(tiles.keys))
+    grad_values = scratch("grad values", *_tiles_first(tiles.values)[:-1], tiles.values.shape[-1] - 1)
+    _sweep_back(tiles, grad_sums, late, grad, scores, grad_scores, grad_keys, grad_values)
+    grad_queries, grad_keys, grad_values = (x.transpose(0, 1) for x in (grad_queries, grad_keys, grad_values))
+    return Gradients(grad_queries, grad_keys, grad_values.flatten(1, 2), grad_sums)
 
 
-def attend_dense(block: Weighing) -> Tensor:
-    """Return what the queries see, numerators and denominators `(b t, r c, e + 1)`."""
-    seen = torch.bmm(block.queries, block.sums)
-    if block.fade.since_start is not None:
-        seen.mul_(_rows(block.fade.since_start, seen))
-    return seen.baddbmm_(block.scores, block.values)
+def _sweep_onward(tiles: Tiles, sums: Tensor, late: Tensor, grad_scores: Tensor, grad_queries: Tensor) -> Tensor:
+    """Write the queries' gradients, `(t, b, c r, m)`, while sums grow from tile to tile."""
+    each = zip(*(x.unbind(1) for x in (tiles.keys, tiles.at_end, late, grad_scores)), grad_queries, strict=True)
+    for tile, (key, value, row, grad_score, out) in enumerate(each):
+        torch.bmm(row, sums.mT, out=out).baddbmm_(grad_score, key)
+        _absorb(sums, key, value, tiles.fading, tile)
+    return grad_queries
 
 
-def pull_dense(block: Weighing, grad: Tensor, grad_next: Tensor, *, decays: bool) -> Gradients:
-    """Pull back gradients at what queries see `(b t, r c, e + 1)` and at the next sums `(b, m, e + 1)`."""
-    fade, c = block.fade, block.values.shape[1]
-    late = grad if fade.since_start is None else grad * _rows(fade.since_start, grad)
-    grad_after, grad_sums = _pull_sums(torch.bmm(block.queries.mT, late), grad_next, fade)
-    grad_values = torch.bmm(block.keys, grad_after)
-    grad_raw = torch.bmm(grad, block.values.mT)
-    grad_fade = None
-    if decays and fade.across is not None:
-        seen = torch.bmm(block.queries, block.sums).mul_(late).sum(dim=-1)
-        grad_fade = pull_fading(
-            between=_sum_queries(grad_raw * block.scores, c),
-            since_start=_sum_queries(seen, c),
-            until_end=(block.until * grad_values).sum(dim=-1),
-            across=(grad_after * block.sums).sum(dim=(1, 2)) * fade.across,
-        )
-    _fade_scores(grad_raw, fade.between)
-    if fade.until_end is not None:
-        grad_values.mul_(fade.until_end[..., None])
-    return Gradients(
-        queries=torch.bmm(grad_raw, block.keys).baddbmm_(late, block.sums.mT),
-        keys=torch.bmm(grad_raw.mT, block.queries).baddbmm_(block.until, grad_after.mT),
-        values=grad_values.baddbmm_(block.scores.mT, grad),
-        sums=grad_sums,
-        log_decay=grad_fade,
-    )
+def _sweep_back(
+    tiles: Tiles,
+    grad_sums: Tensor,
+    late: Tensor,
+    grad: Tensor,
+    scores: Tensor,
+    grad_scores: Tensor,
+    grad_keys: Tensor,
+    grad_values: Tensor,
+) -> None:
+    """Write the gradients of keys and values, `(t, b, c, ...)`, while that at the sums grows from the last tile on."""
+    fade, e = tiles.fading, grad_values.shape[-1]
+    inputs = (tiles.queries, tiles.keys, tiles.at_end, late, grad, scores, grad_scores)
+    each = tuple(zip(*(x.unbind(1) for x in inputs), grad_keys, grad_values, strict=True))
+    for tile in reversed(range(len(each))):
+        query, key, value, row, rest, score, grad_score, out_key, out_value = each[tile]
+        torch.bmm(value, grad_sums.mT, out=out_key).baddbmm_(grad_score.mT, query)
+        torch.bmm(key, grad_sums[..., :e], out=out_value)
+        if fade.until_end is not None:
+            out_value.mul_(fade.until_end[:, tile])
+        out_value.baddbmm_(score.mT, rest[..., :e])
+        _absorb(grad_sums, query, row, fade, tile)
 
 
-def _pull_sums(found: Tensor, grad_next: Tensor, fade: Fading) -> tuple[Tensor, Tensor]:
-    """Return the gradients at the sums after each tile, `(b t, m, e + 1)`, and before the first, `(b, m, e + 1)`."""
-    if found.shape[0] == grad_next.shape[0]:
-        kept = grad_next if fade.across is None else grad_next * fade.across[:, None, None]
-        return grad_next, found.add_(kept)
-    found = found.unflatten(0, (grad_next.shape[0], -1))
-    each = torch.empty_like(found)
-    for a in reversed(range(found.shape[1])):
-        each[:, a] = grad_next
-        grad_next = _carry(grad_next, found[:, a], fade, a)
-    return each.flatten(0, 1), grad_next
+def _tiles_first(x: Tensor) -> tuple[int, ...]:
+    """Return the shape of `(b, t, ...)` with the tiles first."""
+    return x.shape[1], x.shape[0], *x.shape[2:]
 
 
-def _split_tiles(x: Tensor, tiles: int) -> Tensor:
-    return x.unflatten(0, (-1, tiles))
+def _scores(rows: Tensor, columns: Tensor, fade: Fading, scratch: Scratch, name: str) -> Tensor:
+    """Return the faded products of rows `(b, t, c r, ...)` and columns `(b, t, c, ...)`: `(b, t, c r, c)`."""
+    scores = scratch(name, *rows.shape[:3], columns.shape[2])
+    torch.bmm(rows.flatten(0, 1), columns.flatten(0, 1).mT, out=scores.flatten(0, 1))
+    return _times(scores, fade.between)
 
 
-def _carry(kept: Tensor, found: Tensor, fade: Fading, tile: int) -> Tensor:
-    """Return across * kept + found of one tile."""
-    if fade.across is None:
-        return kept + found
-    return torch.addcmul(found, kept, fade.across.unflatten(0, (kept.shape[0], -1))[:, tile, None, None])
+def _times(x: Tensor, factor: Tensor) -> Tensor:
+    """Multiply `(..., c r, x)` in place by a factor `(..., c, 1, x)`."""
+    x.unflatten(-2, (factor.shape[-3], -1)).mul_(factor)
+    return x
 
 
-def _fade_scores(scores: Tensor, between: Tensor) -> Tensor:
-    """Multiply scores `(b t, r i, j)` in place by what is left of the keys."""
-    scores.unflatten(1, (-1, scores.shape[-1])).mul_(between[:, None])
-    return scores
-
-
-def _sum_queries(x: Tensor, c: int) -> Tensor:
-    """Sum over the queries of each key: `(b t, r c, ...)` -> `(b t, c, ...)`."""
-    return x if x.shape[1] == c else x.unflatten(1, (-1, c)).sum(dim=1)
-
-
-def _rows(factor: Tensor, like: Tensor) -> Tensor:
-    """Repeat a factor per token `(b t, c)` over the queries of one key: `(b t, r c, 1)`."""
-    return factor.repeat(1, like.shape[1] // factor.shape[1])[..., None]
+def _absorb(sums: Tensor, features: Tensor, values: Tensor, fade: Fading, tile: int) -> None:
+    """Let sums fade over a tile, and take in the products of features `(b, c, m)` and values `(b, c, e + 1)`."""
+    if fade.across is not None:
+        sums.mul_(fade.across[:, tile])
+    sums.baddbmm_(features.mT, values)

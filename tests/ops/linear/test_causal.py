@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from performer_lm.ops.features import Exponential
 from performer_lm.ops.linear import LinearState, absorb_keys, causal_linear_attention, empty_state, read_state
 from performer_lm.ops.linear import block as linear_block
-from performer_lm.ops.linear import causal as linear_causal
+from performer_lm.ops.linear import tokens as linear_tokens
+from performer_lm.ops.maps import Exponential
 
 FLOAT64 = 1e-10
 FLOAT32 = 2e-6
@@ -82,9 +82,9 @@ def blockwise(q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int = 4, **chosen:
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run a test as inputs decide, with blocks of several tiles, and with the form that asks nothing of inputs."""
     if request.param != "one scale":
-        monkeypatch.setattr(linear_causal, "TILE", 2)
+        monkeypatch.setattr(linear_tokens, "TILE", 2)
     if request.param == "halves":
-        monkeypatch.setattr(linear_block, "_fits", lambda keys, times: False)
+        monkeypatch.setattr(linear_block, "_on_one_scale", lambda keys, times: False)
     return str(request.param)
 
 
@@ -125,7 +125,7 @@ def test_any_split_gives_the_same_outputs_and_state(n: int, chunk_size: int, spl
         out, state = blockwise(*(x[..., part, :] for x in tensors), chunk_size=chunk_size, state=state, **some)
         outputs.append(out)
     assert (torch.cat(outputs, dim=-2) - whole).abs().max() < FLOAT64
-    scale = (state.log_scale - final.log_scale).exp()[..., None]
+    scale = (state.exponent - final.exponent).exp2()[..., None]
     assert torch.allclose(state.sums * scale, final.sums, atol=FLOAT64)
 
 
@@ -142,6 +142,22 @@ def test_a_loud_key_moves_nothing_before_it(std: float) -> None:
     changed, _ = blockwise(q, later, v, chunk_size=16)
     assert torch.equal(changed[..., :16, :], out[..., :16, :])
     assert (changed[..., 16:20, :] - out[..., 16:20, :]).abs().max() < 2e-5
+
+
+@form_laws
+@pytest.mark.parametrize("name", ["none", "log_decay", "segments"])
+def test_a_masked_token_before_a_loud_key_sees_what_came_before(name: str) -> None:
+    """It has no key of its own to see, so the state is all there is, however quiet beside what follows."""
+    q, k, v = inputs(16, dtype=torch.float32)
+    k[:, :, 9:] += 300.0
+    mask = torch.arange(16).expand(2, -1) != 8
+    chosen: dict[str, Any] = {"mask": mask}
+    if name == "log_decay":
+        chosen["log_decay"] = -10 * torch.rand(2, 2, 16)
+    if name == "segments":
+        chosen["segments"] = torch.zeros(2, 16, dtype=torch.int64)
+    out, _ = blockwise(q, k, v, chunk_size=8, **chosen)
+    assert (out - quadratic(q, k, v, **chosen)).abs().max() < 2e-5
 
 
 @form_laws
@@ -209,11 +225,24 @@ def test_gradcheck(names: set[str]) -> None:
 
     def both(q: Tensor, k: Tensor, v: Tensor, sums: Tensor, *decay: Tensor) -> tuple[Tensor, ...]:
         more = {"log_decay": decay[0]} if decay else {}
-        out, after = blockwise(q, k, v, chunk_size=3, state=LinearState(sums, state.log_scale), **chosen, **more)
+        out, after = blockwise(q, k, v, chunk_size=3, state=LinearState(sums, state.exponent), **chosen, **more)
         later, _ = blockwise(q, k, v, state=after)
         return out, later
 
     assert torch.autograd.gradcheck(both, (*tensors, state.sums.requires_grad_(), *decay))
+
+
+def test_backward_takes_the_form_that_forward_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Denominators are kept on the scale of their form, so a second choice that came out otherwise would be wrong."""
+    tensors = [x.requires_grad_() for x in inputs(13)]
+    for first in (True, False):
+        monkeypatch.setattr(linear_block, "_on_one_scale", lambda keys, times, first=first: first)
+        out, _ = blockwise(*tensors)
+        monkeypatch.setattr(linear_block, "_on_one_scale", lambda keys, times, first=first: not first)
+        found = torch.autograd.grad(out.square().sum(), tensors)
+        expected = torch.autograd.grad(quadratic(*tensors).square().sum(), tensors)
+        for one, other in zip(found, expected, strict=True):
+            assert (one - other).abs().max() < FLOAT64
 
 
 def test_no_features_are_kept_for_the_backward() -> None:

@@ -1,0 +1,40 @@
+"""Memory that the blocks of a sequence use one after the other.
+
+Features, scores and sums of a block are large, and live no longer than it: fresh memory for each would cost the host a
+page fault every 4 KiB, which is slower than the arithmetic done in it.
+"""
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+
+class Scratch:
+    """Tensors by name, each a view of memory that grows to the largest block and is then used again.
+
+    A name's contents last until it is asked for again.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype, self._device = dtype, device
+        self._held: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        """Return memory of this shape with arbitrary contents."""
+        size = prod(shape)
+        held = self._held.get(name)
+        if held is None or held.numel() < size:
+            held = self._held[name] = torch.empty(size, dtype=self._dtype, device=self._device)
+        return held[:size].view(shape)
+
+    def take(self, name: str, x: Tensor) -> Tensor:
+        """Return a copy of x."""
+        return self(name, *x.shape).copy_(x)
+
+    def triangle(self, size: int) -> Tensor:
+        """Return a lower triangle of ones, `(size, size)`."""
+        name = f"triangle of {size}"
+        if name not in self._held:
+            self._held[name] = torch.ones(size, size, dtype=self._dtype, device=self._device).tril_()
+        return self._held[name]

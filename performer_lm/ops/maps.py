@@ -1,0 +1,219 @@
+"""Feature maps as the engine evaluates them: on a block of tokens, into memory it has, with their gradients.
+
+A `FeatureMap` is a function with its tensors. A `BlockMap` is one without negative features, which the causal engine
+writes block by block and pulls gradients through, so that features never outlive their block. Its log features are
+written in units of log 2, since exp2 is several times as fast as exp.
+
+Letters: `g` key heads, `n` tokens (of all sequences in the batch), `d` head width, `m` features.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields, replace
+from math import log
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from performer_lm.ops.features import Features, generalized, second_order_taylor, trigonometric
+
+LOG2_E = 1.0 / log(2.0)
+
+
+def precise(device: torch.device) -> torch.dtype:
+    """Return the dtype of what must be known better than to seven digits: the sizes of logarithms, before they cancel.
+
+    Apple's GPUs have nothing wider than float32.
+    """
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureMap(ABC):
+    """A map of x `(g, n, d)` with tensors `(g, ...)`, one entry per key head, that gradients may reach."""
+
+    tensors: tuple[Tensor, ...]
+
+    def with_tensors(self, tensors: tuple[Tensor, ...]) -> Self:
+        """Return the same map over other tensors."""
+        return replace(self, tensors=tensors)
+
+    def to(self, dtype: torch.dtype) -> Self:
+        """Return the same map with its tensors in `dtype`."""
+        if all(t.dtype == dtype for t in self.tensors):
+            return self
+        return self.with_tensors(tuple(t.to(dtype) for t in self.tensors))
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Features:
+        """Map x to its features `(g, n, m)`, but for `gain`; for autograd to differentiate."""
+
+    def gain(self, x: Tensor) -> Tensor | None:
+        """Return what belongs to all log features of a token, `(g, n)` natural logarithms, as precise as can be."""
+        del x
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class Trigonometric(FeatureMap):
+    """`trigonometric` features of scale * x; the tensor is W `(g, m / 2, d)`."""
+
+    scale: float = 1.0
+
+    def __call__(self, x: Tensor) -> Features:
+        """Map x to sines and cosines."""
+        return trigonometric(self.scale * x, *self.tensors)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockMap(FeatureMap):
+    """A map without negative features.
+
+    Its `code` names the class and its numbers, from which `decode` makes it again: how a map passes through a compiler
+    that knows tensors and text.
+    """
+
+    logarithmic: ClassVar[bool]
+    """Whether features are exponentials, and so are handled as logarithms."""
+
+    _kinds: ClassVar[dict[str, type["BlockMap"]]] = {}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Make the class known to `decode`."""
+        super().__init_subclass__(**options)
+        BlockMap._kinds[cls.__name__] = cls
+
+    @abstractmethod
+    def write(self, x: Tensor, out: Tensor, *, add: bool) -> None:
+        """Write the features of x, or if `logarithmic` their logarithms in units of log 2, to `out` `(g, n, m)`.
+
+        With `add`, add them to what it holds. `gain` is left out.
+        """
+
+    @abstractmethod
+    def pull(self, x: Tensor, grad: Tensor, *, wanted: bool) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """Turn the gradient at features, or natural log features, into those at x and, if `wanted`, at the tensors."""
+
+    def writes_like(self, other: "BlockMap") -> bool:
+        """Tell whether `write` is the same function for both."""
+        return self is other
+
+    @property
+    def code(self) -> str:
+        """Return the class and its numbers as text."""
+        numbers = [getattr(self, field.name) for field in fields(self) if field.name != "tensors"]
+        return " ".join([type(self).__name__, *(str(number) for number in numbers)])
+
+    @staticmethod
+    def decode(code: str, tensors: tuple[Tensor, ...]) -> "BlockMap":
+        """Return the map that has this code, over these tensors."""
+        name, *numbers = code.split(" ")
+        kind = BlockMap._kinds[name]
+        kinds = [field.type for field in fields(kind) if field.name != "tensors"]
+        return kind(
+            tensors,
+            *(number if wanted is str else float(number) for wanted, number in zip(kinds, numbers, strict=True)),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Exponential(BlockMap):
+    """exp(scale W x + bias - norm |x|^2); the tensors are W `(g, m, d)` and, if any, the bias `(g, m)`."""
+
+    logarithmic = True
+
+    scale: float = 1.0
+    norm: float = 0.0
+
+    def __call__(self, x: Tensor) -> Features:
+        """Project, with scale and bias."""
+        weight, *bias = self.tensors
+        logs = self._multiply(x, weight.mT)
+        for more in bias:
+            logs = logs + more[:, None]
+        return Features(None, logs)
+
+    def write(self, x: Tensor, out: Tensor, *, add: bool) -> None:
+        """Project in one matrix product."""
+        weight, *bias = self.tensors
+        out.baddbmm_(x, weight.mT, beta=float(add), alpha=LOG2_E * self.scale)
+        for more in bias:
+            out.add_(more[:, None], alpha=LOG2_E)
+
+    def writes_like(self, other: BlockMap) -> bool:
+        """Tell whether `write` is the same function for both: gains may differ."""
+        same = isinstance(other, Exponential) and self.scale == other.scale and len(self.tensors) == len(other.tensors)
+        return same and all(one is two for one, two in zip(self.tensors, other.tensors, strict=True))
+
+    def gain(self, x: Tensor) -> Tensor | None:
+        """Return -norm |x|^2: of long vectors more than float32 holds, if a weight is to have five digits."""
+        if not self.norm:
+            return None
+        return torch.linalg.vector_norm(x, dim=-1, dtype=precise(x.device)).square() * -self.norm
+
+    def pull(self, x: Tensor, grad: Tensor, *, wanted: bool) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """Pull by two matrix products."""
+        weight, *bias = self.tensors
+        grad_x = self._multiply(grad, weight)
+        if self.norm:
+            grad_x.addcmul_(x, grad.sum(dim=-1, keepdim=True), value=-2.0 * self.norm)
+        if not wanted:
+            return grad_x, (None,) * len(self.tensors)
+        return grad_x, (self._multiply(grad.mT, x), *(grad.sum(dim=1) for _ in bias))
+
+    def _multiply(self, one: Tensor, other: Tensor) -> Tensor:
+        return torch.baddbmm(one.new_empty(1, 1, 1), one, other, beta=0, alpha=self.scale)
+
+
+@dataclass(frozen=True, eq=False)
+class Pointwise(BlockMap):
+    """Any function of x and the tensors; its gradients come from autograd, block by block."""
+
+    logarithmic = False
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Features:
+        """Map x to the values of its features."""
+
+    def write(self, x: Tensor, out: Tensor, *, add: bool) -> None:
+        """Apply the function."""
+        values = self._values(x)
+        out.add_(values) if add else out.copy_(values)
+
+    def pull(self, x: Tensor, grad: Tensor, *, wanted: bool) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """Evaluate once more and pull through; this also works inside an operator, where autograd rests."""
+
+        def values(x: Tensor, *tensors: Tensor) -> Tensor:
+            return (self.with_tensors(tensors) if tensors else self)._values(x)
+
+        pull_back = torch.func.vjp(values, x, *(self.tensors if wanted else ()))[1]
+        grad_x, *grads = pull_back(grad)
+        return grad_x, tuple(grads) if wanted else (None,) * len(self.tensors)
+
+    def _values(self, x: Tensor) -> Tensor:
+        values = self(x).values
+        assert values is not None
+        return values
+
+
+@dataclass(frozen=True, eq=False)
+class Generalized(Pointwise):
+    """`generalized` features f(W x) + epsilon; the tensor is W `(g, m, d)`."""
+
+    activation: str = "relu"
+    epsilon: float = 0.0
+
+    def __call__(self, x: Tensor) -> Features:
+        """Apply the activation."""
+        return generalized(x, *self.tensors, activation=self.activation, epsilon=self.epsilon)
+
+
+@dataclass(frozen=True, eq=False)
+class Taylor(Pointwise):
+    """`second_order_taylor` features of scale * x, or of W x where there is a tensor W `(g, d', d)`."""
+
+    scale: float = 1.0
+
+    def __call__(self, x: Tensor) -> Features:
+        """Map x to its products."""
+        return second_order_taylor(x @ self.tensors[0].mT if self.tensors else self.scale * x)
