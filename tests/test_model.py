@@ -156,6 +156,37 @@ def test_softmax_backends_agree(lively_model: Build) -> None:
         torch.testing.assert_close(other(ids), exact(ids), **CLOSE)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["attn=favor", "attn.num_features=16"],
+        ["attn=relu", "attn.num_features=16"],
+        ["attn=linear"],
+        ["attn=exact"],
+        ["attn=chunked"],
+        ["attn=flash"],
+        ["attn=flash_tiled"],
+        ["attn=local", "attn.window=5"],
+        ["attn=hybrid", "attn.pattern=[favor,flash]", "model.local_heads=2"],
+        ["attn=flash", "model.recompute=true", "model.feed_forward.chunks=2", "model.token_shift=true"],
+        ["model=performer_classic", "model.heads=4", "attn.num_features=16", "model.qk_norm=3"],
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*requires_grad=True to a scalar")  # dynamo looks at values as it traces
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo does
+def test_a_compiled_model_is_one_graph_with_the_same_loss(lively_model: Build, options: list[str]) -> None:
+    torch.compiler.reset()
+    model, ids = lively_model(*options).float().train(), tokens(2, 33)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = []
+    for run in (model, compiled):
+        loss = torch.nn.functional.cross_entropy(run(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_first_loss_is_that_of_a_uniform_guess(kind: str, model_section: Callable[..., dict[str, Any]]) -> None:
     model = checkpoint.build(model_section(*KINDS[kind], vocab_size=300))
