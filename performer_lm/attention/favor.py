@@ -74,6 +74,12 @@ class FavorAttention(Attention[LinearState]):
         self.features = features(
             heads=heads, key_heads=key_heads, dim_head=dim_head, num_features=num_features, layer=layer, seed=seed
         )
+        if redraw_interval is not None and not self.features.redrawn:
+            name = type(self.features).__name__
+            raise ValueError(
+                f"redraw_interval ({redraw_interval}) needs projections that are drawn and not trained; "
+                f"these {name} have none: set it to null, or take attn/features=positive"
+            )
 
     def forward(
         self,

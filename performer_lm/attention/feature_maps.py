@@ -35,6 +35,8 @@ class AttentionFeatures(nn.Module, ABC):
 
     num_features: int
     signed: bool = False
+    redrawn: bool = False
+    """Whether there is a projection that can be drawn anew."""
 
     def __init__(self, *, key_heads: int, dim_head: int) -> None:
         super().__init__()
@@ -82,7 +84,7 @@ class RandomFeatures(AttentionFeatures):
     ) -> None:
         super().__init__(key_heads=key_heads, dim_head=dim_head)
         self.layer, self.seed, self.coupling, self.regularized = layer, seed, coupling, regularized
-        self.index, self.fixed = 0, False
+        self.index, self.fixed, self.redrawn = 0, False, not learned
         projection = torch.empty(key_heads, num_draws, dim_head)
         if learned:
             self.projection = nn.Parameter(projection)
@@ -106,7 +108,7 @@ class RandomFeatures(AttentionFeatures):
 
     def redraw(self, index: int) -> None:
         """Draw anew unless the projection is that of `index` already, learned or fixed."""
-        if index != self.index and not self.fixed and not isinstance(self.projection, nn.Parameter):
+        if index != self.index and not self.fixed and self.redrawn:
             self.index = index
             self._draw()
 

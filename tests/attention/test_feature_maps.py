@@ -160,9 +160,9 @@ def test_the_optimal_map_uses_the_measured_damping() -> None:
 
 
 def test_learned_projections_train_and_are_never_redrawn() -> None:
-    attention, tensors = build(CAUSAL["learned"], redraw_interval=1), inputs(6)
+    attention, tensors = build(CAUSAL["learned"]), inputs(6)
     before = attention.features.projection.clone()
-    attention.redraw(5)
+    attention.features.redraw(5)
     assert torch.equal(attention.features.projection, before)
     attention(*tensors, causal=True).sum().backward()
     grad = attention.features.projection.grad
@@ -185,6 +185,9 @@ def test_taylor_takes_as_many_dimensions_as_fit() -> None:
         (partial(SOFTMAX, **(PLAIN | {"momentum": 2.0})), {}, r"momentum must lie in \(0, 1\] or be null, got 2.0"),
         (partial(GeneralizedFeatures, activation="rleu", epsilon=0.0, **DRAWN), {}, "activation must be one of"),
         (partial(GeneralizedFeatures, activation="relu", epsilon=-1.0, **DRAWN), {}, "epsilon must be at least 0"),
+        (IdentityFeatures, {"num_features": None, "redraw_interval": 9}, r"redraw_interval \(9\) needs projections"),
+        (TaylorFeatures, {"redraw_interval": 9}, r"these TaylorFeatures have none: set it to null"),
+        (CAUSAL["learned"], {"redraw_interval": 9}, r"drawn and not trained"),
         (IdentityFeatures, {"num_features": 9}, "leave num_features null, not 9"),
         (TaylorFeatures, {"num_features": 2}, "taylor2 needs num_features of at least 3, got 2"),
     ],
