@@ -22,6 +22,8 @@ from performer_lm.ops.terms import slices
 
 BLOCK = 1 << 22
 """Numbers that a block of pairs times features may hold."""
+TINY = 1e-290
+"""The least float64 sum of squares that is to be trusted: what underflows beside it does not count."""
 
 
 class Approximation(NamedTuple):
@@ -29,6 +31,8 @@ class Approximation(NamedTuple):
 
     relative_error: Tensor
     """|favor - exact| / |exact| of the outputs, in Frobenius norms over batch, tokens and values."""
+    matrix_error: Tensor
+    """The same of the attention matrices."""
     total_variation: Tensor
     """Half the absolute difference of the two rows of weights, 0 (equal) to 1, averaged over queries."""
     uniform_total_variation: Tensor
@@ -53,7 +57,7 @@ def measure_approximation(
     log_decay: Tensor | None = None,
     queries: int | None = None,
 ) -> Approximation:
-    """Compare FAVOR attention with softmax on one layer's own vectors, in O(i j m) time and O(j) memory.
+    """Compare FAVOR attention with softmax on one layer's own vectors, in O(i j m) time and O((i + j) m) memory.
 
     Args:
         attention: whose features.
@@ -72,23 +76,26 @@ def measure_approximation(
         rows = _spaced(q.shape[2], queries).to(q.device)
         pairs = _Pairs(attention, q, k, rows, causal=causal, mask=mask, segments=segments, log_decay=log_decay)
         values = v.repeat_interleave(group, dim=1)
-        totals = q.new_zeros(6, q.shape[1], dtype=torch.float64)
+        totals = q.new_zeros(8, q.shape[1], dtype=torch.float64)
         for block in pairs.blocks():
             expected = block.exact @ values
             totals += torch.stack(
                 [
                     _per_head((block.implied @ values - expected).square()),
                     _per_head(expected.square()),
+                    _per_head((block.implied - block.exact).square()),
+                    _per_head(block.exact.square()),
                     _per_head((block.implied - block.exact).abs()),
                     _per_head((block.faded - block.exact).abs()),
                     _per_head(block.effective * block.visible),
                     _per_head(block.visible.to(q.dtype)),
                 ]
             )
-        error, size, variation, uniform, effective, seen = totals
+        error, size, distance, length, variation, uniform, effective, seen = totals
         scale, looked = q.shape[-1] ** -0.25, 2 * q.shape[0] * len(rows)
         return Approximation(
             relative_error=(error / size).sqrt(),
+            matrix_error=(distance / length).sqrt(),
             total_variation=variation / looked,
             uniform_total_variation=uniform / looked,
             effective_features=effective / seen,
@@ -107,7 +114,14 @@ class Weights(NamedTuple):
 
 
 def materialise_weights(
-    attention: FavorAttention, q: Tensor, k: Tensor, *, causal: bool = True, log_decay: Tensor | None = None
+    attention: FavorAttention,
+    q: Tensor,
+    k: Tensor,
+    *,
+    causal: bool = True,
+    mask: Tensor | None = None,
+    segments: Tensor | None = None,
+    log_decay: Tensor | None = None,
 ) -> Weights:
     """Write out the attention matrix that the features imply, and softmax's beside it; choose heads by indexing them.
 
@@ -116,11 +130,14 @@ def materialise_weights(
         q: `(b, h, i, d)`.
         k: `(b, g, j, d)`.
         causal: end-aligned.
+        mask: `(b, j)` bool, True keeps.
+        segments: `(b, j)` document ids of the keys; the queries are the last i of them.
         log_decay: `(b, g, j)`: how keys fade.
     """
     with torch.no_grad(), no_autocast(q.device):
         q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
-        pairs = _Pairs(attention, q, k, _spaced(q.shape[2], None).to(q.device), causal=causal, log_decay=log_decay)
+        rows = _spaced(q.shape[2], None).to(q.device)
+        pairs = _Pairs(attention, q, k, rows, causal=causal, mask=mask, segments=segments, log_decay=log_decay)
         found = [(block.implied, block.exact) for block in pairs.blocks()]
     return Weights(*(torch.cat(blocks, dim=2) for blocks in zip(*found, strict=True)))
 
@@ -179,15 +196,23 @@ class _Pairs:
         seen = total * (logs - logs.amax(dim=-1, keepdim=True).clamp(min=-1e30)).exp()
         mass = seen.sum(dim=-1, keepdim=True)
         return _Block(
-            implied=seen / mass.masked_fill(mass == 0, 1.0),
+            implied=(seen / mass.masked_fill(mass == 0, 1.0)).to(scores.dtype),
             exact=_softmax(scores + fading, hidden),
             faded=_softmax(fading.expand_as(scores), hidden),
-            effective=size.square() / squares.masked_fill(squares == 0, 1.0),
+            effective=(size.square() / squares.masked_fill(squares == 0, 1.0)).to(scores.dtype),
             visible=visible.expand_as(scores),
         )
 
     def _products(self, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return sums over features of products, their sizes and squares, over exp(peak), and the peak."""
+        found = _multiply(self.queries, self.keys, rows)
+        if self.keys.log_scale is not None and bool((found[2] < TINY).any()):
+            return self._products_one_by_one(rows)
+        total, size, squares, peak = (rearrange(x, "b g r i j -> b (g r) i j") for x in found)
+        return total, size, squares, peak
+
+    def _products_one_by_one(self, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the same where features lie too far apart for one scale: each pair at its own."""
         b, h, j = self.q.shape[0], self.q.shape[1], self.k.shape[2]
         m = next(x for x in self.keys if x is not None).shape[-1]
         columns = max(1, BLOCK // (b * h * (rows.stop - rows.start) * m))
@@ -228,6 +253,26 @@ def _features(a_map: FeatureMap, x: Tensor, g: int) -> Features:
     return Features(
         *(None if part is None else rearrange(part, "g (b r n) m -> b g r n m", **shape) for part in (values, logs))
     )
+
+
+def _multiply(queries: Features, keys: Features, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return `_Pairs._products` by matrix products, every query and every key at a scale of its own."""
+    one, high = _scaled(Features(*(None if part is None else part[..., rows, :] for part in queries)))
+    other, low = _scaled(keys)
+    total, squares = one @ other.mT, one.square() @ other.square().mT
+    size = total if queries.values is None else one.abs() @ other.abs().mT
+    return total, size, squares, high[..., :, None] + low[..., None, :]
+
+
+def _scaled(features: Features) -> tuple[Tensor, Tensor]:
+    """Return features `(..., n, m)` in float64 over exp(scale), and the scale `(..., n)`."""
+    values, logs = (None if part is None else part.double() for part in features)
+    if logs is None:
+        assert values is not None
+        return values, values.new_zeros(values.shape[:-1])
+    scale = logs.amax(dim=-1)
+    weights = (logs - scale[..., None]).exp()
+    return weights if values is None else weights * values, scale
 
 
 def _terms(queries: Features, keys: Features, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 Letters: `b` batch, `n` tokens, `h` heads.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 from performer_lm.attention.favor import FavorAttention
 from performer_lm.evaluation.approximation import Approximation, measure_approximation
 
-Look = Callable[[FavorAttention, tuple[Tensor, Tensor, Tensor], dict[str, Any]], None]
-"""Called with a backend and with the arguments of its forward: q, k, v, and `causal` and options by name."""
+Vectors = tuple[Tensor, Tensor, Tensor]
+Look = Callable[[str, FavorAttention, Vectors, dict[str, Any]], None]
+"""Called with a layer's name, its backend and the arguments of its forward: q, k, v, `causal` and options by name."""
+_PLACE = re.compile(r"(?:\b(encoder|decoder)\.)?\blayers\.(\d+)\.(cross_)?attention\.")
 
 
-def diagnose(model: nn.Module, tokens: Tensor, *, queries: int | None = 64, **options: Any) -> dict[int, Approximation]:
+def diagnose(model: nn.Module, tokens: Tensor, *, queries: int | None = 64, **options: Any) -> dict[str, Approximation]:
     """Compare FAVOR with softmax in every layer that runs it, on what the model makes of `tokens`.
 
     Queries, keys and values are those that attention receives: after convolution, norms and positions, with the
@@ -32,31 +35,44 @@ def diagnose(model: nn.Module, tokens: Tensor, *, queries: int | None = 64, **op
         options: what else the model's forward takes, `mask` for example.
 
     Returns:
-        By the backend's number of a layer (cross-attention counts on after the last layer), the findings `(h,)` over
-        its FAVOR heads. Empty for a model without FAVOR.
+        By layer, as `favor_layers` names them, the findings `(h,)` over its FAVOR heads. Empty for a model without
+        FAVOR.
     """
-    found: dict[int, Approximation] = {}
+    found: dict[str, Approximation] = {}
 
-    def look(attention: FavorAttention, vectors: tuple[Tensor, Tensor, Tensor], more: dict[str, Any]) -> None:
-        found[attention.layer] = measure_approximation(attention, *vectors, queries=queries, **more)
+    def look(layer: str, attention: FavorAttention, vectors: Vectors, more: dict[str, Any]) -> None:
+        found[layer] = measure_approximation(attention, *vectors, queries=queries, **more)
 
-    watch(model, tokens, look, **options)
+    watch(model, look, lambda: model(tokens, **options))
     return found
 
 
-def watch(model: nn.Module, tokens: Tensor, look: Look, **options: Any) -> None:
-    """Run a forward in evaluation mode, without gradients, and show `look` the inputs of every FAVOR backend."""
+def favor_layers(model: nn.Module) -> dict[str, FavorAttention]:
+    """Return a model's FAVOR backends in the order they run: `layer0`, `encoder/layer0`, `decoder/layer0/cross`."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, FavorAttention)}
+    return {_place(name): module for name, module in found.items()}
+
+
+def _place(name: str) -> str:
+    found = _PLACE.search(name)
+    if found is None:
+        return name
+    stack, layer, cross = found.groups()
+    return "/".join(part for part in (stack, f"layer{layer}", "cross" if cross else None) if part)
+
+
+def watch(model: nn.Module, look: Look, run: Callable[[], object]) -> None:
+    """Let `run` run the model in evaluation mode, without gradients, and show `look` what each FAVOR backend gets."""
     with ExitStack() as stack, torch.no_grad():
         stack.enter_context(_evaluating(model))
-        for module in model.modules():
-            if isinstance(module, FavorAttention):
-                hook = module.register_forward_pre_hook(partial(_show, look), with_kwargs=True)
-                stack.callback(hook.remove)
-        model(tokens, **options)
+        for layer, attention in favor_layers(model).items():
+            hook = attention.register_forward_pre_hook(partial(_show, look, layer), with_kwargs=True)
+            stack.callback(hook.remove)
+        run()
 
 
-def _show(look: Look, attention: FavorAttention, vectors: Any, more: dict[str, Any]) -> None:
-    look(attention, vectors, more)
+def _show(look: Look, layer: str, attention: FavorAttention, vectors: Any, more: dict[str, Any]) -> None:
+    look(layer, attention, vectors, more)
 
 
 @contextmanager

@@ -65,6 +65,61 @@ def test_measures_are_those_of_outputs_and_weights(causal: bool) -> None:
     near(found.query_norm, (q * 8**-0.25).norm(dim=-1).mean(dim=(0, 2)))
 
 
+def test_the_figures_are_those_of_the_definition() -> None:
+    """In float64, pair by pair, from the features' formula (2009.14794, lemma 1) and softmax's."""
+    attention, (q, k, v) = build(num_features=16), (x.double() for x in inputs(0.8, n=7))
+    decay = -torch.rand(2, 2, 7).double()
+    found = measure_approximation(attention, q, k, v, log_decay=decay)
+    projection: Tensor = attention.features.projection.double()  # type: ignore[union-attr,operator,assignment]
+    totals = torch.zeros(4, 4, dtype=torch.float64)
+    effective, pairs = torch.zeros(4, dtype=torch.float64), 0
+    for b in range(2):
+        for i in range(7):
+            pairs += i + 1
+            for h in range(4):
+                x, keys = q[b, h, i] * 8**-0.25, k[b, h // 2, : i + 1] * 8**-0.25
+                faded = torch.stack([decay[b, h // 2, j + 1 : i + 1].sum() for j in range(i + 1)]).exp()
+                products = (keys @ projection[h // 2].T - 0.5 * keys.square().sum(-1, keepdim=True)).exp()
+                products = products * (projection[h // 2] @ x - 0.5 * x.square().sum()).exp()
+                effective[h] += (products.sum(-1).square() / products.square().sum(-1)).sum()
+                implied, exact = products.sum(-1) * faded, (keys @ x).exp() * faded
+                implied, exact = implied / implied.sum(), exact / exact.sum()
+                out = ((implied - exact) @ v[b, h // 2, : i + 1], exact @ v[b, h // 2, : i + 1])
+                squares = [each.square().sum() for each in (*out, implied - exact, exact)]
+                totals[:, h] += torch.stack(squares)
+    near(found.relative_error, (totals[0] / totals[1]).sqrt())
+    near(found.matrix_error, (totals[2] / totals[3]).sqrt())
+    near(found.effective_features, effective / (pairs))
+
+
+@pytest.mark.parametrize("features", [POSITIVE, CENTRED, RELU])
+@pytest.mark.parametrize("std", [0.7, 3.0])
+def test_matrix_products_give_what_pairs_give_one_by_one(
+    features: Any, std: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = (x.double() for x in inputs(std))
+    fast = measure_approximation(build(features).double(), q, k, v)
+    monkeypatch.setattr(approximation._Pairs, "_products", approximation._Pairs._products_one_by_one)
+    slow = measure_approximation(build(features).double(), q, k, v)
+    for one, other in zip(fast, slow, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
+
+
+def test_rows_of_weights_sum_to_one_and_see_no_later_key() -> None:
+    q, k, _ = inputs()
+    mask = torch.rand(2, 12) > 0.3
+    mask[:, 0] = True
+    for matrix in materialise_weights(build(), q, k, mask=mask, log_decay=-torch.rand(2, 2, 12)):
+        near(matrix.sum(dim=-1), torch.ones(2, 4, 12))
+        assert not matrix.triu(1).any()
+        assert not matrix[:, :, :, ~mask[0]][0].any()
+    both = materialise_weights(build(), q, k, causal=False, segments=torch.arange(12).div(5).int().expand(2, -1))
+    for matrix in both:
+        near(matrix.sum(dim=-1), torch.ones(2, 4, 12))
+        assert not matrix[:, :, :5, 5:].any()
+        assert not matrix[:, :, 5:10, :5].any()
+
+
 def near(one: Tensor, other: Tensor) -> None:
     torch.testing.assert_close(one.double(), other.double(), atol=1e-5, rtol=1e-5)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from performer_lm.attention.favor import FavorAttention
 from performer_lm.evaluation.approximation import measure_approximation
-from performer_lm.evaluation.diagnosis import diagnose, watch
+from performer_lm.evaluation.diagnosis import Vectors, diagnose, watch
 from performer_lm.model import PerformerLM
 
 Build = Callable[..., PerformerLM]
@@ -21,14 +21,14 @@ def tokens(n: int = 20) -> Tensor:
 @pytest.mark.parametrize(
     ("overrides", "layers"),
     [
-        (["attn=favor"], {0: 4, 1: 4}),
-        (["attn=favor", "model.local_heads=1"], {0: 3, 1: 3}),
-        (["attn=hybrid", "attn.pattern=[flash,favor]"], {1: 4}),
-        (["attn=relu"], {0: 4, 1: 4}),
+        (["attn=favor"], {"layer0": 4, "layer1": 4}),
+        (["attn=favor", "model.local_heads=1"], {"layer0": 3, "layer1": 3}),
+        (["attn=hybrid", "attn.pattern=[flash,favor]"], {"layer1": 4}),
+        (["attn=relu"], {"layer0": 4, "layer1": 4}),
         (["attn=exact"], {}),
     ],
 )
-def test_every_layer_with_favor_is_measured(lively_model: Build, overrides: list[str], layers: dict[int, int]) -> None:
+def test_every_layer_with_favor_is_measured(lively_model: Build, overrides: list[str], layers: dict[str, int]) -> None:
     found = diagnose(lively_model(*overrides), tokens())
     assert {layer: len(x.relative_error) for layer, x in found.items()} == layers
     assert all(measure.isfinite().all() for x in found.values() for measure in x)
@@ -37,18 +37,18 @@ def test_every_layer_with_favor_is_measured(lively_model: Build, overrides: list
 def test_what_is_measured_is_what_attention_receives(lively_model: Build) -> None:
     """With as many features as it takes, what a layer gives is what exact attention gives: the error vanishes."""
     model, ids = lively_model("attn=favor", "attn.num_features=4096"), tokens()
-    seen: list[FavorAttention] = []
+    seen: list[str] = []
 
-    def look(attention: FavorAttention, vectors: tuple[Tensor, Tensor, Tensor], more: dict[str, object]) -> None:
-        seen.append(attention)
+    def look(layer: str, attention: FavorAttention, vectors: Vectors, more: dict[str, object]) -> None:
+        seen.append(layer)
         assert more["causal"] is True
         assert more["log_decay"] is not None
         q, k, v = (0.1 * x for x in vectors)
         found = measure_approximation(attention, q, k, v, log_decay=more["log_decay"])
         assert (found.relative_error < 0.05).all()
 
-    watch(model, ids, look)
-    assert [attention.layer for attention in seen] == [0, 1]
+    watch(model, look, lambda: model(ids))
+    assert seen == ["layer0", "layer1"]
 
 
 def test_nothing_changes(lively_model: Build) -> None:

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("performer_lm")
 
-Findings = Mapping[int, Any]  # by layer, a NamedTuple of tensors `(h,)`
+Findings = Mapping[str, Any]  # by layer, a NamedTuple of tensors `(h,)`
 
 
 class ApproximationDiagnostics(RunCallback):
-    """Log, every so many steps, what a diagnosis finds on a batch of held-out text, as `favor/<name>/layer<i>`.
+    """Log, every so many steps, what a diagnosis finds on a batch of held-out text, as `favor/<name>/<layer>`.
 
     Each number is the mean over a layer's heads. The batch is the first of validation, so that numbers compare over
     steps and runs. Nothing of the run changes: dropout is off and no random number is drawn.
@@ -52,7 +52,7 @@ class ApproximationDiagnostics(RunCallback):
         if not findings and step == self.every:
             log.info("callbacks.diagnostics finds no layer that runs random features")
         metrics = {
-            f"favor/{name}/layer{layer}": float(value.mean())
+            f"favor/{name}/{layer}": float(value.mean())
             for layer, found in findings.items()
             for name, value in found._asdict().items()
         }

@@ -30,7 +30,7 @@ def test_it_logs_what_the_model_at_that_step_shows(start: Start) -> None:
     assert len(rows[4]) == 1 + sum(len(layer) for layer in expected.values())
     for layer, findings in expected.items():
         for name, value in findings._asdict().items():
-            assert rows[4][f"favor/{name}/layer{layer}"] == pytest.approx(float(value.mean()), rel=1e-4)
+            assert rows[4][f"favor/{name}/{layer}"] == pytest.approx(float(value.mean()), rel=1e-4)
 
 
 @pytest.mark.parametrize("options", [["model.dropout=0.2"], ["attn/features=optimal"]], ids=["dropout", "optimal"])
@@ -45,15 +45,19 @@ def test_it_changes_nothing_of_the_run(start: Start, options: list[str]) -> None
 
 SEQ2SEQ = ["debug=[]", "model.encoder.depth=1", "model.decoder.depth=1", "model.dim=64", "trainer.max_steps=2"]
 TRAINED = {
-    "mlm": ["objective=mlm", "model=performer_encoder"],
-    "seq2seq": ["objective=seq2seq", "model=performer_seq2seq", *SEQ2SEQ, "data.context=32", "data.batch_size=2"],
+    "mlm": (["objective=mlm", "model=performer_encoder"], ["layer0", "layer1"]),
+    "seq2seq": (
+        ["objective=seq2seq", "model=performer_seq2seq", *SEQ2SEQ, "data.context=32", "data.batch_size=2"],
+        ["decoder/layer0", "decoder/layer0/cross", "encoder/layer0"],
+    ),
 }
 
 
-@pytest.mark.parametrize("options", TRAINED.values(), ids=TRAINED)
-def test_it_runs_whatever_the_objective_trains(start: Start, options: list[str]) -> None:
+@pytest.mark.parametrize(("options", "layers"), TRAINED.values(), ids=TRAINED)
+def test_it_runs_whatever_the_objective_trains(start: Start, options: list[str], layers: list[str]) -> None:
     start(EVERY, *options, "data.validation_bytes=256", "run_dir=runs/a").fit()
-    assert "favor/total_variation/layer1" in found("a")[2]
+    measured = [name for name in found("a")[2] if name.startswith("favor/total_variation/")]
+    assert sorted(measured) == [f"favor/total_variation/{layer}" for layer in layers]
 
 
 def test_softmax_has_nothing_to_diagnose(start: Start) -> None:

@@ -1,0 +1,121 @@
+"""How well random features would stand in for softmax if there were more or fewer of them, or others were drawn.
+
+Letters: `h` heads, `m` features.
+"""
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from performer_lm.attention.favor import FavorAttention
+from performer_lm.attention.feature_maps import RandomFeatures
+from performer_lm.evaluation.approximation import Approximation, measure_approximation
+from performer_lm.evaluation.diagnosis import Vectors, favor_layers, watch
+from performer_lm.ops.projections import draw_projection
+
+
+class Finding(NamedTuple):
+    """What one layer's vectors make of one set of features."""
+
+    layer: str
+    num_features: int
+    draw: int | None
+    """Redraw index of the features; None for those that the model runs."""
+    measures: Approximation
+    """Each `(h,)`, over the layer's FAVOR heads."""
+
+
+def is_drawn(attention: FavorAttention) -> bool:
+    """Tell whether the features come from a projection that could be another: drawn, and not trained."""
+    features = attention.features
+    return isinstance(features, RandomFeatures) and not isinstance(features.projection, nn.Parameter)
+
+
+def redrawn(attention: FavorAttention, *, num_features: int, index: int) -> FavorAttention:
+    """Return a backend with `num_features` features of redraw `index`, otherwise alike: learned centres, averages.
+
+    With the numbers of the original it has the original's projection, bit for bit.
+
+    Raises:
+        ValueError: for features that are not drawn, or an odd number of those that come in pairs.
+    """
+    features: Any = deepcopy(attention.features)
+    if not is_drawn(attention):
+        raise ValueError(f"{type(features).__name__} of layer {attention.layer} are not drawn, so not drawn anew")
+    draws, odd = divmod(num_features * features.projection.shape[1], features.num_features)
+    if num_features < 1 or odd:
+        wanted = "even and at least 2" if features.projection.shape[1] < features.num_features else "at least 1"
+        raise ValueError(f"num_features of {type(features).__name__} must be {wanted}, got {num_features}")
+    features.projection = draw_projection(
+        attention.key_heads,
+        draws,
+        attention.dim_head,
+        seed=features.seed,
+        layer=features.layer,
+        index=index,
+        coupling=features.coupling,
+        regularized=features.regularized,
+    ).to(features.projection)
+    features.num_features, features.index = num_features, index
+    return FavorAttention(
+        heads=attention.heads,
+        key_heads=attention.key_heads,
+        dim_head=attention.dim_head,
+        dim_value=attention.dim_value,
+        layer=attention.layer,
+        features=lambda **sizes: features,
+        num_features=num_features,
+        seed=features.seed,
+        redraw_interval=None,
+        redraw_until=None,
+        chunk_size=attention.chunk_size,
+    )
+
+
+def sweep(
+    model: nn.Module,
+    run: Callable[[], object],
+    *,
+    num_features: Sequence[int],
+    redraws: int,
+    queries: int | None,
+    advance: Callable[[], None] = lambda: None,
+) -> list[Finding]:
+    """Measure every FAVOR layer's features, and `redraws` other draws of each number of features.
+
+    All are compared on the same vectors, those of the model as it is. The draws are those of the redraw indices from 1
+    on after the model's own. Layers whose features are not drawn are measured as they are only.
+
+    Args:
+        model: any with FAVOR layers.
+        run: runs it.
+        num_features: numbers of features.
+        redraws: draws of each.
+        queries: how many tokens' attention to look at, evenly spaced; None for all.
+        advance: called after each of `count_measurements`.
+    """
+    found: list[Finding] = []
+
+    def look(layer: str, attention: FavorAttention, vectors: Vectors, more: dict[str, Any]) -> None:
+        own: Any = attention.features
+        found.append(Finding(layer, own.num_features, None, measure(attention, vectors, more)))
+        for count in num_features if is_drawn(attention) else ():
+            for index in range(own.index + 1, own.index + 1 + redraws):
+                other = redrawn(attention, num_features=count, index=index)
+                found.append(Finding(layer, count, index, measure(other, vectors, more)))
+
+    def measure(attention: FavorAttention, vectors: Vectors, more: dict[str, Any]) -> Approximation:
+        measures = measure_approximation(attention, *vectors, queries=queries, **more)
+        advance()
+        return Approximation(*(x.cpu() for x in measures))
+
+    watch(model, look, run)
+    return found
+
+
+def count_measurements(model: nn.Module, *, num_features: Sequence[int], redraws: int) -> int:
+    """Return how many measurements a `sweep` takes."""
+    more = len(num_features) * redraws
+    return sum(1 + more * is_drawn(attention) for attention in favor_layers(model).values())
