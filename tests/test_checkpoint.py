@@ -9,6 +9,7 @@ import torch
 
 from performer_lm import checkpoint
 from performer_lm.attention.base import Attention
+from performer_lm.attention.favor import FavorAttention
 from performer_lm.data.tokenizer import ByteTokenizer, Tokenizer
 from performer_lm.model import PerformerLM
 from performer_lm.objectives import MaskedTokens, NextToken, Objective
@@ -185,6 +186,19 @@ def test_every_stack_of_an_encoder_decoder_opens_with_another_backend(
     opened, _ = checkpoint.open_model(checkpoint.read(tmp_path / "a.ckpt"), attn=other)
     backends = [type(module).__name__ for module in opened.modules() if isinstance(module, Attention)]
     assert backends == [{"exact": "ExactAttention", "relu": "FavorAttention"}[attn]] * 3
+
+
+@pytest.mark.parametrize("asked", [["attn.num_features=32"], ["attn/features=hyperbolic"]])
+def test_other_features_are_drawn_in_the_place_of_those_that_do_not_fit(
+    model_section: Section, saved: Path, asked: list[str]
+) -> None:
+    opened, _ = checkpoint.open_model(checkpoint.read(saved), attn=model_section("attn=favor", *asked)["attn"])
+    backends = [module for module in opened.modules() if isinstance(module, FavorAttention)]
+    expected = [
+        module for module in checkpoint.build(model_section(*asked)).modules() if isinstance(module, FavorAttention)
+    ]
+    for one, other in zip(backends, expected, strict=True):
+        assert torch.equal(one.features.projection, other.features.projection)  # type: ignore[arg-type]
 
 
 def test_a_file_says_what_its_model_predicts(model_section: Section, tmp_path: Path) -> None:

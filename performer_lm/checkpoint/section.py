@@ -102,12 +102,16 @@ def open_model(checkpoint: Checkpoint, *, attn: Mapping[str, Any] | None = None)
         checked = build(section)
     if not isinstance(checked, LanguageModel):
         raise ValueError(f"{source} describes {type(checked).__name__}, which is no language model")
-    check_fit(checked, checkpoint.weights, source=source)
+    weights = checkpoint.weights
     if attn is None:
+        check_fit(checked, weights, source=source)
         _check_size(checked, checkpoint)
+    else:
+        weights = _without_unfit(weights, checked)
+        check_fit(checked, weights, source=source)
     model = cast(LanguageModel, build(section))
     model.redraw(int(checkpoint.content.get("global_step", 0)))
-    load_weights(model, checkpoint.weights, source=source)
+    load_weights(model, weights, source=source)
     return model.eval(), tokenizer_from_dict(checkpoint.section["tokenizer"])
 
 
@@ -137,6 +141,13 @@ def _with_backend(section: Mapping[str, Any], attn: Mapping[str, Any]) -> dict[s
         name: _with_backend(value, attn) if isinstance(value, Mapping) else value for name, value in section.items()
     }
     return {**found, "attn": attn} if "attn" in section else found
+
+
+def _without_unfit(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights but for what the backend owned in another shape: it was asked for other features."""
+    own = model.state_dict()
+    is_other = {name for name in weights if BACKEND in name and name in own and weights[name].shape != own[name].shape}
+    return {name: value for name, value in weights.items() if name not in is_other}
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, source: str) -> None:
