@@ -168,8 +168,6 @@ def test_left_padding_changes_nothing(mix: dict[str, Any], pads: int, n: int, pi
 @torch.no_grad()
 @given(mix=causal_mix | bidirectional_mix, lengths=st.lists(st.integers(1, 6), min_size=2, max_size=4))
 def test_packed_documents_equal_separate_ones(mix: dict[str, Any], lengths: list[int]) -> None:
-    if mix["attn"] == "relu" and "decay" not in mix:
-        return  # refused: tests/ops/test_linear.py
     stack = build(mix, causal="decay" in mix)
     documents = [vectors(1, n) for n in lengths]
     segments = torch.repeat_interleave(torch.tensor(lengths))[None]

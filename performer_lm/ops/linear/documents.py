@@ -1,12 +1,13 @@
 """Bidirectional linear attention within documents: each token sees its own document, before it and after it.
 
-What stands before a token is found as in causal attention, and what stands after it likewise from the other end; both
-in the exact form, since a loud document may lie beside a quiet one. The backward computes blocks anew.
+What stands before a token is found as in causal attention, and what stands after it likewise from the other end; of
+logarithms both in the exact form, since a loud document may lie beside a quiet one. The backward computes blocks anew.
 
 Letters: `b` batch, `h` heads, `g` key heads, `r` = h / g queries per key, `n` tokens, `d` head width, `e` value width,
 `m` features. Inside, batch and key heads are one dimension `(g b)`.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from performer_lm.ops.linear.fading import Times
 from performer_lm.ops.linear.halves import Block, Found, absorb, attend_halves, join, pull_halves
+from performer_lm.ops.linear.packed import Packed
 from performer_lm.ops.linear.state import LinearState, Rebased, add_gains, block_tokens, empty_state, rebase
 from performer_lm.ops.linear.tokens import Maps
 from performer_lm.ops.maps import LOG2_E, BlockMap
@@ -40,12 +42,7 @@ def bidirectional_linear_attention(
 
     Arguments are those of `causal_linear_attention`. Without documents, `absorb_keys` and `read_state` do the same for
     less.
-
-    Raises:
-        ValueError: for maps that are not logarithmic.
     """
-    if not key_map.logarithmic:
-        raise ValueError("bidirectional segments need exponential features; attn=flash_tiled takes segments too")
     b, g = k.shape[:2]
     dtype = torch.promote_types(k.dtype, torch.float32)
     maps = Maps(query=query_map.to(dtype), key=key_map.to(dtype))
@@ -58,72 +55,57 @@ def bidirectional_linear_attention(
             hidden=None if mask is None else ~mask,
             documents=torch.cat([segments[:, :1], segments], dim=-1),
         )
+        form = LOGARITHMS if key_map.logarithmic else VALUES
         state = _empty(maps, packed)
         chunk_size, empty = chunk_size or block_tokens(state), (state.sums.flatten(0, 1), state.exponent.flatten(0, 1))
         starts = list(range(0, k.shape[2], chunk_size))
         around = packed.reversed()
         stops = [min(start + chunk_size, k.shape[2]) for start in starts]
-        before = _states(maps, packed, empty, starts)
-        after = _states(maps, around, empty, [k.shape[2] - stop for stop in reversed(stops)])[::-1]
+        before = _states(form, maps, packed, empty, starts)
+        after = _states(form, maps, around, empty, [k.shape[2] - stop for stop in reversed(stops)])[::-1]
         outputs = []
         for start, stop, left, right in zip(starts, stops, before, after, strict=True):
-            parts = packed.part(start, stop), around.part(k.shape[2] - stop, k.shape[2] - start)
-            outputs.append(checkpoint(_see, maps, *parts, left, right, use_reentrant=False, preserve_rng_state=False))
+            given = maps, packed.part(start, stop), around.part(k.shape[2] - stop, k.shape[2] - start), left, right
+            outputs.append(checkpoint(form.see, *given, use_reentrant=False, preserve_rng_state=False))
     return rearrange(torch.cat(outputs, dim=1), "(g b) n r e -> b (g r) n e", b=b).to(q.dtype)
-
-
-class Packed(NamedTuple):
-    """Documents in a row, in the dtype of the sums."""
-
-    queries: Tensor  # (g, b, n, r, d)
-    keys: Tensor  # (g, b, n, d)
-    values: Tensor  # (g, b, n, e + 1): [v, 1]
-    log_gain: Tensor | None  # (g, b, n)
-    hidden: Tensor | None  # (b, n): True keys are absent
-    documents: Tensor  # (b, 1 + n): the first token's document stands twice
-
-    def part(self, start: int, stop: int) -> "Packed":
-        """Cut out some tokens."""
-        return Packed(
-            queries=self.queries[:, :, start:stop],
-            keys=self.keys[:, :, start:stop],
-            values=self.values[:, :, start:stop],
-            log_gain=None if self.log_gain is None else self.log_gain[:, :, start:stop],
-            hidden=None if self.hidden is None else self.hidden[:, start:stop],
-            documents=self.documents[:, start : stop + 1],
-        )
-
-    def reversed(self) -> "Packed":
-        """Turn the row of tokens round."""
-        documents = self.documents[:, 1:].flip(1)
-        return Packed(
-            queries=self.queries.flip(2),
-            keys=self.keys.flip(2),
-            values=self.values.flip(2),
-            log_gain=None if self.log_gain is None else self.log_gain.flip(2),
-            hidden=None if self.hidden is None else self.hidden.flip(1),
-            documents=torch.cat([documents[:, :1], documents], dim=1),
-        )
 
 
 State = tuple[Tensor, Tensor]  # sums ((g b), m, e + 1) and exponents ((g b), m)
 
 
+class Form(NamedTuple):
+    """What is done with a block of tokens."""
+
+    absorb: Callable[[Maps, Packed, Tensor, Tensor], State]
+    """Return the state after it: the sums over the last token's document."""
+    see: Callable[[Maps, Packed, Packed, State, State], Tensor]
+    """Return what its queries see, `((g b), n, r, e)`; given the block, the same from its end, and both states."""
+
+
 def _empty(maps: Maps, packed: Packed) -> LinearState:
     g, b, _, _ = packed.keys.shape
-    logs = maps.key(packed.keys[:, 0, :1]).log_scale
-    assert logs is not None
+    values, logs = maps.key(packed.keys[:, 0, :1])
+    features = logs if values is None else values
+    assert features is not None
     width = packed.values.shape[-1] - 1
-    return empty_state(b, g, logs.shape[-1], width, device=logs.device, dtype=logs.dtype)
+    return empty_state(b, g, features.shape[-1], width, device=features.device, dtype=features.dtype)
 
 
-def _states(maps: Maps, packed: Packed, state: State, starts: list[int]) -> list[State]:
+def _states(form: Form, maps: Maps, packed: Packed, state: State, starts: list[int]) -> list[State]:
     """Return the state before each block."""
     states = [state]
     for start, stop in pairwise(starts):
         part = packed.part(start, stop)
-        states.append(checkpoint(_absorb, maps, part, *states[-1], use_reentrant=False, preserve_rng_state=False))
+        states.append(checkpoint(form.absorb, maps, part, *states[-1], use_reentrant=False, preserve_rng_state=False))
     return states
+
+
+def _normalised(seen: Tensor) -> Tensor:
+    mass = seen[..., -1:]
+    return seen[..., :-1] / mass.masked_fill(mass == 0, 1.0)
+
+
+# --- features that are logarithms -------------------------------------------------------------------------------------
 
 
 def _open(maps: Maps, packed: Packed, exponent: Tensor) -> tuple[Block, Rebased]:
@@ -160,9 +142,7 @@ def _see(maps: Maps, packed: Packed, around: Packed, before: State, after: State
         if base.origin is not None:
             peak = peak + base.origin[..., None]
         found.append(Found(peak, seen))
-    seen = join(found[0], Found(*(x.flip(1) for x in found[1])))
-    mass = seen[..., -1:]
-    return seen[..., :-1] / mass.masked_fill(mass == 0, 1.0)
+    return _normalised(join(found[0], Found(*(x.flip(1) for x in found[1]))))
 
 
 class _Look(torch.autograd.Function):
@@ -195,3 +175,51 @@ class _Look(torch.autograd.Function):
         found = pull_halves(block, sums, before, grad, own=ctx.own)
         queries, keys = (x / LOG2_E for x in found[:2])  # they arrived in units of log 2
         return None, None, None, queries, keys, found.values, found.sums
+
+
+LOGARITHMS = Form(_absorb, _see)
+
+
+# --- features as they are ---------------------------------------------------------------------------------------------
+
+
+class Weights(NamedTuple):
+    """A block of tokens as features."""
+
+    queries: Tensor  # ((g b), n, r, m)
+    keys: Tensor  # ((g b), n, m), 0 where hidden
+    values: Tensor  # ((g b), n, e + 1), likewise
+    beside: Tensor  # ((g b), 1): the document of the token before
+    documents: Tensor  # ((g b), n)
+
+
+def _weights(maps: Maps, packed: Packed) -> Weights:
+    (g, b, n, _), r = packed.keys.shape, packed.queries.shape[3]
+    queries, keys = maps.query(packed.queries.flatten(1, 3)).values, maps.key(packed.keys.flatten(1, 2)).values
+    assert queries is not None
+    assert keys is not None
+    keys, values = keys.reshape(g * b, n, -1), packed.values.flatten(0, 1)
+    if packed.hidden is not None:
+        keys, values = (x.masked_fill(packed.hidden.repeat(g, 1)[..., None], 0.0) for x in (keys, values))
+    documents = packed.documents.repeat(g, 1)
+    return Weights(queries.reshape(g * b, n, r, -1), keys, values, documents[:, :1], documents[:, 1:])
+
+
+def _absorb_values(maps: Maps, packed: Packed, sums: Tensor, exponent: Tensor) -> State:
+    block = _weights(maps, packed)
+    last = block.documents[:, -1:]
+    stays = (block.documents == last)[..., None].to(sums.dtype)
+    return sums * (block.beside == last)[..., None] + (stays * block.keys).mT @ block.values, exponent
+
+
+def _see_values(maps: Maps, packed: Packed, around: Packed, before: State, after: State) -> Tensor:
+    block, own = _weights(maps, packed), packed.documents.repeat(len(packed.keys), 1)[:, 1:]
+    next_one = around.documents.repeat(len(around.keys), 1)[:, :1]
+    scores = torch.einsum("birm,bjm->birj", block.queries, block.keys)
+    seen = (scores * (own[:, :, None] == own[:, None, :])[:, :, None]) @ block.values[:, None]
+    for (sums, _), beside in ((before, block.beside), (after, next_one)):
+        seen = seen + (block.queries @ sums[:, None]) * (own == beside)[..., None, None]
+    return _normalised(seen)
+
+
+VALUES = Form(_absorb_values, _see_values)
