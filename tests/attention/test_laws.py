@@ -310,6 +310,26 @@ def test_autocast_keeps_it_near_single(name):
 
 
 @every_backend
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_backward_inside_autocast_is_near_one_outside(name, causal):
+    attention, found = build(name), []
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = draw_tokens(20, 0, mask=True, log_decay=causal)
+        inputs = {key: x.to(dtype) if key in "qkv" else x.float() for key, x in inputs.items()}
+        inputs["mask"] = inputs["mask"] > 0
+        wanted = [x.requires_grad_() for x in inputs.values() if x.is_floating_point()]
+        for inside in (False, True):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = where_kept(attention(**inputs, causal=causal), inputs).float().square().sum()
+                grads = torch.autograd.grad(loss, wanted, retain_graph=True) if inside else ()
+            found.append(grads or torch.autograd.grad(loss, wanted))
+    for outside, inside in (found[:2], found[2:]):
+        for one, other in zip(outside, inside, strict=True):
+            assert one.dtype == other.dtype
+            torch.testing.assert_close(one, other, rtol=5e-2, atol=5e-2)  # as far as torch's own go
+
+
+@every_backend
 def test_probabilities_are_dropped_in_training_only_and_alike(name):
     factory = partial(FACTORIES[name], heads=HEADS, key_heads=GROUPS, dim_head=WIDTH, dim_value=VALUE_WIDTH, layer=0)
     if not build(name).drops_weights:

@@ -106,13 +106,8 @@ class CausalAttention(torch.autograd.Function):
         """Walk the blocks from the end."""
         saved = ctx.saved_tensors  # once: recomputation gives them away
         leaves, trace, tensors = saved[:-5], Trace(*saved[-5:]), saved[9:-5]
-        found, sums, totals = pull(
-            ctx.maps.with_tensors(tensors),
-            ctx.chunk_size,
-            Inputs(*leaves[:7]),
-            trace,
-            grad,
-            grad_sums,
-            wanted=any(ctx.needs_input_grad[len(ctx.needs_input_grad) - len(tensors) :]),
-        )
+        wanted = any(ctx.needs_input_grad[len(ctx.needs_input_grad) - len(tensors) :])
+        maps, inputs = ctx.maps.with_tensors(tensors), Inputs(*leaves[:7])
+        with no_autocast(grad.device):
+            found, sums, totals = pull(maps, ctx.chunk_size, inputs, trace, grad, grad_sums, wanted=wanted)
         return None, None, *found, sums, None, *totals
