@@ -11,6 +11,7 @@ from torch import Tensor
 from performer_lm.ops.linear import LinearState, absorb_keys, causal_linear_attention, empty_state, read_state
 from performer_lm.ops.linear import block as linear_block
 from performer_lm.ops.linear import tokens as linear_tokens
+from performer_lm.ops.linear.state import block_tokens
 from performer_lm.ops.maps import Exponential
 
 FLOAT64 = 1e-10
@@ -71,7 +72,9 @@ def empty(q: Tensor, k: Tensor, v: Tensor) -> LinearState:
     return empty_state(2, k.shape[1], k.shape[-1], v.shape[-1], device=k.device, dtype=k.dtype)
 
 
-def blockwise(q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int = 4, **chosen: Any) -> tuple[Tensor, LinearState]:
+def blockwise(
+    q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int | None = 4, **chosen: Any
+) -> tuple[Tensor, LinearState]:
     state = chosen.pop("state", None) or empty(q, k, v)
     return causal_linear_attention(
         q, k, v, state, query_map=identity(q), key_map=identity(k), chunk_size=chunk_size, **chosen
@@ -267,3 +270,18 @@ def test_runs_without_looking_at_values() -> None:
         out, state = blockwise(q, k, v, mask=torch.ones(2, 13, dtype=torch.bool), log_decay=torch.zeros(2, 2, 13))
     assert out.shape == (2, 4, 13, 3)
     assert state.sums.shape == (2, 2, 5, 4)
+
+
+@pytest.mark.parametrize(("batch", "features", "expected"), [(1, 266, 256), (1, 64, 512), (64, 266, 64), (4, 64, 256)])
+def test_blocks_hold_about_as_many_features_whatever_the_shape(batch: int, features: int, expected: int) -> None:
+    with torch.device("meta"):
+        assert (
+            block_tokens(empty_state(batch, 8, features, 8, device=torch.device("meta"), dtype=torch.float32))
+            == expected
+        )
+
+
+def test_how_many_tokens_a_block_has_moves_results_by_rounding_only() -> None:
+    tensors = inputs(300)
+    out, _ = blockwise(*tensors, chunk_size=None)
+    assert (out - quadratic(*tensors)).abs().max() < FLOAT64
