@@ -81,6 +81,7 @@ def table(rows: Sequence[Row], *, title: str) -> Table:
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw what each job reached, one panel a measure."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     done = [row for row in rows if row["val bpb"] != ""]
     if not done:
@@ -95,6 +96,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         bars = panel.barh(range(len(done)), values, color="#4878a8")
         panel.bar_label(bars, labels=[_spell(name, value) for value in values], padding=2, fontsize=8)
         panel.set(title=name, xlim=(0, 1.25 * max(values) or 1.0))
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))  # 2M, and no "1e6" below the axis
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(done)), labels)
     panels[0].invert_yaxis()
