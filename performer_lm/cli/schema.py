@@ -72,17 +72,23 @@ class _Checker:
         self.supplied = supplied
         self.problems: dict[str, str] = {}
         self.references: dict[str, str] = {}
+        self.open: list[Any] = []  # the sections around what is being resolved, references followed
+        self.is_endless = False
 
     def note(self, key: str, text: str) -> None:
         self.problems.setdefault(key, text)
 
     def resolve(self, node: Any, raw: Any, key: str) -> Any:
         """Return `node` as plain dicts, lists and scalars; note what is missing or does not resolve."""
-        if isinstance(node, DictConfig):
-            return {name: self._item(node, raw, name, _join(key, name)) for name in node}
-        if isinstance(node, ListConfig):
-            return [self._item(node, raw, index, f"{key}[{index}]") for index in range(len(node))]
-        return node
+        self.open.append(node)
+        try:
+            if isinstance(node, DictConfig):
+                return {name: self._item(node, raw, name, _join(key, name)) for name in node}
+            if isinstance(node, ListConfig):
+                return [self._item(node, raw, index, f"{key}[{index}]") for index in range(len(node))]
+            return node
+        finally:
+            self.open.pop()
 
     def _item(self, node: Any, raw: Any, name: Any, key: str) -> Any:
         # `raw` is what was written; below an interpolation nothing was, and the values are checked where they stand.
@@ -100,7 +106,17 @@ class _Checker:
             if written is not None:
                 self.note(key, f"{written} does not resolve: {_unresolved(error)}")
             return UNKNOWN
+        if isinstance(value, (DictConfig, ListConfig)) and any(value is section for section in self.open):
+            self._note_endless(key)
+            return UNKNOWN
         return self.resolve(value, written, key)
+
+    def _note_endless(self, key: str) -> None:
+        """Tell of a reference to a section around it, once: where it is met first, at the key that was written."""
+        if not self.is_endless:
+            self.is_endless = True
+            written = max((name for name in self.references if f"{key}.".startswith(f"{name}.")), key=len, default=key)
+            self.note(written, f"${{{self.references.get(written, key)}}} holds itself")
 
     def visit(self, value: Any, key: str) -> None:
         """Check a part of the tree that no target owns."""

@@ -146,6 +146,13 @@ def test_an_interpolation_that_leads_nowhere_is_one_line(sample, text):
     assert "\n" not in line
 
 
+def test_sections_that_hold_each_other_are_one_line(sample):
+    part = {"_target_": "performer_lm.sample.Part", "size": 1, "scale": "${model}"}
+    assert problems({"part": part, "model": {**WHOLE, "part": "${part}"}}, supplied=SUPPLIED) == [
+        "part.scale: ${model} holds itself"
+    ]
+
+
 def test_extra_keys_pass_where_the_target_takes_any(sample):
     node = {"_target_": "performer_lm.sample.takes_anything", "first": 1, "second": "x"}
     assert problems({"a": node}) == []
