@@ -19,7 +19,6 @@ SHORT = {
     "trainer.log_every": 1,
     "data.batch_size": 2,
     "data.validation_bytes": 2048,
-    "callbacks.samples.max_new_tokens": 2,
 }
 TEXT = {"data": "files", "data.path": "text.txt", "data.context": 256}  # in place of larger corpora
 Invoke = Callable[..., tuple[int, str, str]]
@@ -31,6 +30,8 @@ def shortened(preset: str) -> tuple[list[str], DictConfig]:
         cfg = compose("train", overrides=[preset], return_hydra_config=True)
     short = SHORT if "synthetic" in cfg.data["_target_"] else {**SHORT, **TEXT}
     small = ["debug=fast"] if preset.startswith("sweep=") else []  # several jobs
+    if cfg.callbacks.get("samples"):
+        short = {**short, "callbacks.samples.max_new_tokens": 2}
     return [preset, *small, *(f"{key}={value}" for key, value in short.items())], cfg
 
 
