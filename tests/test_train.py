@@ -40,6 +40,7 @@ def _text(invoke: Invoke) -> None:
         (["ckpt=runs/nothing"], "ckpt=runs/nothing does not exist; there are no checkpoints yet"),
         (["ckpt=text.txt"], "text.txt is not a checkpoint of performer_lm"),
         (["data.batch_size=4", "trainer.accumulate_grad_batches=3"], "data.batch_size (4) must be a multiple of"),
+        (["trainer.devices=0"], "trainer: `Trainer(devices=0)` value is not a valid input"),
         (["schedule.warmup=7"], "schedule.warmup (7 steps) must be within 0..4, the length of the run"),
         (["schedule.warmup=1.5"], "schedule.warmup is a share of the run"),
         (["schedule=wsdd"], "schedule=wsdd: no such choice; did you mean schedule=wsd?"),

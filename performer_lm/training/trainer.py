@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from performer_lm import checkpoint
 from performer_lm.checkpoint import Checkpoint
@@ -80,27 +81,30 @@ def make_trainer(
     Checkpoints(Path(), every=save_every, minutes=save_minutes, keep=keep_checkpoints)  # refuses what is out of range
     _quiet()
     chosen: Any = choose_precision(precision, accelerator=accelerator)
-    return Trainer(
-        max_steps=max_steps,
-        max_epochs=-1,
-        check_val_every_n_epoch=None,
-        val_check_interval=val_every * accumulate_grad_batches,
-        num_sanity_val_steps=0,
-        log_every_n_steps=log_every,
-        accelerator=accelerator,
-        devices=devices,
-        num_nodes=num_nodes,
-        strategy=make_strategy(strategy, timeout=timeout),
-        precision=chosen,
-        accumulate_grad_batches=accumulate_grad_batches,
-        gradient_clip_val=gradient_clip_val,
-        logger=[],
-        plugins=[AtomicCheckpointIO(), *_under_slurm()],
-        enable_checkpointing=False,  # callbacks.saving saves
-        enable_model_summary=False,
-        enable_progress_bar=False,  # callbacks.Progress shows one, on terminals
-        use_distributed_sampler=False,
-    )
+    try:
+        return Trainer(
+            max_steps=max_steps,
+            max_epochs=-1,
+            check_val_every_n_epoch=None,
+            val_check_interval=val_every * accumulate_grad_batches,
+            num_sanity_val_steps=0,
+            log_every_n_steps=log_every,
+            accelerator=accelerator,
+            devices=devices,
+            num_nodes=num_nodes,
+            strategy=make_strategy(strategy, timeout=timeout),
+            precision=chosen,
+            accumulate_grad_batches=accumulate_grad_batches,
+            gradient_clip_val=gradient_clip_val,
+            logger=[],
+            plugins=[AtomicCheckpointIO(), *_under_slurm()],
+            enable_checkpointing=False,  # callbacks.saving saves
+            enable_model_summary=False,
+            enable_progress_bar=False,  # callbacks.Progress shows one, on terminals
+            use_distributed_sampler=False,
+        )
+    except MisconfigurationException as error:  # what this machine has not, or devices that cannot be
+        raise ValueError(f"trainer: {error}") from error
 
 
 def _under_slurm() -> list[Any]:
