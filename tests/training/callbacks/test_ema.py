@@ -71,7 +71,7 @@ def test_validation_and_opening_use_the_average(start: Start, options: list[str]
     assert measured.bits_per_byte == pytest.approx(found, rel=1e-5)
     raw = saved._replace(weights={k.removeprefix("model."): v for k, v in saved.content["state_dict"].items()})
     unlike = measure_bits_per_byte(checkpoint.open_model(raw)[0], windows, objective=run.task.objective, batch_size=4)
-    assert unlike.bits_per_byte != pytest.approx(found, rel=1e-3)
+    assert unlike.bits_per_byte != pytest.approx(found, rel=1e-4)
 
 
 def test_a_resumed_average_is_the_unbroken_one(start: Start) -> None:

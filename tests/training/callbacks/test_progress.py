@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from performer_lm.training import run as running
+from performer_lm.training import prepare as preparing
 from performer_lm.training.run import Run
 
 Start = Callable[..., Run]
@@ -18,7 +18,7 @@ def shown(start: Start, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
 
     def show(**console: Any) -> str:
         out = io.StringIO()
-        monkeypatch.setattr(running, "Console", lambda **options: Console(file=out, width=100, **console, **options))
+        monkeypatch.setattr(preparing, "Console", lambda **options: Console(file=out, width=100, **console, **options))
         start("trainer.max_steps=6", "trainer.log_every=2", "trainer.val_every=3", "run_dir=runs/a").fit()
         return out.getvalue()
 
