@@ -58,7 +58,7 @@ def causal_linear_attention(
     Returns:
         `(b, h, n, e)` in q's dtype, and the state after the last token.
     """
-    b, dtype, chunk_size = k.shape[0], state.sums.dtype, chunk_size or block_tokens(state)
+    b, dtype = k.shape[0], state.sums.dtype
     maps = Maps(query=query_map.to(dtype), key=key_map.to(dtype))
     if mask is not None and log_decay is not None:
         log_decay = log_decay.masked_fill(~mask[:, None], 0.0)
@@ -66,6 +66,7 @@ def causal_linear_attention(
     inputs = Inputs(q, k, v, log_gain, log_decay, mask, documents)
     leaves = (*inputs, *state, *maps.tensors)
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
+    chunk_size = chunk_size or block_tokens(state, backward=wanted)
     after: Iterable[Tensor]
     with no_autocast(q.device):
         if q.shape[2] == 1 and segments is None and not wanted:

@@ -57,7 +57,10 @@ def bidirectional_linear_attention(
         )
         form = LOGARITHMS if key_map.logarithmic else VALUES
         state = _empty(maps, packed)
-        chunk_size, empty = chunk_size or block_tokens(state), (state.sums.flatten(0, 1), state.exponent.flatten(0, 1))
+        chunk_size, empty = (
+            chunk_size or block_tokens(state, backward=torch.is_grad_enabled()),
+            (state.sums.flatten(0, 1), state.exponent.flatten(0, 1)),
+        )
         starts = list(range(0, k.shape[2], chunk_size))
         around = packed.reversed()
         stops = [min(start + chunk_size, k.shape[2]) for start in starts]

@@ -37,7 +37,11 @@ def absorb_keys(
         mask: `(b, j)` bool; a False key is as if absent.
         log_gain: `(b, g, j)`: key j weighs exp(log_gain) times as much; for logarithmic maps.
     """
-    b, dtype, chunk_size = k.shape[0], state.sums.dtype, chunk_size or block_tokens(state)
+    b, dtype, chunk_size = (
+        k.shape[0],
+        state.sums.dtype,
+        chunk_size or block_tokens(state, backward=torch.is_grad_enabled()),
+    )
     key_map = key_map.to(dtype)
     sums, exponent = (rearrange(x, "b g ... -> (g b) ...") for x in state)
     with no_autocast(k.device):
@@ -58,7 +62,7 @@ def absorb_keys(
 def read_state(q: Tensor, state: LinearState, *, query_map: FeatureMap, chunk_size: int | None = None) -> Tensor:
     """Attend from q `(b, h, i, d)` to all that `state` holds, in no order: `(b, h, i, e)` in q's dtype."""
     b, g = state.sums.shape[:2]
-    dtype, chunk_size = state.sums.dtype, chunk_size or block_tokens(state)
+    dtype, chunk_size = state.sums.dtype, chunk_size or block_tokens(state, backward=torch.is_grad_enabled())
     query_map = query_map.to(dtype)
     sums, exponent = (rearrange(x, "b g ... -> (g b) ...") for x in state)
     scale = (exponent - exponent.amax(dim=-1, keepdim=True)).to(dtype)

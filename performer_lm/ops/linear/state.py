@@ -15,8 +15,11 @@ EMPTY = -(2.0**100)
 """The exponent of nothing: so low that any key outweighs it, yet finite, so that differences stay numbers."""
 
 
-BLOCK = 1 << 19
-"""Features (of all tokens, heads and sequences) that a block holds where its tokens are not given: what caches hold."""
+BLOCK = 1 << 18
+"""Features (of all tokens, heads and sequences) of a block with a backward, where its tokens are not given.
+
+Caches hold four times as many, but a backward has their gradients, scores and copies beside them.
+"""
 
 
 class LinearState(NamedTuple):
@@ -35,10 +38,11 @@ def empty_state(
     return LinearState(sums, torch.full_like(sums[..., 0], EMPTY, dtype=precise(device)))
 
 
-def block_tokens(state: LinearState) -> int:
-    """Return how many tokens make a good block: a power of two from 64 to 512."""
+def block_tokens(state: LinearState, *, backward: bool) -> int:
+    """Return how many tokens make a good block, a power of two from 64 to 512; fewer if a `backward` follows."""
     b, g, m, _ = state.sums.shape
-    return min(max(64, 2 ** round(log2(BLOCK / max(1, b * g * m)))), 512)
+    features = BLOCK if backward else 4 * BLOCK
+    return min(max(64, 2 ** round(log2(features / max(1, b * g * m)))), 512)
 
 
 class Rebased(NamedTuple):
