@@ -1,40 +1,23 @@
 """Approximation is measured against the definition, and improves where theory says it must."""
 
-from functools import partial
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from performer_lm.attention.favor import FavorAttention
-from performer_lm.attention.feature_maps import SoftmaxFeatures
-from performer_lm.attention.kernel_maps import GeneralizedFeatures, TrigonometricFeatures
-from performer_lm.evaluation import approximation
 from performer_lm.evaluation.approximation import materialise_weights, measure_approximation
 from performer_lm.ops.softmax import exact_attention
 
-DRAWN = {"coupling": "orthogonal", "regularized": False}
-POSITIVE = partial(SoftmaxFeatures, antithetic=False, learned=False, centred=False, momentum=None, **DRAWN)
-CENTRED = partial(SoftmaxFeatures, antithetic=True, learned=False, centred=True, momentum=None, **DRAWN)
-RELU = partial(GeneralizedFeatures, activation="relu", epsilon=1e-3, **DRAWN)
-TRIG = partial(TrigonometricFeatures, **DRAWN)
-
-
-def build(features: Any = POSITIVE, num_features: int = 32) -> FavorAttention:
-    shape = {"heads": 4, "key_heads": 2, "dim_head": 8, "dim_value": 6, "layer": 0, "num_features": num_features}
-    rest = {"seed": 0, "redraw_interval": None, "redraw_until": None, "chunk_size": 8}
-    return FavorAttention(features=features, **shape, **rest)
-
-
-def inputs(std: float = 1.0, n: int = 12) -> tuple[Tensor, Tensor, Tensor]:
-    return std * torch.randn(2, 4, n, 8), std * torch.randn(2, 2, n, 8), torch.randn(2, 2, n, 6)
+Build = Callable[..., FavorAttention]
+Inputs = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 @pytest.mark.parametrize(
-    ("features", "causal"), [(x, c) for x in (POSITIVE, CENTRED, RELU) for c in (True, False)] + [(TRIG, False)]
+    ("features", "causal"), [(x, c) for x in ("positive", "centred", "relu") for c in (True, False)] + [("trig", False)]
 )
-def test_implied_weights_reproduce_the_output(features: Any, causal: bool) -> None:
+def test_implied_weights_reproduce_the_output(build: Build, inputs: Inputs, features: str, causal: bool) -> None:
     attention, (q, k, v) = build(features).double(), (x.double() for x in inputs(0.5))
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter)
@@ -46,7 +29,7 @@ def test_implied_weights_reproduce_the_output(features: Any, causal: bool) -> No
 
 @pytest.mark.parametrize("queries", [12, 5])
 @pytest.mark.parametrize("decays", [False, True])
-def test_exact_weights_reproduce_exact_attention(queries: int, decays: bool) -> None:
+def test_exact_weights_reproduce_exact_attention(build: Build, inputs: Inputs, queries: int, decays: bool) -> None:
     q, k, v = inputs()
     q, decay = q[:, :, -queries:], {"log_decay": -torch.rand(2, 2, 12)} if decays else {}
     out = materialise_weights(build(), q, k, **decay).exact @ v.repeat_interleave(2, dim=1)
@@ -54,7 +37,7 @@ def test_exact_weights_reproduce_exact_attention(queries: int, decays: bool) -> 
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_measures_are_those_of_outputs_and_weights(causal: bool) -> None:
+def test_measures_are_those_of_outputs_and_weights(build: Build, inputs: Inputs, causal: bool) -> None:
     attention, (q, k, v) = build(), inputs(0.7)
     found = measure_approximation(attention, q, k, v, causal=causal)
     out, expected = attention(q, k, v, causal=causal), exact_attention(q, k, v, causal=causal)
@@ -65,7 +48,7 @@ def test_measures_are_those_of_outputs_and_weights(causal: bool) -> None:
     near(found.query_norm, (q * 8**-0.25).norm(dim=-1).mean(dim=(0, 2)))
 
 
-def test_the_figures_are_those_of_the_definition() -> None:
+def test_the_figures_are_those_of_the_definition(build: Build, inputs: Inputs) -> None:
     """In float64, pair by pair, from the features' formula (2009.14794, lemma 1) and softmax's."""
     attention, (q, k, v) = build(num_features=16), (x.double() for x in inputs(0.8, n=7))
     decay = -torch.rand(2, 2, 7).double()
@@ -92,20 +75,7 @@ def test_the_figures_are_those_of_the_definition() -> None:
     near(found.effective_features, effective / (pairs))
 
 
-@pytest.mark.parametrize("features", [POSITIVE, CENTRED, RELU])
-@pytest.mark.parametrize("std", [0.7, 3.0])
-def test_matrix_products_give_what_pairs_give_one_by_one(
-    features: Any, std: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    q, k, v = (x.double() for x in inputs(std))
-    fast = measure_approximation(build(features).double(), q, k, v)
-    monkeypatch.setattr(approximation._Pairs, "_products", approximation._Pairs._products_one_by_one)
-    slow = measure_approximation(build(features).double(), q, k, v)
-    for one, other in zip(fast, slow, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
-
-
-def test_rows_of_weights_sum_to_one_and_see_no_later_key() -> None:
+def test_rows_of_weights_sum_to_one_and_see_no_later_key(build: Build, inputs: Inputs) -> None:
     q, k, _ = inputs()
     mask = torch.rand(2, 12) > 0.3
     mask[:, 0] = True
@@ -124,16 +94,7 @@ def near(one: Tensor, other: Tensor) -> None:
     torch.testing.assert_close(one.double(), other.double(), atol=1e-5, rtol=1e-5)
 
 
-def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v = inputs()
-    more: dict[str, Any] = {"mask": torch.rand(2, 12) > 0.3, "log_decay": -torch.rand(2, 2, 12)}
-    whole = measure_approximation(build(), q, k, v, **more)
-    monkeypatch.setattr(approximation, "BLOCK", 1000)
-    for one, other in zip(measure_approximation(build(), q, k, v, **more), whole, strict=True):
-        near(one, other)
-
-
-def test_masked_keys_and_other_documents_do_not_count() -> None:
+def test_masked_keys_and_other_documents_do_not_count(build: Build, inputs: Inputs) -> None:
     q, k, v = inputs()
     alone = measure_approximation(build(), q[:, :, 7:], k[:, :, 7:], v[:, :, 7:])
     for more in ({"mask": (torch.arange(12) >= 7).expand(2, -1)}, {"segments": (torch.arange(12) >= 7).expand(2, -1)}):
@@ -144,7 +105,7 @@ def test_masked_keys_and_other_documents_do_not_count() -> None:
         assert found.total_variation.isfinite().all()
 
 
-def test_some_queries_stand_for_all() -> None:
+def test_some_queries_stand_for_all(build: Build, inputs: Inputs) -> None:
     q, k, v = inputs(n=40)
     every, some = (measure_approximation(build(), q, k, v, queries=count) for count in (40, 20))
     assert torch.allclose(some.total_variation, every.total_variation, atol=0.1)
@@ -154,14 +115,14 @@ def test_some_queries_stand_for_all() -> None:
         measure_approximation(build(), q, k, v, queries=0)
 
 
-def test_more_features_err_less() -> None:
+def test_more_features_err_less(build: Build, inputs: Inputs) -> None:
     q, k, v = inputs(0.7, n=32)
     few, many = (measure_approximation(build(num_features=m), q, k, v) for m in (8, 2048))
     assert (many.relative_error < 0.5 * few.relative_error).all()
     assert (many.total_variation < 0.5 * few.total_variation).all()
 
 
-def test_loud_vectors_leave_few_features_to_carry_a_weight() -> None:
+def test_loud_vectors_leave_few_features_to_carry_a_weight(build: Build, inputs: Inputs) -> None:
     q, k, v = inputs(0.1, n=16)
     quiet, loud = measure_approximation(build(), q, k, v), measure_approximation(build(), 50 * q, 50 * k, v)
     assert (quiet.effective_features > 25).all()  # of 32
@@ -170,12 +131,12 @@ def test_loud_vectors_leave_few_features_to_carry_a_weight() -> None:
     assert torch.allclose(loud.key_norm, 50 * quiet.key_norm)
 
 
-def test_equal_weights_are_softmax_of_nothing() -> None:
+def test_equal_weights_are_softmax_of_nothing(build: Build, inputs: Inputs) -> None:
     q, k, v = inputs()
     assert (measure_approximation(build(), 0 * q, k, v).uniform_total_variation < 1e-6).all()
 
 
-def test_loud_vectors_stay_finite() -> None:
+def test_loud_vectors_stay_finite(build: Build, inputs: Inputs) -> None:
     found = measure_approximation(build(), *inputs(10.0))
     assert all(x.isfinite().all() for x in found)
     assert all((x < 1.0 + 1e-6).all() for x in (found.total_variation, found.uniform_total_variation))
