@@ -105,6 +105,8 @@ def make_trainer(
         )
     except MisconfigurationException as error:  # what this machine has not, or devices that cannot be
         raise ValueError(f"trainer: {error}") from error
+    except (TypeError, OverflowError) as error:  # of Lightning, for devices on a machine or accelerator without GPUs
+        raise ValueError(f"trainer.devices must be auto or at least 1 (-1 is for GPUs), got {devices}") from error
 
 
 def _under_slurm() -> list[Any]:
