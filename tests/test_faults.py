@@ -150,7 +150,8 @@ LONG = [*TINY, "trainer.max_steps=60", "trainer.val_every=20", "trainer.accumula
     [
         (signal.SIGTERM, "step 5/", 2, 143),
         (signal.SIGTERM, "step 20  val/loss", 1, 143),  # after validation's last word, before and in the save
-        (signal.SIGINT, "run folder", 2, 130),
+        (signal.SIGINT, "step 5/", 1, 130),
+        (signal.SIGINT, "run folder", 2, 130),  # at once, before there is a step to save
     ],
 )
 def test_a_signal_ends_a_real_process_at_a_step_and_it_goes_on_exactly(
@@ -170,6 +171,9 @@ def test_a_signal_ends_a_real_process_at_a_step_and_it_goes_on_exactly(
     out, err = child.communicate(timeout=60)
     assert child.returncode == code, out + err
     assert "Traceback" not in err
+    if line != "run folder":
+        assert f"stopped by {signal.Signals(signum).name}; saved runs/a/checkpoints/step=" in out
+        assert "resume with: python train.py" in out
     assert invoke(*LONG, "run_dir=runs/a", "ckpt=auto")[0] == 0
     if not (whole / "metrics.jsonl").exists():
         assert invoke(*LONG, "run_dir=runs/whole")[0] == 0

@@ -1,8 +1,6 @@
 """The training script as its users meet it: right and wrong command lines."""
 
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -156,32 +154,6 @@ def test_a_sweep_numbers_its_jobs(invoke: Invoke) -> None:
     assert code == 0, err
     assert sorted(path.name for path in Path("runs/sweep").iterdir() if path.is_dir()) == ["0", "1"]
     assert all((Path("runs/sweep") / str(job) / "summary.json").exists() for job in range(2))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_the_run_goes_on_exactly(invoke: Invoke, signum: int, code: int) -> None:
-    common = [*TINY, "trainer.max_steps=40", "trainer.val_every=40"]
-    child = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *common, "run_dir=runs/stopped"],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert child.stdout is not None
-    for line in child.stdout:
-        if line.startswith("step 3/"):
-            child.send_signal(signum)
-            break
-    rest = child.stdout.read()
-    child.stdout.close()
-    assert child.wait(timeout=60) == code
-    assert "resume with: python train.py" in rest
-    assert invoke(*common, "ckpt=runs/stopped")[0] == 0
-    assert invoke(*common, "run_dir=runs/whole")[0] == 0
-    stopped, whole = (Path(f"runs/{name}/metrics.csv").read_text().splitlines() for name in ("stopped", "whole"))
-    column = whole[0].split(",").index("train/loss")
-    assert [line.split(",")[column] for line in stopped] == [line.split(",")[column] for line in whole]
 
 
 def test_help_answers_at_once() -> None:
