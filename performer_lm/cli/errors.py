@@ -94,6 +94,8 @@ def report(error: BaseException, *, job: str = "", show_traceback: bool = False)
         _close_stdout()
         return ERROR
     cause = _root(error)
+    if not isinstance(cause, OSError) and _follows_interrupt(error):  # but what then could not be written is told
+        cause = KeyboardInterrupt()
     code, problems = _verdict(cause)
     is_told = isinstance(cause, OSError) and cause.filename is not None  # a disk, not a mistake of ours
     if show_traceback or (code == ERROR and not is_told):
@@ -149,13 +151,21 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _ALLOCATION_FAILURES)
 
 
+def _follows_interrupt(error: BaseException) -> bool:
+    """Tell an error that Ctrl-C led to: libraries fail as they put away what was half done (OmegaConf its flags)."""
+    link: BaseException | None = error
+    while link is not None and not isinstance(link, KeyboardInterrupt):
+        link = link.__cause__ or link.__context__
+    return link is not None
+
+
 def _exit_code(error: SystemExit) -> int:
     """Return the code of a SystemExit, seeing through Lightning's two: SIGTERM has no code, and Ctrl-C has 1."""
     lightning = sys.modules.get("lightning.pytorch.utilities.exceptions")
     if lightning is not None and isinstance(error, lightning.SIGTERMException):
         print(f"{_label()} terminated", file=sys.stderr)
         return TERMINATED
-    if isinstance(error.__context__, KeyboardInterrupt):
+    if _follows_interrupt(error):
         return INTERRUPTED
     if isinstance(error.code, str):
         print(error.code, file=sys.stderr)

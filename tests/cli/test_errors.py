@@ -65,6 +65,32 @@ def test_an_interrupt_that_lightning_turned_into_exit_1_is_still_one():
     assert report(leaving) == 130
 
 
+def fail_after_interrupt(failure):
+    """Raise a library's failure in a clean-up that Ctrl-C led to, told as a mistake of the user's."""
+    try:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise failure
+    except (AttributeError, OSError) as error:
+        raise UsageError("a: no such key") from error
+
+
+@pytest.mark.parametrize("failure", [AttributeError("'NoneType' object has no flags"), OSError("no flags")])
+def test_what_fails_in_the_wake_of_an_interrupt_is_one(capsys, failure):
+    with pytest.raises(UsageError) as raised:
+        fail_after_interrupt(failure)
+    assert report(raised.value) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_a_file_that_could_not_be_written_after_an_interrupt_is_told(capsys):
+    full = OSError(28, "No space left on device", "runs/a/last.ckpt")
+    full.__context__ = KeyboardInterrupt()
+    assert report(full) == 1
+    assert "runs/a/last.ckpt: no space left on device" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_lightning_s_sigterm_is_143(capsys):
     from lightning.pytorch.utilities.exceptions import SIGTERMException
