@@ -31,6 +31,7 @@ def _text(invoke: Invoke) -> None:
         (["model.heads=7"], "dim (32) must be a multiple of heads (7)"),
         (["model/positions=rotary", "model.dim_head=7"], "rotary width must be even"),
         (["attn=local", "attn.window=65"], "window (65) must be at most the context (data.context=64)"),
+        (["attn/features=trig"], "TrigonometricFeatures gives signed features, for causal=False without segments only"),
         (["data.path=txet.txt"], "data.path=txet.txt does not exist; did you mean text.txt?"),
         (["data.path=empty.txt"], "empty"),
         (["data.path=short.txt"], "has 12 tokens for training; one window needs 65"),

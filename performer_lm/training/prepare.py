@@ -16,10 +16,12 @@ from rich.console import Console
 from torch import nn
 
 from performer_lm import checkpoint
+from performer_lm.attention.favor import FavorAttention
 from performer_lm.attention.local import LocalAttention
 from performer_lm.checkpoint import Checkpoint
 from performer_lm.data.module import WindowData
 from performer_lm.language_model import LanguageModel
+from performer_lm.nn.attention import MultiHeadAttention
 from performer_lm.training.callbacks.base import RunCallback, Surroundings
 from performer_lm.training.callbacks.ending import FinalValidation
 from performer_lm.training.callbacks.guard import NonFiniteGuard
@@ -69,6 +71,7 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
     sketch = _sketch_model(model_section, context=cfg.data.context)
     data: WindowData = instantiate(cfg.data)
     objective.check(sketch, packed=data.is_packed, answers=data.has_answers)
+    _check_features(sketch, packed=data.is_packed)
     data.share(trainer)
     resumed = open_named(cfg.ckpt) if cfg.ckpt not in (None, AUTO) else None
 
@@ -203,3 +206,12 @@ def _sketch_model(section: dict[str, Any], *, context: int) -> LanguageModel:
         if isinstance(module, LocalAttention) and module.window > context:
             raise ValueError(f"window ({module.window}) must be at most the context (data.context={context})")
     return model
+
+
+def _check_features(sketch: LanguageModel, *, packed: bool) -> None:
+    """Refuse features that are signed where tokens see a part of the others only, before a folder is made."""
+    for module in sketch.modules():
+        if not isinstance(module, MultiHeadAttention) or not (module.causal or packed):
+            continue
+        if isinstance(module.backend, FavorAttention):
+            module.backend.block_maps()
