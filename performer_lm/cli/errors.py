@@ -81,7 +81,8 @@ def usage_errors() -> Iterator[None]:
             raise cause from error
         if not isinstance(cause, (ValueError, OSError)):
             raise
-        raise UsageError(*(f"{_config_key(error)}{line}" for line in _text(cause).splitlines())) from error
+        key = _config_key(error)
+        raise UsageError(*(_told(key, line) for line in _text(cause).splitlines())) from error
 
 
 def report(error: BaseException, *, job: str = "", show_traceback: bool = False) -> int:
@@ -132,9 +133,14 @@ def _root(error: BaseException) -> BaseException:
 
 
 def _config_key(error: BaseException) -> str:
-    """Return `model: ` for an error that Hydra met while it built the node `model`, or nothing."""
+    """Return `model` for an error that Hydra met while it built the node `model`, or nothing."""
     _, found, key = str(error).rpartition("full_key: ") if isinstance(error, InstantiationException) else ("", "", "")
-    return f"{key.strip()}: " if found else ""
+    return key.strip() if found else ""
+
+
+def _told(key: str, line: str) -> str:
+    """Put the key before a line that does not name it."""
+    return line if not key or line.startswith(f"{key}.") else f"{key}: {line}"
 
 
 def _text(error: BaseException) -> str:

@@ -15,6 +15,13 @@ def caused(error, cause):
     return error
 
 
+def test_a_key_is_told_once() -> None:
+    refused = caused(InstantiationException("Error\nfull_key: trainer"), ValueError("trainer.max_steps: no\nno more"))
+    with pytest.raises(UsageError) as told, usage_errors():
+        raise refused
+    assert told.value.problems == ("trainer.max_steps: no", "trainer: no more")
+
+
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
