@@ -91,7 +91,7 @@ WATCHED = """
 import json, runpy, sys
 import torch
 from lightning.pytorch import Callback
-from performer_lm.training import run as module
+from performer_lm.training import prepare as module
 
 class Watch(Callback):
     seen = 0
