@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -54,8 +54,8 @@ class Alternate(Callback):
         """Note the time, and take the bare step."""
         start = time.perf_counter()
         self.framework.append(start - self._mark)
-        forward = trainer.precision_plugin.forward_context
-        step(self.model, self.optimizer, pl_module.objective, batch, forward=forward)  # type: ignore[arg-type]
+        task: Any = pl_module
+        step(self.model, self.optimizer, task.objective, batch, forward=trainer.precision_plugin.forward_context)
         self.schedule.step()
         self._mark = time.perf_counter()
         self.bare.append(self._mark - start)
@@ -68,8 +68,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, initialize_config_dir(CONFIGS, version_base="1.3"):
         os.chdir(folder)
         run = prepare(compose("train", overrides=overrides), overrides=overrides)
-        alternate, callbacks = Alternate(), run.trainer.callbacks  # type: ignore[attr-defined]
-        callbacks.append(alternate)
+        alternate, trainer = Alternate(), cast(Any, run.trainer)  # Lightning does not declare its list of callbacks
+        trainer.callbacks.append(alternate)
         run.fit()
         same = all(map(torch.equal, alternate.model.parameters(), run.task.model.parameters()))
     framework, bare = (statistics.median(times[WARM_UP:]) for times in (alternate.framework, alternate.bare))

@@ -181,10 +181,4 @@ def _count_bytes(state: Any) -> int:
 
 
 def _flash_like(backend: Attention[Any]) -> FlashAttention:
-    return FlashAttention(
-        heads=backend.heads,
-        key_heads=backend.key_heads,
-        dim_head=backend.dim_head,
-        dim_value=backend.dim_value,
-        layer=backend.layer,
-    )
+    return FlashAttention(**backend.sizes)

@@ -36,6 +36,18 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def lines() -> str:
+    """Return 1500 lines that are easy to learn and none the same."""
+    return "".join(f"line {index} says {index * 37 % 101}\n" for index in range(1500))
+
+
+@pytest.fixture
+def text(invoke: Callable[..., tuple[int, str, str]], lines: str) -> None:
+    """Put `text.txt` into the folder that scripts run in."""
+    Path("text.txt").write_text(lines)
+
+
 @pytest.fixture
 def invoke(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -12,9 +12,8 @@ FILES = [*SHORT, "data=files", "data.path=text.txt", "tokenizer=bytes"]
 
 
 @pytest.fixture
-def folder(invoke: Invoke) -> None:
+def folder(text: None) -> None:
     """Fill this test's folder with a table, a set in the hub's form, and texts with a fault each."""
-    Path("text.txt").write_text("".join(f"line {index} says {index * 37 % 101}\n" for index in range(1500)))
     rows = "".join(json.dumps({"body": f"row {index} says {index * 37 % 101}"}) + "\n" for index in range(300))
     Path("rows.jsonl").write_text(rows)
     Path("stories").mkdir()

@@ -22,11 +22,6 @@ KINDS = {
 }
 
 
-@pytest.fixture
-def text(invoke: Invoke) -> None:
-    Path("text.txt").write_text("".join(f"line {index} says {index * 37 % 101}\n" for index in range(1500)))
-
-
 @pytest.mark.parametrize(("options", "name"), KINDS.values(), ids=KINDS)
 def test_a_model_is_measured_by_what_it_was_trained_to_predict(
     invoke: Invoke, text: None, options: list[str], name: str

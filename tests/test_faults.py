@@ -19,9 +19,7 @@ TINY = ["debug=fast", "data=files", "data.path=text.txt", "tokenizer=bytes"]
 Invoke = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture(autouse=True)
-def _text(invoke: Invoke) -> None:
-    Path("text.txt").write_text("".join(f"line {index} says {index * 37 % 101}\n" for index in range(1500)))
+pytestmark = pytest.mark.usefixtures("text")
 
 
 def cut_to_nothing(path: Path) -> None:

@@ -136,10 +136,9 @@ def command_lines(draw: st.DrawFn) -> list[str]:
 
 
 @pytest.fixture
-def attempt(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[list[str]], str]]:
+def attempt(invoke: Invoke, text: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[list[str]], str]]:
     """Return a function that runs a command line in a clean folder, and tells what is wrong with its ending."""
     monkeypatch.setattr(record, "draw_metrics", lambda *arguments, **options: None)
-    Path("text.txt").write_text("".join(f"line {index} says {index * 37 % 101}\n" for index in range(1500)))
     limits = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**33, limits[1]))  # what is too large is refused here, not killed

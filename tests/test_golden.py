@@ -21,11 +21,6 @@ TINY += ["trainer.accelerator=cpu"]
 Invoke = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def text(invoke: Invoke) -> None:
-    Path("text.txt").write_text("".join(f"line {index} says {index * 37 % 101}\n" for index in range(1500)))
-
-
 def test_a_checkpoint_of_format_1_opens_and_goes_on_for_ever(invoke: Invoke, text: None) -> None:
     folder = Path("runs/old/checkpoints")
     folder.mkdir(parents=True)

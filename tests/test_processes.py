@@ -44,10 +44,10 @@ def record(folder: Path) -> list[dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory, lines: str) -> Path:
     """Return a folder with a text, a run of one process, and the same one on two."""
     folder = tmp_path_factory.mktemp("processes")
-    (folder / "text.txt").write_text("".join(f"line {index} says {index * 37 % 101}\n" for index in range(1500)))
+    (folder / "text.txt").write_text(lines)
     for name, options in (("one", []), ("ddp", ["trainer=ddp", *TWO]), ("fsdp", ["trainer=fsdp", *TWO])):
         told = run(folder, *TINY, *options, "trainer.max_steps=6", f"run_dir=runs/{name}")
         assert "Warning" not in told

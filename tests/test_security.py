@@ -35,9 +35,8 @@ class Payload:
 
 
 @pytest.fixture(autouse=True)
-def _payload(invoke: Invoke) -> None:
+def _payload(text: None) -> None:
     Path("payload.pkl").write_bytes(pickle.dumps(Payload()))
-    Path("text.txt").write_text("".join(f"line {index} says {index * 37 % 101}\n" for index in range(1500)))
 
 
 def write(section: dict[str, Any], **more: Any) -> Path:

@@ -16,9 +16,7 @@ def needs(plugin: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(missing, reason=f"{plugin} is not installed: pip install -e '.[sweep]'")
 
 
-@pytest.fixture(autouse=True)
-def _text(invoke: Invoke) -> None:
-    Path("text.txt").write_text("".join(f"line {index} says {index * 37 % 101}\n" for index in range(1500)))
+pytestmark = pytest.mark.usefixtures("text")
 
 
 def rows(sweep: str) -> list[dict[str, str]]:

@@ -17,9 +17,7 @@ TINY = ["debug=fast", "data=files", "data.path=text.txt", "tokenizer=bytes"]
 Invoke = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture(autouse=True)
-def _text(invoke: Invoke) -> None:
-    Path("text.txt").write_text("".join(f"line {index} says {index * 37 % 101}\n" for index in range(1500)))
+pytestmark = pytest.mark.usefixtures("text")
 
 
 @pytest.mark.parametrize(
@@ -32,6 +30,11 @@ def _text(invoke: Invoke) -> None:
         (["model/positions=rotary", "model.dim_head=7"], "rotary width must be even"),
         (["attn=local", "attn.window=65"], "window (65) must be at most the context (data.context=64)"),
         (["attn/features=trig"], "TrigonometricFeatures gives signed features, for causal=False without segments only"),
+        (["attn/features=trig", "model.local_heads=1", "model.local.window=8"], "TrigonometricFeatures gives signed"),
+        (
+            ["model=performer_encoder", "objective=mlm", "data.documents=packed", "attn/features=trig"],
+            "TrigonometricFeatures gives signed",
+        ),
         (["data.path=txet.txt"], "data.path=txet.txt does not exist; did you mean text.txt?"),
         (["data.path=empty.txt"], "empty"),
         (["data.path=short.txt"], "has 12 tokens for training; one window needs 65"),

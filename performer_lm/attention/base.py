@@ -52,6 +52,25 @@ class Attention(nn.Module, ABC, Generic[State]):
         self.dim_value = dim_value
         self.layer = layer
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Return the sizes that it was built for: what a factory takes to build another in its place."""
+        return {
+            "heads": self.heads,
+            "key_heads": self.key_heads,
+            "dim_head": self.dim_head,
+            "dim_value": self.dim_value,
+            "layer": self.layer,
+        }
+
+    def check(self, *, causal: bool, packed: bool) -> None:
+        """Refuse an order or packed documents that this backend cannot keep. Most keep both.
+
+        Raises:
+            ValueError: naming a backend or features that can.
+        """
+        del causal, packed
+
     @abstractmethod
     def forward(
         self,

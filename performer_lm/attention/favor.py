@@ -105,7 +105,7 @@ class FavorAttention(Attention[LinearState]):
             raise ValueError("log_decay needs causal attention: without an order keys have no age")
         q, k, log_gain = self.features.prepare(q, k)
         if segments is not None:
-            query_blocks, key_blocks = self.block_maps()
+            query_blocks, key_blocks = self._block_maps()
             return bidirectional_linear_attention(
                 q,
                 k,
@@ -131,7 +131,7 @@ class FavorAttention(Attention[LinearState]):
         segments: Tensor | None,
         log_decay: Tensor | None,
     ) -> tuple[Tensor, LinearState]:
-        query_map, key_map = self.block_maps()
+        query_map, key_map = self._block_maps()
         q, k, log_gain = self.features.prepare(q, k)
         return causal_linear_attention(
             q,
@@ -148,7 +148,12 @@ class FavorAttention(Attention[LinearState]):
             consume=True,  # forward made the state itself, and extend may use it up
         )
 
-    def block_maps(self) -> tuple[BlockMap, BlockMap]:
+    def check(self, *, causal: bool, packed: bool) -> None:
+        """Refuse signed features where tokens see a part of the others only."""
+        if causal or packed:
+            self._block_maps()
+
+    def _block_maps(self) -> tuple[BlockMap, BlockMap]:
         """Return the maps that causal use and segments need.
 
         Raises:

@@ -96,15 +96,21 @@ class RandomFeatures(AttentionFeatures):
     def _draw(self) -> None:
         if self.projection.is_meta:
             return  # there are no values to set
-        drawn = draw_projection(
-            *self.projection.shape,
+        self.projection.copy_(self.draw(self.projection.shape[1], index=self.index))
+
+    def draw(self, count: int, *, index: int) -> Tensor:
+        """Return the `count` rows per key head of redraw `index`, `(g, count, d)`; the projection stays."""
+        g, _, d = self.projection.shape
+        return draw_projection(
+            g,
+            count,
+            d,
             seed=self.seed,
             layer=self.layer,
-            index=self.index,
+            index=index,
             coupling=self.coupling,
             regularized=self.regularized,
         )
-        self.projection.copy_(drawn)
 
     def redraw(self, index: int) -> None:
         """Draw anew unless the projection is that of `index` already, learned or fixed."""

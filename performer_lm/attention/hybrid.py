@@ -40,10 +40,12 @@ class HybridAttention(Attention[Any]):
                 raise ValueError(
                     f"attn.pattern: no backend {name!r}; did you mean {nearest[0]!r}? (choices: {', '.join(backends)})"
                 )
-        self.chosen = backends[pattern[layer % len(pattern)]](
-            heads=heads, key_heads=key_heads, dim_head=dim_head, dim_value=dim_value, layer=layer
-        )
+        self.chosen = backends[pattern[layer % len(pattern)]](**self.sizes)
         self.attends_across = self.chosen.attends_across
+
+    def check(self, *, causal: bool, packed: bool) -> None:
+        """Refuse what the chosen backend cannot keep."""
+        self.chosen.check(causal=causal, packed=packed)
 
     def forward(
         self,
@@ -91,3 +93,7 @@ class HybridAttention(Attention[Any]):
     def redraw(self, step: int) -> None:
         """Redraw the chosen backend's projections, if it has any."""
         self.chosen.redraw(step)
+
+    def fix_projections(self) -> None:
+        """Keep the chosen backend's projections, if it has any."""
+        self.chosen.fix_projections()

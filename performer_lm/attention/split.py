@@ -53,6 +53,11 @@ class SplitAttention(Attention[SplitState]):
         self.nearby = local(heads=self.heads_each[1], key_heads=self.keys_each[1], **sizes)
         self.attends_across = self.everywhere.attends_across and self.nearby.attends_across
 
+    def check(self, *, causal: bool, packed: bool) -> None:
+        """Refuse what either group cannot keep."""
+        self.everywhere.check(causal=causal, packed=packed)
+        self.nearby.check(causal=causal, packed=packed)
+
     def forward(
         self,
         q: Tensor,
@@ -113,6 +118,10 @@ class SplitAttention(Attention[SplitState]):
     def redraw(self, step: int) -> None:
         """Redraw the global heads' projections."""
         self.everywhere.redraw(step)
+
+    def fix_projections(self) -> None:
+        """Keep the global heads' projections."""
+        self.everywhere.fix_projections()
 
     def _split(
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None

@@ -13,7 +13,6 @@ from performer_lm.attention.favor import FavorAttention
 from performer_lm.attention.feature_maps import RandomFeatures
 from performer_lm.evaluation.approximation import Approximation, measure_approximation
 from performer_lm.evaluation.diagnosis import Vectors, favor_layers, watch
-from performer_lm.ops.projections import draw_projection
 
 
 class Finding(NamedTuple):
@@ -48,23 +47,10 @@ def redrawn(attention: FavorAttention, *, num_features: int, index: int) -> Favo
     if num_features < 1 or odd:
         wanted = "even and at least 2" if features.projection.shape[1] < features.num_features else "at least 1"
         raise ValueError(f"num_features of {type(features).__name__} must be {wanted}, got {num_features}")
-    features.projection = draw_projection(
-        attention.key_heads,
-        draws,
-        attention.dim_head,
-        seed=features.seed,
-        layer=features.layer,
-        index=index,
-        coupling=features.coupling,
-        regularized=features.regularized,
-    ).to(features.projection)
+    features.projection = features.draw(draws, index=index).to(features.projection)
     features.num_features, features.index = num_features, index
     return FavorAttention(
-        heads=attention.heads,
-        key_heads=attention.key_heads,
-        dim_head=attention.dim_head,
-        dim_value=attention.dim_value,
-        layer=attention.layer,
+        **attention.sizes,
         features=lambda **sizes: features,
         num_features=num_features,
         seed=features.seed,

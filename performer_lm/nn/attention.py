@@ -75,6 +75,7 @@ class MultiHeadAttention(Body):
         self.positions = positions(dim_head=dim_head)
         self.decay = LogDecay(dim, key_heads=key_heads) if decay else None
         self.backend = attn(heads=heads, key_heads=key_heads, dim_head=dim_head, dim_value=dim_head, layer=layer)
+        self.backend.check(causal=causal, packed=False)
         self.output = HeadOutput(dim, heads=heads, dim_head=dim_head, gate=gate, bias=out_bias)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:

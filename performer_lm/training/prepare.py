@@ -16,7 +16,6 @@ from rich.console import Console
 from torch import nn
 
 from performer_lm import checkpoint
-from performer_lm.attention.favor import FavorAttention
 from performer_lm.attention.local import LocalAttention
 from performer_lm.checkpoint import Checkpoint
 from performer_lm.data.module import WindowData
@@ -71,7 +70,7 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
     sketch = _sketch_model(model_section, context=cfg.data.context)
     data: WindowData = instantiate(cfg.data)
     objective.check(sketch, packed=data.is_packed, answers=data.has_answers)
-    _check_features(sketch, packed=data.is_packed)
+    _check_backends(sketch, packed=data.is_packed)
     data.share(trainer)
     resumed = open_named(cfg.ckpt) if cfg.ckpt not in (None, AUTO) else None
 
@@ -208,10 +207,8 @@ def _sketch_model(section: dict[str, Any], *, context: int) -> LanguageModel:
     return model
 
 
-def _check_features(sketch: LanguageModel, *, packed: bool) -> None:
-    """Refuse features that are signed where tokens see a part of the others only, before a folder is made."""
+def _check_backends(sketch: LanguageModel, *, packed: bool) -> None:
+    """Refuse what a layer's attention cannot keep, before any data is read."""
     for module in sketch.modules():
-        if not isinstance(module, MultiHeadAttention) or not (module.causal or packed):
-            continue
-        if isinstance(module.backend, FavorAttention):
-            module.backend.block_maps()
+        if isinstance(module, MultiHeadAttention):
+            module.backend.check(causal=module.causal, packed=packed)

@@ -1,5 +1,6 @@
 import gc
 import multiprocessing
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -112,7 +113,7 @@ def test_however_workers_start_the_order_is_the_same_and_none_is_left(tmp_path, 
     )
     for _ in range(2):
         assert torch.equal(torch.stack(list(persistent)), wanted)
-    persistent._iterator._shutdown_workers()  # type: ignore[union-attr]
+    cast(Any, persistent)._iterator._shutdown_workers()  # there is no public way to end them before it is collected
     del persistent
     assert multiprocessing.active_children() == []
 

@@ -16,13 +16,12 @@ Start = Callable[..., Run]
 
 
 @pytest.fixture
-def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str) -> Start:
     """Return a function from overrides to a tiny run on a text of our own; it skips picture and costs, to be quick."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(record, "draw_metrics", lambda *arguments, **options: None)
     monkeypatch.setattr(ModelSummary, "on_train_start", Callback.on_train_start)
-    text = "".join(f"line {index} says {index * 37 % 101}\n" for index in range(1500))
-    Path("text.txt").write_text(text)
+    Path("text.txt").write_text(lines)
 
     def prepared(*overrides: str) -> Run:
         from hydra import compose, initialize_config_dir

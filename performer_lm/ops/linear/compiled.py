@@ -98,7 +98,8 @@ def _(
 def _take_apart(leaves: Sequence[Tensor], given: str, code: str) -> tuple[Inputs, State, Maps]:
     rest = iter(leaves)
     found = [next(rest) if mark == "x" else None for mark in given]
-    inputs, state = Inputs(*found[:FIRST_STATE]), State(*found[FIRST_STATE:FIRST_MAP])  # type: ignore[arg-type]
+    parts: list[Any] = found  # what may be missing differs by field
+    inputs, state = Inputs(*parts[:FIRST_STATE]), State(*parts[FIRST_STATE:FIRST_MAP])
     return inputs, state, Maps.decode(code, tuple(_last(leaves, len(given) - FIRST_MAP)))
 
 
