@@ -1,5 +1,6 @@
 """What must not change unnoticed: files of earlier versions, first losses, and the names that users type."""
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
@@ -32,6 +34,46 @@ def test_a_checkpoint_of_format_1_opens_and_goes_on_for_ever(invoke: Invoke, tex
     code, out, err = invoke(*TINY, *sizes, "ckpt=runs/old", "trainer.max_steps=6")
     assert code == 0, err
     assert "resumed at step 4" in out
+
+
+spec = importlib.util.spec_from_file_location("record", GOLDEN / "record.py")
+assert spec is not None
+assert spec.loader is not None
+record = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(record)
+BACKENDS: dict[str, dict[str, list[float]]] = json.loads((GOLDEN / "backends.json").read_text())
+
+
+def test_every_backend_and_every_feature_map_has_a_golden_checkpoint() -> None:
+    words = " ".join(word for case in record.CASES.values() for word in case)
+    named = {path.stem for path in (ROOT / "configs/attn").rglob("*.yaml") if not path.stem.startswith("_")}
+    inside = {"positive": "favor", "generalized": "relu", "identity": "linear"}  # the features that a backend brings
+    missing = {name for name in named - {"trig"} if f"={inside.get(name, name)}" not in words}
+    assert not missing, f"add them to {record.__file__} and run it"
+    assert record.CASES.keys() == BACKENDS.keys()
+
+
+@pytest.mark.parametrize("case", record.CASES)
+def test_a_golden_checkpoint_gives_the_logits_on_record(case: str) -> None:
+    torch.testing.assert_close(
+        torch.tensor(record.logits_of(GOLDEN / "backends" / f"{case}.ckpt")),
+        torch.tensor(BACKENDS[case]["logits"]),
+        atol=2e-6,
+        rtol=2e-6,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", record.CASES)
+def test_a_run_resumed_from_a_golden_checkpoint_has_the_losses_on_record(invoke: Invoke, case: str) -> None:
+    folder = Path("run/checkpoints")
+    folder.mkdir(parents=True)
+    shutil.copy(GOLDEN / "backends" / f"{case}.ckpt", folder / "last.ckpt")
+    record.write_text(Path("text.txt"))
+    code, out, err = invoke(*record.RUN, *record.CASES[case], "ckpt=run")
+    assert code == 0, err
+    assert "resumed at step 4" in out
+    assert record.losses_of(Path("run")) == pytest.approx(BACKENDS[case]["losses"], rel=1e-5)
 
 
 STACKS = [(model, attn) for attn in ("favor", "flash", "exact", "linear") for model in ("performer", "transformer")]
