@@ -37,14 +37,18 @@ CASES: dict[str, list[str]] = {
     "flash": ["attn=flash", *STACK],
     "flash_tiled": ["attn=flash_tiled", *STACK],
     "local": ["attn=local", "attn.window=6", *STACK],
-    "hybrid": ["attn=hybrid", "attn.pattern=[favor,local,flash]", "model.depth=3", "model.heads=2"]
-    + ["attn.backends.local.window=8", "attn.backends.favor.num_features=8"],
+    "hybrid": [
+        *("attn=hybrid", "attn.pattern=[favor,local,flash]", "model.depth=3", "model.heads=2"),
+        *("attn.backends.local.window=8", "attn.backends.favor.num_features=8"),
+    ],
     "local_heads": ["model.local_heads=1", "model.local.window=6", "attn.num_features=8", *STACK],
     "reversible": ["model.reversible=true", "attn.num_features=8", "model.depth=2", "model.heads=2"],
     "classic": ["model=performer_classic", "attn.num_features=8", "model.local.window=6", "model.qk_norm=8", *STACK],
     "encoder": ["model=performer_encoder", "objective=mlm", "tokenizer.specials=[mask]", "attn.num_features=8", *STACK],
-    "seq2seq": ["model=performer_seq2seq", "objective=seq2seq", "attn.num_features=8"]
-    + [f"model.{stack}.{size}" for stack in ("encoder", "decoder") for size in ("depth=1", "heads=2")],
+    "seq2seq": [
+        *("model=performer_seq2seq", "objective=seq2seq", "attn.num_features=8"),
+        *(f"model.{stack}.{size}" for stack in ("encoder", "decoder") for size in ("depth=1", "heads=2")),
+    ],
 }
 
 
