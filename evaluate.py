@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from performer_lm.cli import main, usage_errors
+from performer_lm.cli import Section, main, usage_errors
 from performer_lm.cli.opening import open_data, open_from
 
 if TYPE_CHECKING:
@@ -12,13 +12,14 @@ if TYPE_CHECKING:
 
 def run(cfg: "DictConfig") -> float:
     """Let `task` measure the model, and return what it found."""
-    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
 
     from performer_lm import checkpoint
+    from performer_lm.building import build
     from performer_lm.evaluation.base import Subject
 
     with usage_errors():
-        task = instantiate(cfg.task)
+        task = build(OmegaConf.to_container(cfg.task, resolve=True), key="task")
         model, tokenizer, opened = open_from(cfg)
         folder = checkpoint.holder(opened.path)
         task.check(model, folder=folder)
@@ -33,7 +34,6 @@ if __name__ == "__main__":
         run,
         config_name="evaluate",
         config_path=Path(__file__).parent / "configs",
-        free_text=("ckpt", "data.path"),
-        keys={"ckpt": str, "seed": int, "device": str},
+        keys={"ckpt": str, "seed": int, "device": str, "task": Section, "data": Section, "tokenizer": Section},
         supplied={"tokenizer": ["plain"]},
     )

@@ -42,7 +42,6 @@ if __name__ == "__main__":
         run,
         config_name="generate",
         config_path=Path(__file__).parent / "configs",
-        free_text=("ckpt", "prompt"),
         keys={
             "ckpt": str,
             "prompt": str,

@@ -3,12 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from performer_lm.cli import Sweep, as_typed, main, sweep_folder, usage_errors
+from performer_lm.cli import Section, Sweep, as_typed, main, sweep_folder, usage_errors
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-
-FREE_TEXT = ("ckpt", "data.path", "run_dir", "tokenizer.path")
 
 
 def run(cfg: "DictConfig") -> float:
@@ -23,7 +21,7 @@ def run(cfg: "DictConfig") -> float:
     if number is not None:
         cfg.run_dir = sweep_folder() or cfg.run_dir  # the same for every job, wherever and whenever it starts
     with usage_errors():
-        overrides = as_typed(cfg, job.overrides.task, free_text=FREE_TEXT)
+        overrides = as_typed(job.overrides.task)
         ready = prepare(cfg, overrides=overrides, job=number)
     return ready.fit()
 
@@ -40,8 +38,15 @@ if __name__ == "__main__":
         run,
         config_name="train",
         config_path=Path(__file__).parent / "configs",
-        free_text=FREE_TEXT,
-        keys={"compile": bool, "seed": int, "ckpt": str | None, "run_dir": str, "resume.allow": list[str]},
+        keys={
+            "compile": bool,
+            "seed": int,
+            "ckpt": str | None,
+            "run_dir": str,
+            "resume.allow": list[str],
+            **dict.fromkeys(("model", "data", "objective", "optimizer", "schedule", "trainer"), Section),
+            **dict.fromkeys(("callbacks", "logger"), dict[str, Section | None] | None),
+        },
         supplied={"model": ["vocab_size"]},
         sweep=Sweep(folder_key="run_dir", close=close),
     )

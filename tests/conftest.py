@@ -1,4 +1,4 @@
-"""Make every test run offline, quiet and repeatable; build small models of every kind."""
+"""Make every test run offline, quiet and repeatable; build small models of every kind, and name small targets."""
 
 import os
 
@@ -6,9 +6,11 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="offli
 
 import runpy
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -29,6 +31,59 @@ settings.load_profile("laws")
 ROOT = Path(__file__).parents[1]
 CONFIGS = str(ROOT / "configs")
 TINY = ["model.dim=32", "model.depth=2", "model.heads=4", "model.dim_head=8", "model.local.window=5"]
+
+
+class Base:
+    """Something a config may ask for."""
+
+
+class Part(Base):
+    def __init__(self, *, size: int, scale: float = 1.0) -> None:
+        self.size = size
+        self.scale = scale
+
+
+class Whole:
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        dim: int,
+        heads: int = 2,
+        name: str = "x",
+        kind: Literal["fast", "slow"] = "fast",
+        flag: bool = False,
+        window: int | None = None,
+        sizes: list[int] | None = None,
+        rates: tuple[float, float] = (0.0, 1.0),
+        part: Base | None = None,
+        parts: dict[str, Base] | None = None,
+        make_part: Callable[..., Base] | None = None,
+        untyped=None,
+    ) -> None:
+        if dim % heads:
+            raise ValueError(f"dim ({dim}) must be a multiple of heads ({heads})")
+        self.dim = dim
+
+
+def takes_anything(first: int, **options: Any) -> None:
+    """Accept keys that the signature does not name."""
+
+
+@pytest.fixture
+def sample(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Put the targets above where a config may name them: `performer_lm.sample`."""
+    import performer_lm
+
+    module = ModuleType("performer_lm.sample")
+    for target in (Base, Part, Whole, takes_anything):
+        monkeypatch.setattr(target, "__module__", module.__name__)
+        setattr(module, target.__name__, target)
+    module.borrowed = textwrap.dedent  # an import of the module's own, defined elsewhere
+    module.number = 3
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(performer_lm, "sample", module, raising=False)
+    return module
 
 
 @pytest.fixture(autouse=True)

@@ -6,10 +6,11 @@ the run or sweep is composed and mistakes are named (`compose`), each config is 
 itself, so `--help` answers at once.
 """
 
-from performer_lm.cli.compose import as_typed
+from performer_lm.cli.annotations import Section
+from performer_lm.cli.argv import as_typed
 from performer_lm.cli.errors import UsageError, usage_errors
 from performer_lm.cli.runner import main
 from performer_lm.cli.schema import check
 from performer_lm.cli.sweeps import Sweep, sweep_folder
 
-__all__ = ["Sweep", "UsageError", "as_typed", "check", "main", "sweep_folder", "usage_errors"]
+__all__ = ["Section", "Sweep", "UsageError", "as_typed", "check", "main", "sweep_folder", "usage_errors"]

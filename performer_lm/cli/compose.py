@@ -1,130 +1,123 @@
-"""From the command line's overrides to the config of every job, before the first one starts."""
+"""From the overrides of a command line to the config of every job, before the first one starts."""
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra._internal.utils import create_config_search_path
-from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from performer_lm.cli.choices import dotted_choice
+from performer_lm.cli.argv import expand_home, unresolved
 from performer_lm.cli.errors import UsageError
-from performer_lm.cli.mistakes import COMPOSITION_ERRORS, Mistakes, in_one_line
-
-_BASIC_SWEEPER = f"{BasicSweeper.__module__}.{BasicSweeper.__name__}"
-
-
-@dataclass(frozen=True)
-class Composed:
-    """The jobs that could be composed from the overrides that are right, and what is wrong with the others."""
-
-    jobs: list[DictConfig]
-    problems: list[str] = field(default_factory=list)
-    error: Exception | None = None
+from performer_lm.cli.hydra_section import refused_overrides, refused_section
+from performer_lm.cli.loading import COMPOSITION_ERRORS, Loader
+from performer_lm.cli.mistakes import dotted_choice, first_mistake, in_one_line
 
 
-class Composer:
-    """Composes the jobs of one command line, with Hydra's own loader."""
+def compose(loader: Loader, overrides: Sequence[str], *, multirun: bool) -> list[DictConfig]:
+    """Return the config of each job, with Hydra's section as the job will see it.
 
-    def __init__(self, *, config_name: str, config_path: str, config_dir: str | None = None) -> None:
-        search_path = create_config_search_path(config_path)
-        if config_dir is not None:
-            if not Path(config_dir).is_dir():
-                raise UsageError(f"--config-dir={config_dir}: no such directory")
-            anchor = SearchPathQuery(provider="schema")
-            search_path.prepend(provider="command-line", path=f"file://{Path(config_dir).absolute()}", anchor=anchor)
-        self.config_name = config_name
-        self.loader = ConfigLoaderImpl(search_path)
+    Raises:
+        UsageError: for the first override that is wrong, or value of Hydra's section that may not be set.
+    """
+    try:
+        jobs = _jobs(loader, overrides, multirun=multirun)
+        trusted = loader.trusted()
+    except COMPOSITION_ERRORS as error:
+        if isinstance(error, UsageError):
+            raise
+        raise explained(loader, overrides, error, multirun=multirun) from error
+    _refuse(*(problem for job in jobs for problem in refused_section(job, trusted, overrides)))
+    return jobs
 
-    def compose(self, overrides: Sequence[str], *, multirun: bool) -> Composed:
-        """Return the config of each job, with Hydra's section as the job will see it.
 
-        What fails is explained override by override. Wrong keys are left out and the rest is composed, so that what
-        else is wrong can be found too; after a wrong choice it is not known which keys there are.
-        """
-        try:
-            dotted = self._dotted(overrides)
-            rest = [text for text in overrides if text not in dotted]
-            return Composed(self._jobs(rest, multirun=multirun), list(dotted.values()))
-        except COMPOSITION_ERRORS as error:
-            mistakes = self._mistakes(overrides, multirun=multirun)
-            problems = [*mistakes.choices.values(), *mistakes.keys.values()] or [in_one_line(error)]
-            if mistakes.choices or not mistakes.keys:
-                return Composed([], problems, error)
-            return Composed(self._rest(overrides, mistakes, multirun=multirun), problems, error)
+def check_typed(loader: Loader, overrides: Sequence[str]) -> None:
+    """Refuse overrides of Hydra's section that are not for users to set, before anything is composed.
 
-    def explain(self, error: Exception, overrides: Sequence[str], *, multirun: bool) -> UsageError:
-        """Return what is wrong with `overrides`, or else what `error` says."""
-        mistakes = self._mistakes(overrides, multirun=multirun)
-        return UsageError(*([*mistakes.choices.values(), *mistakes.keys.values()] or [in_one_line(error)]))
+    Raises:
+        UsageError: for them, or for an override that is none.
+    """
+    try:
+        parsed = loader.parse(overrides)
+    except COMPOSITION_ERRORS as error:
+        raise explained(loader, overrides, error, multirun=True) from error
+    _refuse(*refused_overrides(parsed))
 
-    def _dotted(self, overrides: Sequence[str]) -> dict[str, str]:
-        """Return, with its problem, each override that Hydra takes for a value and its user means as a choice."""
-        parsed = OverridesParser.create(self.loader).parse_overrides(list(overrides))
-        problems = ((str(override.input_line), dotted_choice(self.loader, override)) for override in parsed)
-        return {text: problem for text, problem in problems if problem}
 
-    def _mistakes(self, overrides: Sequence[str], *, multirun: bool) -> Mistakes:
-        return Mistakes.find(self.loader, self.config_name, overrides, multirun=multirun)
+def explained(loader: Loader, overrides: Sequence[str], error: Exception, *, multirun: bool) -> UsageError:
+    """Return what is wrong with overrides that do not compose, or else what `error` says."""
+    try:
+        return UsageError(first_mistake(loader, overrides, error, multirun=multirun))
+    except COMPOSITION_ERRORS:  # another than that of any override
+        return UsageError(in_one_line(error))
 
-    def _rest(self, overrides: Sequence[str], mistakes: Mistakes, *, multirun: bool) -> list[DictConfig]:
-        try:
-            return self._jobs([text for text in overrides if text not in mistakes.keys], multirun=multirun)
-        except COMPOSITION_ERRORS:
-            return []
 
-    def _jobs(self, overrides: Sequence[str], *, multirun: bool) -> list[DictConfig]:
-        sweep = self.loader.load_configuration(
-            self.config_name, list(overrides), run_mode=RunMode.MULTIRUN, validate_sweep_overrides=multirun
-        )
-        if not multirun and sweep.hydra.mode != RunMode.MULTIRUN:
-            run = self.loader.load_configuration(self.config_name, list(overrides), run_mode=RunMode.RUN)
-            _place(run, run.hydra.run.dir)
-            return [run]
-        if sweep.hydra.sweeper.get("_target_") != _BASIC_SWEEPER:
-            return [sweep]  # another sweeper's jobs are not known yet; each is checked as it starts
-        swept = [f"{key}={value}" for key, value in (sweep.hydra.sweeper.params or {}).items()]
-        typed = unresolved(sweep.hydra.overrides.task)
-        parsed = OverridesParser.create(self.loader).parse_overrides(swept + typed)
-        batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-        return [self._job(sweep, index, job_overrides) for index, job_overrides in enumerate(batches[0])]
-
-    def _job(self, sweep: DictConfig, index: int, overrides: list[str]) -> DictConfig:
-        job = self.loader.load_sweep_config(sweep, overrides)
-        with open_dict(job):
-            job.hydra.job.id, job.hydra.job.num = str(index), index
-        _place(job, f"{job.hydra.sweep.dir}/{index}")
-        return job
+def meant_as_choices(loader: Loader, overrides: Sequence[str]) -> list[str]:
+    """Return a problem for each override that Hydra takes for a value and its user means as a choice."""
+    problems = (dotted_choice(loader, override) for override in loader.parse(overrides))
+    return [problem for problem in problems if problem]
 
 
 def task_config(job: DictConfig) -> DictConfig:
     """Return a job's config without Hydra's own section, as the task gets it."""
-    return OmegaConf.masked_copy(job, [key for key in map(str, job) if key != "hydra"])
+    cfg = OmegaConf.masked_copy(job, [key for key in map(str, job) if key != "hydra"])
+    expand_home(cfg)
+    return cfg
 
 
-def unresolved(overrides: Any) -> list[str]:
-    """Return Hydra's list of overrides as typed: reading them one by one would resolve the `${...}` in them."""
-    texts: Any = OmegaConf.to_container(overrides, resolve=False)
-    return [str(text) for text in texts]
+def is_sweep(job: DictConfig) -> bool:
+    """Return True for the config of a job that is one of several."""
+    return bool(job.hydra.mode == RunMode.MULTIRUN)
 
 
-def as_typed(cfg: DictConfig, overrides: Any, *, free_text: Collection[str]) -> list[str]:
-    """Return a job's overrides as they were typed: the values of `free_text` keys without their quotes."""
-    texts = overrides if isinstance(overrides, list) else unresolved(overrides)
-    keyed = [(text.partition("=")[0].lstrip("+"), text) for text in texts]
-    return [f"{key}={OmegaConf.select(cfg, key)}" if key in free_text else text for key, text in keyed]
+def _refuse(*problems: str) -> None:
+    if problems:
+        raise UsageError(problems[0])
 
 
-def _place(job: DictConfig, output_dir: str) -> None:
+def _jobs(loader: Loader, overrides: Sequence[str], *, multirun: bool) -> list[DictConfig]:
+    sweep = loader.load(overrides, strict=multirun)
+    if not multirun and not is_sweep(sweep):
+        run = loader.load(overrides, mode=RunMode.RUN)
+        return [_place(run, run.hydra.run.dir)]
+    swept = [f"{key}={value}" for key, value in (sweep.hydra.sweeper.get("params") or {}).items()]
+    parsed = loader.parse([*swept, *unresolved(sweep.hydra.overrides.task)])
+    _refuse(*refused_overrides(parsed))
+    is_basic = sweep.hydra.runtime.choices["hydra/sweeper"] == "basic"
+    given = {override.get_key_element(): _values(override, is_basic=is_basic) for override in parsed}  # the last counts
+    if is_basic:
+        batches = list(itertools.product(*given.values()))
+    else:  # its jobs are not known yet: each value stands in one of these at least
+        most = max(map(len, given.values()), default=1)
+        batches = [tuple(values[index % len(values)] for values in given.values()) for index in range(most)]
+    return [_job(loader, sweep, index, batch) for index, batch in enumerate(batches)]
+
+
+def _values(override: Override, *, is_basic: bool) -> list[str]:
+    """Return an override for each value that it sweeps over."""
+    key = override.get_key_element()
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    if override.is_discrete_sweep():
+        return [f"{key}={value}" for value in override.sweep_string_iterator()]
+    if is_basic:
+        raise UsageError(f"{override.input_line}: intervals need a sweeper that samples them: hydra/sweeper=optuna")
+    return [f"{key}={override.value().start}"]  # type: ignore[union-attr]
+
+
+def _job(loader: Loader, sweep: DictConfig, index: int, overrides: Sequence[str]) -> DictConfig:
+    job = loader.load_job(sweep, overrides)
+    with open_dict(job):
+        job.hydra.job.id, job.hydra.job.num, job.hydra.mode = str(index), index, RunMode.MULTIRUN
+    return _place(job, f"{job.hydra.sweep.dir}/{index}")
+
+
+def _place(job: DictConfig, output_dir: str) -> DictConfig:
     """Fill in what Hydra knows only when a job runs, so that `${hydra:...}` can be resolved before."""
     HydraConfig.instance().set_config(job)
     OmegaConf.set_readonly(job.hydra, False)
     with open_dict(job.hydra):
         job.hydra.runtime.output_dir = str(Path(output_dir).absolute())
+    return job

@@ -11,14 +11,13 @@
 | 143 | terminated | one line |
 """
 
-import difflib
 import os
 import sys
 import traceback
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
-from hydra.errors import InstantiationException
+from performer_lm.building import did_you_mean
 
 ERROR, USAGE, NON_FINITE, OUT_OF_MEMORY, INTERRUPTED, TERMINATED = 1, 2, 3, 4, 130, 143
 
@@ -30,8 +29,6 @@ LEVERS = (
     "set trainer.precision=bf16-mixed on an accelerator",
     "lower model.dim or model.depth",
 )
-
-_ALLOCATION_FAILURES = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 class UsageError(ValueError):
@@ -53,12 +50,6 @@ class JobFailed(Exception):
         self.code = code
 
 
-def did_you_mean(name: str, choices: Iterable[str], *, prefix: str = "") -> str:
-    """Return `; did you mean <prefix><choice>?` for the choice nearest to `name`, or nothing if none is near."""
-    nearest = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
-    return f"; did you mean {prefix}{nearest[0]}?" if nearest else ""
-
-
 def nearest_key(name: str, known: Collection[str], *, prefix: str = "") -> str:
     """Return the nearest key, or all of them where none is near and the list is short."""
     listed = f" (known: {', '.join(known)})" if 0 < len(known) <= 16 else ""
@@ -67,22 +58,13 @@ def nearest_key(name: str, known: Collection[str], *, prefix: str = "") -> str:
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """Turn what a constructor refuses, or a file that cannot be opened, into a `UsageError`.
-
-    Takes ValueError, OSError, and Hydra's InstantiationException around either of them; everything else passes.
-    """
+    """Turn a ValueError, of what a constructor refuses, or an OSError, of a file, into a `UsageError`."""
     try:
         yield
     except UsageError:
         raise
-    except (ValueError, OSError, InstantiationException) as error:
-        cause = _root(error)
-        if isinstance(cause, UsageError):
-            raise cause from error
-        if not isinstance(cause, (ValueError, OSError)):
-            raise
-        key = _config_key(error)
-        raise UsageError(*(_told(key, line) for line in _text(cause).splitlines())) from error
+    except (ValueError, OSError) as error:
+        raise UsageError(*_text(error).splitlines()) from error
 
 
 def report(error: BaseException, *, job: str = "", show_traceback: bool = False) -> int:
@@ -94,11 +76,10 @@ def report(error: BaseException, *, job: str = "", show_traceback: bool = False)
     if isinstance(error, BrokenPipeError):
         _close_stdout()
         return ERROR
-    cause = _root(error)
-    if not isinstance(cause, OSError) and _follows_interrupt(error):  # but what then could not be written is told
-        cause = KeyboardInterrupt()
-    code, problems = _verdict(cause)
-    is_told = isinstance(cause, OSError) and cause.filename is not None  # a disk, not a mistake of ours
+    if not isinstance(error, OSError) and _follows_interrupt(error):  # but what then could not be written is told
+        error = KeyboardInterrupt()
+    code, problems = _verdict(error)
+    is_told = isinstance(error, OSError) and error.filename is not None  # a disk, not a mistake of ours
     if show_traceback or (code == ERROR and not is_told):
         traceback.print_exception(error)
     for problem in problems:
@@ -108,8 +89,7 @@ def report(error: BaseException, *, job: str = "", show_traceback: bool = False)
 
 def in_short(error: BaseException) -> str:
     """Return the first line of what `report` says of an error."""
-    _, problems = _verdict(_root(error))
-    return problems[0].partition("\n")[0]
+    return _verdict(error)[1][0].partition("\n")[0]
 
 
 def _verdict(error: BaseException) -> tuple[int, tuple[str, ...]]:
@@ -125,24 +105,6 @@ def _verdict(error: BaseException) -> tuple[int, tuple[str, ...]]:
     return ERROR, (f"{type(error).__name__}: {_text(error)}".partition("\n")[0],)
 
 
-def _root(error: BaseException) -> BaseException:
-    """Return what a constructor raised, from under Hydra's InstantiationException."""
-    while isinstance(error, InstantiationException) and error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def _config_key(error: BaseException) -> str:
-    """Return `model` for an error that Hydra met while it built the node `model`, or nothing."""
-    _, found, key = str(error).rpartition("full_key: ") if isinstance(error, InstantiationException) else ("", "", "")
-    return key.strip() if found else ""
-
-
-def _told(key: str, line: str) -> str:
-    """Put the key before a line that does not name it."""
-    return line if not key or line.startswith(f"{key}.") else f"{key}: {line}"
-
-
 def _text(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
         return f"{os.fspath(error.filename)}: {error.strerror.lower()}"
@@ -150,15 +112,15 @@ def _text(error: BaseException) -> str:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Tell a failed allocation: torch's own type is a RuntimeError, and its CPU allocator has only its words."""
-    torch = sys.modules.get("torch")
-    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _ALLOCATION_FAILURES)
+    if not isinstance(error, MemoryError | RuntimeError):
+        return False
+    from performer_lm.training.memory import is_out_of_memory  # imports torch, as whatever raised this has done
+
+    return is_out_of_memory(error)
 
 
 def _follows_interrupt(error: BaseException) -> bool:
-    """Tell an error that Ctrl-C led to: libraries fail as they put away what was half done (OmegaConf its flags)."""
+    """Return True for an error in the wake of Ctrl-C: libraries fail as they put away what was half done."""
     link: BaseException | None = error
     while link is not None and not isinstance(link, KeyboardInterrupt):
         link = link.__cause__ or link.__context__

@@ -45,12 +45,12 @@ def open_data(cfg: DictConfig, tokenizer: "Tokenizer") -> "WindowData":
     Raises:
         ValueError: for data that are not there, or that bring a vocabulary of their own.
     """
-    from hydra.utils import instantiate
-    from omegaconf import open_dict
+    from performer_lm.building import build
 
-    with open_dict(cfg):
-        cfg.tokenizer.plain = tokenizer.to_dict()
-    data: WindowData = instantiate(cfg.data)
+    section: Any = OmegaConf.to_container(cfg.data, resolve=True)
+    if "tokenizer" in section:
+        section["tokenizer"]["plain"] = tokenizer.to_dict()
+    data: WindowData = build(section, key="data")
     data.prepare()
     if data.tokenizer.to_dict() != tokenizer.to_dict():
         raise ValueError(

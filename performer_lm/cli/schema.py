@@ -2,29 +2,29 @@
 
 Every section with a `_target_` is checked against that target's signature, before anything is built: the name is one
 that a config may build, each key is a parameter, each value fits the annotation, nothing required is missing. What
-stands outside every such section must be declared by the entry point. All problems are found in one pass.
+stands outside every such section must be declared by the entry point. All problems are found in one pass, once it is
+known that every interpolation leads somewhere.
 """
 
 import inspect
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, Unpack, get_args, get_origin, get_type_hints
+from typing import Any, NotRequired, Unpack, get_args, get_origin, get_type_hints
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from performer_lm.cli.annotations import UNKNOWN, describe, is_node, mismatches
-from performer_lm.cli.errors import UsageError, did_you_mean, nearest_key
-from performer_lm.cli.targets import resolve
+from performer_lm.building import PARTIAL, TARGET, did_you_mean, resolve
+from performer_lm.cli.annotations import describe, is_node, leaves, mismatches
+from performer_lm.cli.errors import UsageError, nearest_key
 
-HYDRA_KEYS: dict[str, Any] = {"_target_": str, "_partial_": bool, "_recursive_": bool, "_convert_": str}
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][\w.\[\]]*)\}")
 
 
 def check(
     cfg: DictConfig, *, keys: Mapping[str, Any] | None = None, supplied: Mapping[str, Collection[str]] | None = None
 ) -> None:
-    """Check a composed config against the constructors it names.
+    """Check a composed config against the constructors it names; set what is absent and may be null to null.
 
     Args:
         cfg: the task's config, without Hydra's own section.
@@ -34,20 +34,27 @@ def check(
     Raises:
         UsageError: with one line for each problem: the key, what was wanted, what was got, the nearest name.
     """
-    checker = _Checker(keys or {}, supplied or {})
-    tree = checker.resolve(cfg, OmegaConf.to_container(cfg, resolve=False), "")
+    written = dict(leaves(OmegaConf.to_container(cfg, resolve=False), ""))
+    references = {key: found[1] for key, text in written.items() if (found := _REFERENCE.fullmatch(str(text)))}
+    tree = _resolved(cfg, written, references)
+    checker = _Checker(keys or {}, supplied or {}, references)
+    for key, wanted in checker.keys.items():
+        if key not in written and not any(name.startswith((f"{key}.", f"{key}[")) for name in written):
+            if list(mismatches(wanted, None, key)):
+                checker.note(key, f"missing; wanted {describe(wanted)}")
+            else:
+                OmegaConf.update(cfg, key, None, force_add=True)
     checker.visit(tree, "")
-    problems = checker.problems
     # A value that stands elsewhere is wrong there, once.
-    lines = [f"{key}: {text}" for key, text in problems.items() if checker.references.get(key) not in problems]
-    if lines:
-        raise UsageError(*lines)
+    problems = {key: text for key, text in checker.problems.items() if references.get(key) not in checker.problems}
+    if problems:
+        raise UsageError(*(f"{key}{' ' if text.startswith('must ') else ': '}{text}" for key, text in problems.items()))
 
 
 def parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """Return the parameters of a class or function by name, annotations evaluated where that is possible.
 
-    What `**options: Unpack[T]` of a TypedDict T takes counts one by one.
+    Of `**options: Unpack[T]` the keys of the TypedDict T count one by one.
     """
     try:
         found = dict(inspect.signature(target, eval_str=True).parameters)
@@ -61,136 +68,102 @@ def _unpacked(parameter: inspect.Parameter) -> Iterator[tuple[str, inspect.Param
         yield parameter.name, parameter
         return
     (options,) = get_args(parameter.annotation)
-    for name, wanted in get_type_hints(options).items():
+    for name, wanted in get_type_hints(options, include_extras=True).items():
+        wanted = get_args(wanted)[0] if get_origin(wanted) is NotRequired else wanted
         default = inspect.Parameter.empty if name in options.__required_keys__ else None
         yield name, inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=wanted)
 
 
+def _resolved(cfg: DictConfig, written: Mapping[str, Any], references: Mapping[str, str]) -> Any:
+    """Return a config as plain data.
+
+    Raises:
+        UsageError: for values that are missing, or interpolations that lead nowhere or have no end.
+    """
+    problems = []
+    for key, text in written.items():
+        if text == "???":
+            problems.append(f"{key}: needs a value: {key}=...")
+        elif isinstance(text, str) and "${" in text:
+            try:
+                OmegaConf.select(cfg, key)
+            except (OmegaConfBaseException, RecursionError) as error:
+                told = str(error).partition("\n")[0]
+                told = "it gives its resolver the wrong arguments" if told.startswith("TypeError") else told
+                told = "it leads back to itself" if "recursion" in told else told
+                problems.append(f"{key}: {text} does not resolve: {told}")
+    if problems:
+        raise UsageError(*problems)
+    try:
+        return OmegaConf.to_container(cfg, resolve=True)
+    except (RecursionError, OmegaConfBaseException) as error:
+        key = next((key for key in references if _ends_without(cfg, key)), next(iter(references)))
+        raise UsageError(f"{key}: ${{{references[key]}}} holds itself") from error
+
+
+def _ends_without(cfg: DictConfig, key: str) -> bool:
+    """Return True if a config without one reference has an end."""
+    shorter = cfg.copy()
+    OmegaConf.update(shorter, key, None)
+    try:
+        OmegaConf.to_container(shorter, resolve=True)
+    except (RecursionError, OmegaConfBaseException):
+        return False
+    return True
+
+
 class _Checker:
-    def __init__(self, keys: Mapping[str, Any], supplied: Mapping[str, Collection[str]]) -> None:
+    def __init__(
+        self, keys: Mapping[str, Any], supplied: Mapping[str, Collection[str]], references: Mapping[str, str]
+    ) -> None:
         self.keys = keys
         self.supplied = supplied
+        self.references = references
         self.problems: dict[str, str] = {}
-        self.references: dict[str, str] = {}
-        self.open: list[Any] = []  # the sections around what is being resolved, references followed
-        self.is_endless = False
 
     def note(self, key: str, text: str) -> None:
         self.problems.setdefault(key, text)
 
-    def resolve(self, node: Any, raw: Any, key: str) -> Any:
-        """Return `node` as plain dicts, lists and scalars; note what is missing or does not resolve."""
-        self.open.append(node)
-        try:
-            if isinstance(node, DictConfig):
-                return {name: self._item(node, raw, name, _join(key, name)) for name in node}
-            if isinstance(node, ListConfig):
-                return [self._item(node, raw, index, f"{key}[{index}]") for index in range(len(node))]
-            return node
-        finally:
-            self.open.pop()
-
-    def _item(self, node: Any, raw: Any, name: Any, key: str) -> Any:
-        # `raw` is what was written; below an interpolation nothing was, and the values are checked where they stand.
-        written = raw[name] if isinstance(raw, (dict, list)) else None
-        if isinstance(written, str) and (reference := _REFERENCE.fullmatch(written)):
-            self.references[key] = reference[1]
-        if OmegaConf.is_missing(node, name):
-            section, _, last = key.rpartition(".")
-            if last not in self.supplied.get(section, ()):
-                self.note(key, f"needs a value: {key}=...")
-            return UNKNOWN
-        try:
-            value = node[name]
-        except OmegaConfBaseException as error:
-            if written is not None:
-                self.note(key, f"{written} does not resolve: {_unresolved(error)}")
-            return UNKNOWN
-        if isinstance(value, (DictConfig, ListConfig)) and any(value is section for section in self.open):
-            self._note_endless(key)
-            return UNKNOWN
-        return self.resolve(value, written, key)
-
-    def _note_endless(self, key: str) -> None:
-        """Tell of a reference to a section around it, once: where it is met first, at the key that was written."""
-        if not self.is_endless:
-            self.is_endless = True
-            written = max((name for name in self.references if f"{key}.".startswith(f"{name}.")), key=len, default=key)
-            self.note(written, f"${{{self.references.get(written, key)}}} holds itself")
-
-    def visit(self, value: Any, key: str) -> None:
-        """Check a part of the tree that no target owns."""
-        if key in self.references or value is UNKNOWN:
-            return
-        if key in self.keys:
-            self._fit(self.keys[key], value, key)
-        elif is_node(value):
-            self._node(value, key)
-        elif isinstance(value, dict):
-            for name, item in value.items():
-                self.visit(item, _join(key, name))
-        elif isinstance(value, list) and value:
-            for index, item in enumerate(value):
-                self.visit(item, f"{key}[{index}]")
-        elif value not in (None, []):
-            self.note(key, f"unknown key{did_you_mean(key, self.keys)}")
-
-    def _fit(self, wanted: Any, value: Any, key: str) -> None:
-        for where, text in mismatches(wanted, value, key):
-            self.note(where, text)
-        self._nodes_within(value, key)
-
-    def _nodes_within(self, value: Any, key: str) -> None:
+    def visit(self, value: Any, key: str, *, wanted: Any = None, is_owned: bool = False) -> None:
+        """Check a part of the tree; `is_owned` by a target, or by a declared key, its values need no declaration."""
+        if not is_owned and key in self.keys:
+            wanted, is_owned = self.keys[key], True
+        if wanted is not None:
+            for where, text in mismatches(wanted, value, key):
+                self.note(where, text)
         if key in self.references:
-            return
+            return  # and what it holds is checked where it stands
         if is_node(value):
             self._node(value, key)
         elif isinstance(value, dict):
             for name, item in value.items():
-                self._nodes_within(item, f"{key}.{name}")
+                self.visit(item, f"{key}.{name}" if key else str(name), is_owned=is_owned)
         elif isinstance(value, list):
             for index, item in enumerate(value):
-                self._nodes_within(item, f"{key}[{index}]")
+                self.visit(item, f"{key}[{index}]", is_owned=is_owned)
+        elif not is_owned and value is not None:
+            self.note(key, f"unknown key{did_you_mean(key, self.keys)}")
 
     def _node(self, node: dict[str, Any], key: str) -> None:
         target = self._target(node, key)
         wanted = parameters(target) if target is not None else {}
         is_open = target is None or any(p.kind is p.VAR_KEYWORD for p in wanted.values())
-        names = [name for name, p in wanted.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        named = {name: p for name, p in wanted.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
         for name, value in node.items():
-            where = f"{key}.{name}"
-            if name in HYDRA_KEYS:
-                self._fit(HYDRA_KEYS[name], value, where)
-            elif name in names:
-                self._fit(_annotation(wanted[name]), value, where)
-            elif is_open and name != "_args_":
-                self._nodes_within(value, where)
-            else:
-                self.note(where, f"unknown key{nearest_key(str(name), names, prefix=f'{key}.')}")
-                self._nodes_within(value, where)
-        given = {*node, *self.supplied.get(key, ())}
-        for name in names if not node.get("_partial_") else ():
-            if wanted[name].default is inspect.Parameter.empty and name not in given:
-                self.note(f"{key}.{name}", f"missing; wanted {describe(_annotation(wanted[name]))}")
+            own = {TARGET: str, PARTIAL: bool}.get(name) or (_annotation(named[name]) if name in named else None)
+            if own is None and (not is_open or name == "_args_"):
+                self.note(f"{key}.{name}", f"unknown key{nearest_key(str(name), named, prefix=f'{key}.')}")
+            self.visit(value, f"{key}.{name}", wanted=own, is_owned=True)
+        for name, parameter in named.items() if not node.get(PARTIAL) else ():
+            if parameter.default is parameter.empty and name not in (*node, *self.supplied.get(key, ())):
+                self.note(f"{key}.{name}", f"missing; wanted {describe(_annotation(parameter))}")
 
     def _target(self, node: dict[str, Any], key: str) -> Callable[..., Any] | None:
-        path = node["_target_"]
-        if not isinstance(path, str):
-            return None
         try:
-            return resolve(path)
+            return resolve(node[TARGET]) if isinstance(node[TARGET], str) else None
         except ValueError as refusal:
-            self.note(f"{key}._target_", str(refusal))
+            self.note(f"{key}.{TARGET}", str(refusal))
             return None
-
-
-def _unresolved(error: OmegaConfBaseException) -> str:
-    told = str(error).partition("\n")[0]
-    return "it gives its resolver the wrong arguments" if told.startswith("TypeError") else told
-
-
-def _join(section: str, name: Any) -> str:
-    return f"{section}.{name}" if section else str(name)
 
 
 def _annotation(parameter: inspect.Parameter) -> Any:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+# of RuntimeErrors: torch's CPU allocator and some devices have no error type of their own
+_ALLOCATION_FAILURES = ("can't allocate memory", "not enough memory", "out of memory")
 _STATUS = Path("/proc/self/status")
 
 
@@ -33,12 +35,21 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True for a failed allocation, of the host's memory or a device's."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _ALLOCATION_FAILURES)
+
+
 @contextmanager
 def sizes_told(device: torch.device, **sizes: object) -> Iterator[None]:
-    """Add to an error that may be one of memory how large the work was, and how much memory was held."""
+    """Add to a failed allocation how large the work was, and how much memory was held."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         told = ", ".join(f"{name.replace('_', '-')} {size}" for name, size in sizes.items())
         error.add_note(f"{told}; at most {peak_memory(device) / 2**30:.2f} GiB were held on {device.type}")
         raise

@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning
 import torch
-from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer
 from omegaconf import DictConfig
 from rich.console import Console
@@ -17,6 +16,7 @@ from torch import nn
 
 from performer_lm import checkpoint
 from performer_lm.attention.local import LocalAttention
+from performer_lm.building import build, escape
 from performer_lm.checkpoint import Checkpoint
 from performer_lm.data.module import WindowData
 from performer_lm.language_model import LanguageModel
@@ -62,13 +62,15 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
     Raises:
         ValueError: for whatever the user has to put right, in one line.
     """
-    trainer: Trainer = instantiate(cfg.trainer)
-    objective, optimizer, schedule = (instantiate(cfg[name]) for name in ("objective", "optimizer", "schedule"))
+    trainer: Trainer = build(plain(cfg.trainer), key="trainer")
+    objective, optimizer, schedule = (
+        build(plain(cfg[name]), key=name) for name in ("objective", "optimizer", "schedule")
+    )
     check_scaling(optimizer(parameter_groups(nn.Linear(1, 1), head=nn.Identity())), precision=str(trainer.precision))
     schedule(trainer.max_steps)
     model_section = plain(cfg.model)
     sketch = _sketch_model(model_section, context=cfg.data.context)
-    data: WindowData = instantiate(cfg.data)
+    data: WindowData = build(plain(cfg.data), key="data")
     objective.check(sketch, packed=data.is_packed, answers=data.has_answers)
     _check_backends(sketch, packed=data.is_packed)
     data.share(trainer)
@@ -141,7 +143,7 @@ def _assemble(
     notes: list[str],
 ) -> Run:
     """Build what knows the folder, and give it to the trainer in the order in which it runs."""
-    cfg.run_dir = str(room.path)
+    cfg.run_dir = escape(str(room.path))
     surroundings = Surroundings(
         folder=room.path,
         console=Console(highlight=False, quiet=not trainer.is_global_zero),
@@ -160,7 +162,7 @@ def _assemble(
     )
     stop = StopOnSignal(saving)
     throughput = Throughput()
-    chosen = instantiate(cfg.callbacks).values() if cfg.get("callbacks") else ()
+    chosen = build(plain(cfg.callbacks), key="callbacks").values() if cfg.callbacks else ()
     own: list[Callback] = [callback for callback in chosen if callback is not None]  # None: switched off
     check_sharding(trainer, task.model, task.optimizer(parameter_groups(task.model, head=task.model.head)), own)
     first = OneRun(room, saving, resumed=f"{resumed.path} at step {resumed.content['global_step']}" if resumed else "")
@@ -180,7 +182,7 @@ def _assemble(
     for callback in callbacks:
         if isinstance(callback, RunCallback):  # a config may add Lightning's own
             callback.join(surroundings)
-    added = instantiate(cfg.logger).values() if cfg.get("logger") else ()
+    added = build(plain(cfg.logger), key="logger").values() if cfg.logger else ()
     loggers = [MetricsLogger(folder=room.path), *added]
     attach(trainer, callbacks=callbacks, loggers=loggers, resumed=resumed)
     return Run(

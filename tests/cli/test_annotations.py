@@ -1,20 +1,11 @@
-import os
 from collections.abc import Callable, Mapping, Sequence
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import pytest
+from annotated_types import Ge, Gt, Le
 
-from performer_lm.cli.annotations import UNKNOWN, describe, mismatches
-
-
-class Colour(Enum):
-    RED = "red"
-
-
-class Options(TypedDict):
-    size: int
+from performer_lm.cli.annotations import Section, describe, leaves, mismatches
 
 
 PART = {"_target_": "performer_lm.sample.Part", "size": 1}
@@ -27,11 +18,9 @@ WHOLE = {"_target_": "performer_lm.sample.Whole"}
     [
         (int, 3),
         (float, 3),
-        (float, float("inf")),
         (bool, True),
         (str, ""),
         (Path, "a/b"),
-        (os.PathLike, "a"),
         (None, None),
         (int | None, None),
         (int | str, "x"),
@@ -44,13 +33,14 @@ WHOLE = {"_target_": "performer_lm.sample.Whole"}
         (dict, {"a": 1}),
         (dict[str, int], {"a": 1}),
         (Mapping[str, list[int]], {"a": [1]}),
-        (Options, {"size": 3}),
         (Annotated[int, "metres"], 3),
-        (Colour, "red"),
+        (Annotated[int, Ge(3)], 3),
+        (Annotated[float, Gt(0)] | None, 1),
+        (Annotated[int, Ge(0)] | Annotated[float, Le(1)], 2),
+        (list[Annotated[int, Ge(1)]], [1, 2]),
         (Any, object()),
         (TypeVar("T"), "anything"),
         ("NotEvaluated", 3),
-        (int, UNKNOWN),
     ],
 )
 def test_a_value_that_fits(wanted, value):
@@ -77,7 +67,16 @@ def test_a_value_that_fits(wanted, value):
         (tuple[float, float], [1, "a"], "key[1]", "wanted float, got 'a' (str)"),
         (dict[str, int], {"a": "b"}, "key.a", "wanted int, got 'b' (str)"),
         (dict[str, int], [1], "key", "wanted a section of int, got [1] (list)"),
-        (Colour, "rde", "key", "wanted 'red', got 'rde' (str)"),
+        (Annotated[int, Ge(1)], 0, "key", "must be at least 1, got 0"),
+        (Annotated[int, Ge(1)], "a", "key", "wanted int, got 'a' (str)"),
+        (Annotated[int, Ge(1)] | None, 0, "key", "must be at least 1, got 0"),
+        (Annotated[float, Gt(0), Le(1)], 2, "key", "must be above 0 and at most 1, got 2"),
+        (Annotated[int, Ge(0)] | Annotated[float, Le(1)], 1.5, "key", "must be at most 1, got 1.5"),
+        (list[Annotated[int, Ge(1)]] | None, [1, 0], "key[1]", "must be at least 1, got 0"),
+        (float, float("nan"), "key", "must be a finite number, got nan"),
+        (dict[str, float], {"a": float("inf")}, "key.a", "must be a finite number, got inf"),
+        (int | None, 2**63, "key", "must be within 64 bits (at most 9223372036854775807), got 2^63 or more"),
+        (float, -(10**40), "key", "must be within 64 bits (at most 9223372036854775807), got -2^132 or more"),
         (int, {"a": 1}, "key", "wanted int, got a section without _target_"),
         (int, PART, "key", "wanted int, got performer_lm.sample.Part"),
         (Literal["fast", "slow"], PART, "key", "wanted 'fast' or 'slow', got performer_lm.sample.Part"),
@@ -96,6 +95,8 @@ def test_sections_that_build_something_fit_what_they_build(sample):
         (Callable[..., sample.Base], MAKE_PART),
         (Callable, MAKE_PART),
         (dict[str, Callable[..., sample.Base]], {"a": MAKE_PART}),
+        (Section, PART),
+        (dict[str, Section | None], {"a": PART, "b": None}),
         (sample.Base, {"_target_": "os.system"}),  # refused where it stands, not here
     ]:
         assert list(mismatches(wanted, value, "key")) == []
@@ -107,6 +108,8 @@ def test_sections_that_build_something_else_do_not(sample):
         (sample.Base, MAKE_PART, "wanted Base, got a factory of performer_lm.sample.Part"),
         (sample.Base, "part", "wanted Base, got 'part' (str)"),
         (Callable[..., sample.Base], {**WHOLE, "_partial_": True}, "got a factory of performer_lm.sample.Whole"),
+        (Section, MAKE_PART, "wanted a section with _target_, got a factory of performer_lm.sample.Part"),
+        (Section, {}, "wanted a section with _target_, got a section without _target_"),
         (Callable[..., sample.Base], "gelu", "wanted a factory (a section with _target_ and _partial_: true)"),
     ]:
         [(where, found)] = mismatches(wanted, value, "key")
@@ -122,3 +125,8 @@ def test_types_are_spelled_in_a_user_s_words(sample):
     assert describe(Sequence[float]) == "a list of float"
     assert describe(Path) == "a path"
     assert describe(sample.Base) == "Base"
+
+
+def test_leaves_are_named_as_a_user_names_them():
+    tree = {"a": {"b": 1, "c": [2, {"d": None}], "e": {}}, "f": []}
+    assert list(leaves(tree, "")) == [("a.b", 1), ("a.c[0]", 2), ("a.c[1].d", None), ("a.e", {}), ("f", [])]

@@ -6,7 +6,7 @@ import textwrap
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from performer_lm.cli import UsageError, main
+from performer_lm.cli import Sweep, UsageError, main
 
 ENTRY = """
     import os, sys, time
@@ -20,7 +20,7 @@ ENTRY = """
 
     if __name__ == "__main__":
         main(run, config_name="train", config_path=Path(__file__).parent / "configs",
-             free_text=["prompt", "ckpt"], keys={"seed": int, "prompt": str, "ckpt": str | None})
+             keys={"seed": int, "prompt": str, "ckpt": str | None})
     """
 
 
@@ -47,16 +47,17 @@ def call(tree, tmp_path, monkeypatch):
     """Return a function that calls `main` in this process, and returns its exit code."""
     monkeypatch.chdir(tmp_path)
 
-    def run(task, *argv):
+    def run(task, *argv, sweep=None):
         monkeypatch.setattr(sys, "argv", ["train.py", *argv])
         with pytest.raises(SystemExit) as raised:
-            main(task, config_name="train", config_path=tree, free_text=["prompt"], keys=KEYS)
+            main(task, config_name="train", config_path=tree, keys=KEYS, sweep=sweep)
         assert not GlobalHydra.instance().is_initialized()
         return raised.value.code
 
     return run
 
 
+SWEEP = Sweep(folder_key="ckpt", close=lambda folder: None)
 KEYS = {"seed": int, "prompt": str, "ckpt": str | None}
 
 
@@ -77,7 +78,7 @@ def test_a_sweep_runs_every_job_though_one_fails(call, capsys):
         if cfg.seed == 3:
             raise FloatingPointError("nan")
 
-    assert call(task, "-m", "seed=1,2,3,4", "prompt=a,b") == 2
+    assert call(task, "-m", "seed=1,2,3,4", "prompt=a,b", sweep=SWEEP) == 2
     assert seen == [1, 2, 3, 4]
     shown = capsys.readouterr().err
     assert "error: job 1 (seed=2 prompt='a,b'): two is one too many" in shown
@@ -108,9 +109,8 @@ def test_the_exit_code_says_what_happened(call, error, code):
         (["attn=falsh"], ["attn=falsh: no such choice; did you mean attn=flash? (choices: exact, favor, flash)"]),
         (["optimizer.lr=abc"], ["optimizer.lr: wanted float, got 'abc' (str)"]),
         (
-            ["sede=3", "optimizer.lr=abc", "optimizer.betas=[0.9,x]"],
+            ["optimizer.lr=abc", "optimizer.betas=[0.9,x]"],
             [
-                "sede: unknown key; did you mean seed?",
                 "optimizer.lr: wanted float, got 'abc' (str)",
                 "optimizer.betas[1]: wanted float, got 'x' (str)",
             ],
@@ -118,7 +118,7 @@ def test_the_exit_code_says_what_happened(call, error, code):
         (["+foo=1"], ["foo: unknown key"]),
         (["+ckpt.x=1"], ["ckpt: wanted str or null, got a section without _target_"]),
         (["seed=${nope}"], ["seed: ${nope} does not resolve: Interpolation key 'nope' not found"]),
-        (["-m", "seed=1,2,x"], ["seed: wanted int, got 'x' (str)"]),
+        (["-m", "seed=1,2"], ["--multirun: train.py runs once; give each key one value"]),
         (
             ["-m", "attn=favor,falsh"],
             ["attn=falsh: no such choice; did you mean attn=flash? (choices: exact, favor, flash)"],
@@ -140,6 +140,17 @@ def test_bad_input_is_told_before_anything_is_run_or_written(call, capsys, tmp_p
     assert call(task, *argv) == 2
     assert capsys.readouterr().err == "".join(f"error: {line}\n" for line in lines)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_sweep_is_checked_whole_before_its_first_job(call, capsys):
+    assert call(lambda cfg: pytest.fail("ran"), "-m", "seed=1,2,x", sweep=SWEEP) == 2
+    assert capsys.readouterr().err == "error: seed: wanted int, got 'x' (str)\n"
+
+
+def test_a_config_file_sweeps_nothing_that_runs_once(call, capsys, tree):
+    (tree / "debug" / "sweep.yaml").write_text("# @package _global_\nhydra: {mode: MULTIRUN}\n")
+    assert call(lambda cfg: pytest.fail("ran"), "debug=sweep") == 2
+    assert capsys.readouterr().err == "error: --multirun: train.py runs once; give each key one value\n"
 
 
 def test_dangerous_targets_are_refused_before_hydra_sees_them(call, capsys, tmp_path):

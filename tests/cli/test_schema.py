@@ -3,6 +3,7 @@ from typing import NotRequired, TypedDict, Unpack
 import pytest
 from omegaconf import OmegaConf
 
+from performer_lm.cli.annotations import Section
 from performer_lm.cli.errors import UsageError
 from performer_lm.cli.schema import check, parameters
 
@@ -75,16 +76,30 @@ def test_what_is_required_is_missed_unless_partial_or_supplied(sample):
     assert problems({"model": {**WHOLE, "dim": "???"}}, supplied=SUPPLIED) == [
         "model.dim: needs a value: model.dim=..."
     ]
-    assert problems({"model": {**WHOLE, "vocab_size": "???"}}, supplied=SUPPLIED) == []
     assert problems({"ckpt": "???"}, keys={"ckpt": str}) == ["ckpt: needs a value: ckpt=..."]
 
 
 def test_what_no_target_owns_must_be_declared(sample):
-    assert problems({"sede": 3}, keys={"seed": int}) == ["sede: unknown key; did you mean seed?"]
+    assert problems({"seed": 1, "sede": 3}, keys={"seed": int}) == ["sede: unknown key; did you mean seed?"]
     assert problems({"modle": {"dim": 3}}) == ["modle.dim: unknown key"]
     assert problems({"paths": {"out": "x"}}, keys={"paths.out": str}) == []
     assert problems({"paths": {"out": "x"}}, keys={"paths": dict}) == []
     assert problems({"extra": ["a"]}) == ["extra[0]: unknown key"]
+
+
+def test_what_is_declared_must_be_there_and_is_null_where_it_may_be(sample):
+    keys = {"seed": int, "ckpt": str | None, "resume.allow": list[str], "part": Section}
+    assert problems({}, keys=keys) == [
+        "seed: missing; wanted int",
+        "resume.allow: missing; wanted a list of str",
+        "part: missing; wanted a section with _target_",
+    ]
+    cfg = OmegaConf.create({"seed": 1, "resume": {"allow": []}, "part": PART})
+    check(cfg, keys=keys)
+    assert cfg.ckpt is None
+    assert problems({**cfg, "part": {"size": 1}}, keys=keys) == [
+        "part: wanted a section with _target_, got a section without _target_"
+    ]
 
 
 def test_refused_targets_are_found_wherever_they_stand(sample):

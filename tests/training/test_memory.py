@@ -20,16 +20,21 @@ def test_the_peak_is_that_of_what_was_held_for_a_while() -> None:
     assert peak_memory(CPU) < before + 16 * 2**20
 
 
-@pytest.mark.parametrize("error", [MemoryError, RuntimeError])
-def test_sizes_are_added_to_what_may_be_a_lack_of_memory(error: type[Exception]) -> None:
-    with pytest.raises(error) as found, sizes_told(CPU, micro_batch="4 x 8 tokens", vocabulary=257):
-        raise error("no room")
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("no room"), torch.OutOfMemoryError("no room"), RuntimeError("Allocator: can't allocate memory")],
+    ids=["host", "device", "CPU"],
+)
+def test_sizes_are_added_to_a_lack_of_memory(error: Exception) -> None:
+    with pytest.raises(type(error)) as found, sizes_told(CPU, micro_batch="4 x 8 tokens", vocabulary=257):
+        raise error
     [note] = found.value.__notes__
     assert note.startswith("micro-batch 4 x 8 tokens, vocabulary 257; at most ")
     assert note.endswith(" GiB were held on cpu")
 
 
-def test_other_errors_pass_as_they_are() -> None:
-    with pytest.raises(ValueError, match="wrong") as found, sizes_told(CPU):
-        raise ValueError("wrong")
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError])
+def test_other_errors_pass_as_they_are(kind: type[Exception]) -> None:
+    with pytest.raises(kind, match="wrong") as found, sizes_told(CPU):
+        raise kind("wrong")
     assert not hasattr(found.value, "__notes__")

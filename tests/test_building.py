@@ -2,8 +2,9 @@ import subprocess
 import sys
 
 import pytest
+from omegaconf import OmegaConf
 
-from performer_lm.cli.targets import refused_in_hydra, resolve
+from performer_lm.building import build, escape, resolve
 
 DANGEROUS = [
     "os.system",
@@ -15,8 +16,8 @@ DANGEROUS = [
     "pathlib.Path.write_text",
     "shutil.copy",
     "performer_lm.checkpoint.shutil.copy",
-    "performer_lm.cli.targets.importlib.import_module",
-    "performer_lm.cli.targets.importlib",
+    "performer_lm.building.importlib.import_module",
+    "performer_lm.building.importlib",
     "torch.optim.lr_scheduler.partial",
     "torch.optim.optimizer.torch.load",
     "hydra.utils.get_method",
@@ -27,7 +28,7 @@ DANGEROUS = [
     ".",
     "performer_lm.",
     "performer_lm..cli",
-    "performer_lm.cli.targets._within",
+    "performer_lm.building._within",
 ]
 
 
@@ -39,7 +40,7 @@ def test_what_could_run_code_or_touch_files_is_refused(path):
 
 def test_nothing_outside_the_list_is_imported_on_the_way():
     code = (
-        "import sys; from performer_lm.cli.targets import resolve\n"
+        "import sys; from performer_lm.building import resolve\n"
         "for path in ['pandas.read_pickle', 'numpy.load', 'torch.load', 'shelve.open', 'ftplib.FTP']:\n"
         "    try: resolve(path)\n"
         "    except ValueError: pass\n"
@@ -84,19 +85,37 @@ def test_lightning_s_trainer_callbacks_and_loggers_are_found():
         resolve(f"lightning.pytorch.{path}")
 
 
-def test_hydra_s_own_section_is_held_to_its_own_list():
-    good = {
-        "launcher": {"_target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher"},
-        "job_logging": {"handlers": {"console": {"class": "logging.StreamHandler"}}},
-    }
-    assert list(refused_in_hydra(good)) == []
-    bad = {
-        "callbacks": {"a": {"_target_": "os.system"}, "b": {"_target_": "hydra.utils.get_method", "path": "os.system"}},
-        "job_logging": {"handlers": [{"class": "evil.Handler"}, {"()": "logging.config.fileConfig"}]},
-    }
-    assert [line.partition(":")[0] for line in refused_in_hydra(bad)] == [
-        "hydra.callbacks.a._target_",
-        "hydra.callbacks.b._target_",
-        "hydra.job_logging.handlers[0].class",
-        "hydra.job_logging.handlers[1].()",
-    ]
+PART = {"_target_": "performer_lm.sample.Part", "size": 1}
+WHOLE = {"_target_": "performer_lm.sample.Whole", "dim": 4, "vocab_size": 3}
+
+
+def test_a_section_becomes_its_object_with_those_inside(sample):
+    built = build({"a": [PART, 3], "b": None, "c": {**WHOLE, "part": PART, "make_part": {**PART, "_partial_": True}}})
+    assert isinstance(built["a"][0], sample.Part)
+    assert (built["a"][1], built["b"], built["c"].dim) == (3, None, 4)
+
+
+def test_a_partial_section_is_a_factory_that_takes_the_rest(sample):
+    factory = build({"_target_": "performer_lm.sample.Part", "_partial_": True, "scale": 2.0})
+    assert (factory(size=3).size, factory(size=3, scale=4.0).scale) == (3, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "problem"),
+    [
+        (lambda: build({**WHOLE, "dim": 5}, key="model"), "model: dim (5) must be a multiple of heads (2)"),
+        (lambda: build({"a": [{**WHOLE, "dim": 5}]}, key="b"), "b.a[0]: dim (5) must be a multiple of heads (2)"),
+        (lambda: build({"_target_": WHOLE["_target_"], "dim": 4}, key="model"), "model.vocab_size: missing"),
+        (lambda: build({**PART, "_partial_": True}, key="p")(sise=1), "p: got an unexpected keyword argument 'sise'"),
+        (lambda: build({"_target_": "os.system"}), "'os.system' may not be built from a config; allowed: "),
+    ],
+)
+def test_what_cannot_be_built_is_told_with_its_place(sample, attempt, problem):
+    with pytest.raises(ValueError) as raised:
+        attempt()
+    assert str(raised.value).startswith(problem)
+
+
+@pytest.mark.parametrize("text", ["${seed}", r"a\${seed}\\${x}", "???", "$", "", "{}"])
+def test_escaped_text_is_read_as_it_was(text):
+    assert OmegaConf.create({"seed": 1, "a": escape(text)}).a == text

@@ -1,0 +1,144 @@
+"""Objects built from plain config sections, and the only names that a section may give.
+
+A section is a dict whose `_target_` names the class or function that is called with the other values, sections among
+them built first. With `_partial_: true` it stands for a factory, which its user calls with what is still missing.
+
+`_target_` names any importable object, so a config could run any installed code. A name is taken only if it is one
+attribute of a module below `ALLOWED`, and the object itself was defined there: a path that walks through a module's
+own imports (`performer_lm.checkpoint.shutil.copy`) leads nowhere. Names outside are refused before anything of theirs
+is imported.
+"""
+
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+ALLOWED = (
+    "performer_lm",
+    "torch.optim",
+    "lightning.pytorch.callbacks",
+    "lightning.pytorch.loggers",
+    "lightning.pytorch.plugins",
+    "lightning.pytorch.profilers",
+    "lightning.pytorch.strategies",
+    "lightning.pytorch.trainer",
+)
+# Of this package too, what reads, writes and deletes files is not for configs to call.
+REFUSED = (
+    "performer_lm.building",
+    "performer_lm.checkpoint",
+    "performer_lm.cli",
+    "performer_lm.interop",
+    "performer_lm.training.folder",
+)
+TRAINERS = ("lightning.Trainer", "lightning.pytorch.Trainer")
+TARGET, PARTIAL = "_target_", "_partial_"
+
+
+class Factory:
+    """A class or function with some of its arguments: what a section with `_partial_: true` builds.
+
+    Args:
+        target: is called with `values` and whatever the caller adds.
+        values: its arguments by name.
+        key: where the section stands in the config, for messages.
+    """
+
+    def __init__(self, target: Callable[..., Any], values: Mapping[str, Any], *, key: str) -> None:
+        self.target = target
+        self.values = values
+        self.key = key
+
+    def __call__(self, *args: Any, **more: Any) -> Any:
+        """Build the object.
+
+        Raises:
+            ValueError: for arguments that are missing or that the target does not take.
+        """
+        given = {**self.values, **more}
+        try:
+            inspect.signature(self.target).bind(*args, **given)
+        except TypeError as error:
+            missing = re.fullmatch(r"missing a required .*argument: '(\w+)'", str(error))
+            place = self.key or f"{self.target.__module__}.{self.target.__qualname__}"
+            raise ValueError(f"{place}.{missing[1]}: missing" if missing else f"{place}: {error}") from error
+        return self.target(*args, **given)
+
+
+def build(section: Any, *, key: str = "", find: Callable[[str], Callable[..., Any]] | None = None) -> Any:
+    """Return what a plain section builds; lists and other dicts item by item, plain values as they are.
+
+    Args:
+        section: dicts, lists and scalars, without interpolations.
+        key: where it stands in the config: what is refused is told with it.
+        find: returns the class or function of a name; `resolve`, where none is given.
+
+    Raises:
+        ValueError: for a name that may not be built, or values that its constructor refuses.
+    """
+    if isinstance(section, list | tuple):
+        return [build(item, key=f"{key}[{index}]", find=find) for index, item in enumerate(section)]
+    if not isinstance(section, Mapping):
+        return section
+    values = {
+        name: build(value, key=f"{key}.{name}" if key else "", find=find)
+        for name, value in section.items()
+        if name not in (TARGET, PARTIAL)
+    }
+    if TARGET not in section:
+        return values
+    factory = Factory((find or resolve)(section[TARGET]), values, key=key)
+    if section.get(PARTIAL):
+        return factory
+    try:
+        return factory()
+    except ValueError as error:
+        if not key or type(error) is not ValueError:
+            raise
+        lines = [line if line.startswith(f"{key}.") else f"{key}: {line}" for line in str(error).splitlines()]
+        raise ValueError("\n".join(lines)) from error
+
+
+def resolve(path: str, *, allowed: tuple[str, ...] = ALLOWED) -> Callable[..., Any]:
+    """Return the class or function that a dotted name stands for.
+
+    Raises:
+        ValueError: if the name is not allowed, or there is none.
+    """
+    module_name, _, name = path.rpartition(".")
+    is_allowed = _within(module_name, allowed) and not _within(module_name, REFUSED)
+    if not (is_allowed or path in TRAINERS) or name.startswith("_"):
+        raise ValueError(f"'{path}' may not be built from a config; allowed: {', '.join(allowed)}")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and _within(module_name, (error.name,)):
+            raise ValueError(f"'{path}': no module '{error.name}'") from error
+        raise ValueError(f"'{path}' needs the package '{error.name}', which is not installed") from error
+    target = getattr(module, name, None)
+    if target is None:
+        public = [other for other in vars(module) if not other.startswith("_")]
+        raise ValueError(f"'{path}': no such name{did_you_mean(name, public, prefix=module_name + '.')}")
+    if not (inspect.isclass(target) or inspect.isfunction(target)) or not _within(target.__module__, allowed):
+        raise ValueError(f"'{path}' may not be built from a config: it is not a class or function defined there")
+    return target
+
+
+def escape(text: str) -> str:
+    r"""Return what a config must hold to be read as `text`: `${` becomes `\${`, backslashes before it are doubled."""
+    if text == "???":  # OmegaConf's word for a value that is yet to be given
+        return '??${oc.decode:"?"}'
+    return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", text)
+
+
+def did_you_mean(name: str, choices: Iterable[str], *, prefix: str = "") -> str:
+    """Return `; did you mean <prefix><choice>?` for the choice nearest to `name`, or nothing if none is near."""
+    nearest = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{nearest[0]}?" if nearest else ""
+
+
+def _within(module: str, roots: tuple[str, ...]) -> bool:
+    return any(module == root or module.startswith(root + ".") for root in roots)
