@@ -1,5 +1,6 @@
 """Train a Performer language model: `python train.py [group=choice ...] [key=value ...]`. See configs/train.yaml."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,8 @@ if __name__ == "__main__":
             "ckpt": str | None,
             "run_dir": str,
             "resume.allow": list[str],
-            **dict.fromkeys(("model", "data", "objective", "optimizer", "schedule", "trainer"), Section),
+            **dict.fromkeys(("model", "data", "objective", "trainer"), Section),
+            **dict.fromkeys(("optimizer", "schedule"), Callable),
             **dict.fromkeys(("callbacks", "logger"), dict[str, Section | None] | None),
         },
         supplied={"model": ["vocab_size"]},
