@@ -1,6 +1,7 @@
 """Continue a prompt with a trained model: `python generate.py ckpt=runs/latest prompt="def main("`."""
 
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def run(cfg: "DictConfig") -> None:
-    """Print the prompt, then what the model makes of it, piece by piece as it is made."""
+    """Print the prompt, then its continuation, piece by piece as it is made; notes go to stderr."""
     from performer_lm.generation.decode import stream_text
     from performer_lm.generation.sampling import Sampler
 
@@ -24,9 +25,8 @@ def run(cfg: "DictConfig") -> None:
             repetition_penalty=cfg.repetition_penalty,
             repetition_window=cfg.repetition_window,
         )
-        if cfg.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {cfg.max_new_tokens}")
-        model, tokenizer, _ = open_from(cfg)
+        with redirect_stdout(sys.stderr):
+            model, tokenizer, _ = open_from(cfg)
         prompt = sys.stdin.read() if cfg.prompt == "-" else cfg.prompt
         pieces = stream_text(
             model, tokenizer, prompt, max_new_tokens=cfg.max_new_tokens, sampler=sampler, seed=cfg.seed

@@ -19,6 +19,7 @@ Target = TypeVar("Target", bound=Callable[..., Any])
 
 Count = Annotated[int, Ge(1)]
 Whole = Annotated[int, Ge(0)]
+NotNegative = Annotated[float, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 Share = Annotated[float, Ge(0), Lt(1)]
 

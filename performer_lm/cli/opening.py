@@ -68,9 +68,11 @@ def find_device(name: str) -> "torch.device":
     """
     import torch
 
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device={name} is not available: {str(error).splitlines()[0]}") from error
+        return accelerator or torch.device("cpu")
+    kind = [accelerator.type] if accelerator else []
+    here = ["cpu", *kind, *(f"{each}:{index}" for each in kind for index in range(torch.accelerator.device_count()))]
+    if name not in here:
+        raise ValueError(f"device={name} is not available (this machine has {', '.join(here)})")
+    return torch.device(name)

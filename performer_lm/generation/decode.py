@@ -11,6 +11,7 @@ from torch import Tensor
 from performer_lm.data.tokenizer import TextStream, Tokenizer
 from performer_lm.generation.sampling import Sampler
 from performer_lm.language_model import LanguageModel
+from performer_lm.ranges import Count, ranged
 
 
 def decode(
@@ -75,12 +76,13 @@ def _steps(
         logits, state = model.extend(ids[:, None], state)
 
 
+@ranged
 def stream_text(
     model: LanguageModel,
     tokenizer: Tokenizer,
     prompt: str,
     *,
-    max_new_tokens: int,
+    max_new_tokens: Count,
     sampler: Sampler,
     seed: int,
 ) -> Iterator[str]:

@@ -4,11 +4,16 @@ Letters: `b` batch.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
+from performer_lm.ranges import Count, NotNegative, ranged
 
+
+@ranged
 @dataclass(frozen=True)
 class Sampler:
     """How tokens are drawn: by temperature, among the `top_k` likeliest, among the nucleus of mass `top_p`.
@@ -25,23 +30,11 @@ class Sampler:
         ValueError: for values outside their range.
     """
 
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float = 1.0
-    repetition_window: int = 64
-
-    def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature must be at least 0 (0 is greedy), got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, or null for all tokens; got {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be within (0, 1], or null for all tokens; got {self.top_p}")
-        if not self.repetition_penalty > 0:
-            raise ValueError(f"repetition_penalty must be above 0 (1: none), got {self.repetition_penalty}")
-        if self.repetition_window < 1:
-            raise ValueError(f"repetition_window must be at least 1, got {self.repetition_window}")
+    temperature: NotNegative = 1.0
+    top_k: Count | None = None
+    top_p: Annotated[float, Gt(0), Le(1)] | None = None
+    repetition_penalty: Annotated[float, Ge(1e-9), Le(1e9)] = 1.0
+    repetition_window: Count = 64
 
     def __call__(
         self,
@@ -64,7 +57,9 @@ class Sampler:
             logits = torch.where(lately, logits * penalty, logits)
         if self.temperature == 0:
             return logits.argmax(-1)
-        logits = logits.float() / self.temperature
+        logits = logits.float()
+        highest = logits.amax(-1, keepdim=True)  # taken off first, or a low temperature would overflow
+        logits = (logits - highest) / max(self.temperature, torch.finfo(logits.dtype).tiny)
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             logits = keep_top_k(logits, self.top_k)
         if self.top_p is not None:
@@ -81,5 +76,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """Set all of `(b, vocab)` to -inf but the fewest likeliest whose probabilities sum to at least p."""
     probabilities, order = logits.softmax(-1).sort(dim=-1, descending=True)
     before = probabilities.cumsum(-1) - probabilities  # the mass that stands above each token
-    dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= p)
+    late = before >= p
+    late[:, 0] = False  # the likeliest stays, however small p is
+    dropped = torch.zeros_like(late).scatter(-1, order, late)
     return logits.masked_fill(dropped, float("-inf"))

@@ -15,6 +15,22 @@ def test_zero_temperature_is_greedy() -> None:
     assert Sampler(temperature=0)(logits).tolist() == [1, 0]
 
 
+@pytest.mark.parametrize(
+    "options", [{"temperature": 1e-45}, {"temperature": 5e-324}, {"top_p": 1e-300}, {"temperature": 1e-30, "top_p": 1e-9}]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hardly_any_temperature_or_mass_is_greedy(options: dict[str, float], dtype: torch.dtype) -> None:
+    logits = torch.tensor([[0.1, 2.0, 1.0], [5.0, -1.0, 4.5]], dtype=dtype) * 1e4
+    assert Sampler(**options)(logits).tolist() == [1, 0]  # type: ignore[arg-type]
+
+
+def test_any_penalty_in_its_range_leaves_numbers_to_draw_from() -> None:
+    logits = torch.tensor([[3e4, 0.0, -3e4]])
+    for penalty in (1e-9, 1e9):
+        ids = Sampler(repetition_penalty=penalty)(logits, seen=torch.tensor([[0, 1, 2]]))
+        assert 0 <= int(ids) < 3
+
+
 @given(vocab=st.integers(1, 12), k=st.integers(1, 20))
 def test_top_k_keeps_k(vocab: int, k: int) -> None:
     logits = torch.randperm(vocab).float()[None]
@@ -48,10 +64,10 @@ def test_same_seed_same_draw() -> None:
     ("arguments", "message"),
     [
         ({"temperature": -1.0}, "temperature must be at least 0"),
-        ({"temperature": float("nan")}, "temperature must be at least 0"),
+        ({"temperature": float("nan")}, "temperature must be a finite number"),
         ({"top_k": 0}, "top_k must be at least 1"),
-        ({"top_p": 0.0}, "top_p must be within"),
-        ({"top_p": 1.5}, "top_p must be within"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1"),
+        ({"top_p": 1.5}, "top_p must be above 0 and at most 1"),
     ],
 )
 def test_values_outside_their_range_are_refused(arguments: dict[str, float], message: str) -> None:
@@ -76,7 +92,7 @@ def test_a_penalty_looks_so_far_back() -> None:
     assert sampler(logits, seen=torch.tensor([[1, 0, 1]])).tolist() == [0]  # both, alike
 
 
-@pytest.mark.parametrize("options", [{"repetition_penalty": 0.0}, {"repetition_window": 0}])
+@pytest.mark.parametrize("options", [{"repetition_penalty": 0.0}, {"repetition_penalty": 1e39}, {"repetition_window": 0}])
 def test_penalties_outside_their_range_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"repetition_\w+ must be"):
         Sampler(**options)  # type: ignore[arg-type]
