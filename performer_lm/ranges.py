@@ -1,7 +1,7 @@
 """Ranges of numeric arguments, declared where the argument is: `depth: Annotated[int, Ge(1), Le(4096)]`.
 
-One rule serves all: `ranged` holds a class or function to the ranges it declares, whoever calls it, and the command line
-holds configs to them. A number must be finite, and an integer fit 64 bits, whether a range is declared or not.
+One rule serves all: `ranged` holds a class or function to the ranges it declares, whoever calls it, and the command
+line holds configs to them. A number in a range is finite, and an integer fits 64 bits; in a config every number is.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ Whole = Annotated[int, Ge(0)]
 NotNegative = Annotated[float, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 Share = Annotated[float, Ge(0), Lt(1)]
+Fraction = Annotated[float, Ge(0), Le(1)]
 
 LARGEST = 2**63 - 1
 _BOUNDS: dict[type, tuple[str, Callable[[Any, Any], bool]]] = {
@@ -35,7 +36,9 @@ _BOUNDS: dict[type, tuple[str, Callable[[Any, Any], bool]]] = {
 def refusal(number: float, bounds: Iterable[Any] = ()) -> str | None:
     """Return why a number is refused, `must be at least 1, got 0`; None if it is within its bounds."""
     if isinstance(number, int) and abs(number) > LARGEST:
-        return f"must be within 64 bits (at most {LARGEST}), got {'-' * (number < 0)}2^{number.bit_length() - 1} or more"
+        return (
+            f"must be within 64 bits (at most {LARGEST}), got {'-' * (number < 0)}2^{number.bit_length() - 1} or more"
+        )
     if not math.isfinite(number):
         return f"must be a finite number, got {number}"
     rules = [(*_BOUNDS[type(bound)], dataclasses.astuple(bound)[0]) for bound in bounds if type(bound) in _BOUNDS]
@@ -64,7 +67,7 @@ def ranged(target: Target) -> Target:
 
     if not inspect.isclass(target):
         return checked  # type: ignore[return-value]
-    target.__init__ = checked  # type: ignore[misc]
+    target.__init__ = checked  # type: ignore[method-assign]
     return target
 
 
@@ -73,18 +76,21 @@ def _kinds(wanted: Any) -> dict[type, tuple[Any, ...]]:
     if get_origin(wanted) in (Union, types.UnionType):
         return {kind: bounds for arm in get_args(wanted) for kind, bounds in _kinds(arm).items()}
     base, *bounds = get_args(wanted) if get_origin(wanted) is Annotated else (wanted,)
-    if base in (int, float):
+    if bounds and base in (int, float):
         return {base: tuple(bounds)}
     items = get_args(base) if get_origin(base) in (list, tuple) else ()
-    return {list: items} if any(_kinds(item) for item in items) else {}
+    return {get_origin(base): items} if any(_kinds(item) for item in items) else {}
 
 
 def _outside(wanted: Any, value: Any, name: str) -> Iterator[tuple[str, str]]:
     """Yield the place of each number that its annotation refuses, and why."""
     kinds = _kinds(wanted)
-    if isinstance(value, list | tuple) and list in kinds:
+    if isinstance(value, list | tuple) and (list in kinds or tuple in kinds):
+        if tuple in kinds and len(value) != len(kinds[tuple]):
+            yield name, f"must be {len(kinds[tuple])} numbers, got {len(value)}"
         for index, item in enumerate(value):
-            yield from _outside(kinds[list][0], item, f"{name}[{index}]")
-    elif type(value) in (int, float) and (found := kinds.get(type(value), kinds.get(float))) is not None:
-        if problem := refusal(value, found):
+            yield from _outside((kinds.get(list) or kinds[tuple])[0], item, f"{name}[{index}]")
+    elif type(value) in (int, float) and (type(value) in kinds or float in kinds):
+        problem = refusal(value, kinds.get(type(value), kinds.get(float, ())))
+        if problem:
             yield name, problem

@@ -14,10 +14,13 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from performer_lm.ranges import Count, Share, Whole, ranged
+
 State = TypeVar("State")
 Forked = TypeVar("Forked")
 
 
+@ranged
 class Attention(nn.Module, ABC, Generic[State]):
     """What a model's heads run: `heads` queries over `key_heads` keys and values, built once per layer.
 
@@ -33,13 +36,11 @@ class Attention(nn.Module, ABC, Generic[State]):
     """Whether this backend has probabilities that can be dropped in training."""
 
     def __init__(
-        self, *, heads: int, key_heads: int, dim_head: int, dim_value: int, layer: int, dropout: float = 0.0
+        self, *, heads: Count, key_heads: Count, dim_head: Count, dim_value: Count, layer: Whole, dropout: Share = 0.0
     ) -> None:
         super().__init__()
         if heads % key_heads:
             raise ValueError(f"heads ({heads}) must be a multiple of key_heads ({key_heads})")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout of attention must be at least 0 and below 1, got {dropout}")
         if dropout and not self.drops_weights:
             name = type(self).__name__
             raise ValueError(

@@ -4,8 +4,10 @@ from torch import Tensor
 
 from performer_lm.attention.kv_cache import CachedAttention
 from performer_lm.ops.chunked import chunked_attention
+from performer_lm.ranges import Count, Share, ranged
 
 
+@ranged
 class ChunkedAttention(CachedAttention):
     """Softmax attention in O(sqrt n) memory beyond inputs and outputs, on any device."""
 
@@ -19,16 +21,13 @@ class ChunkedAttention(CachedAttention):
         dim_head: int,
         dim_value: int,
         layer: int,
-        dropout: float = 0.0,
-        query_chunk_size: int | None = None,
-        key_chunk_size: int | None = None,
+        dropout: Share = 0.0,
+        query_chunk_size: Count | None = None,
+        key_chunk_size: Count | None = None,
     ) -> None:
         super().__init__(
             heads=heads, key_heads=key_heads, dim_head=dim_head, dim_value=dim_value, layer=layer, dropout=dropout
         )
-        for name, size in (("query_chunk_size", query_chunk_size), ("key_chunk_size", key_chunk_size)):
-            if size is not None and size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
         self.query_chunk_size = query_chunk_size
         self.key_chunk_size = key_chunk_size
 

@@ -22,8 +22,10 @@ from performer_lm.ops.linear import (
 )
 from performer_lm.ops.linear.tokens import TILE
 from performer_lm.ops.maps import BlockMap
+from performer_lm.ranges import Count, Share, Whole, ranged
 
 
+@ranged
 class FavorAttention(Attention[LinearState]):
     """Attention by the products of m features per key head: softmax's by random features, or another kernel's.
 
@@ -55,20 +57,16 @@ class FavorAttention(Attention[LinearState]):
         dim_value: int,
         layer: int,
         features: Callable[..., AttentionFeatures],
-        num_features: int | None,
+        num_features: Count | None,
         seed: int,
-        redraw_interval: int | None,
-        redraw_until: int | None,
-        chunk_size: int | None,
-        dropout: float = 0.0,
+        redraw_interval: Count | None,
+        redraw_until: Whole | None,
+        chunk_size: Count | None,
+        dropout: Share = 0.0,
     ) -> None:
         super().__init__(
             heads=heads, key_heads=key_heads, dim_head=dim_head, dim_value=dim_value, layer=layer, dropout=dropout
         )
-        if redraw_interval is not None and redraw_interval < 1:
-            raise ValueError(f"redraw_interval must be at least 1 or null, got {redraw_interval}")
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1 or null, got {chunk_size}")
         self.chunk_size = chunk_size
         self.redraw_interval, self.redraw_until = redraw_interval, redraw_until
         self.features = features(

@@ -7,15 +7,17 @@ Letters: `b` batch, `h` heads, `g` key heads, `n` tokens, `d` head width, `m` fe
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from annotated_types import Gt, Le
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from performer_lm.ops.features import optimal_damping
 from performer_lm.ops.maps import Exponential, FeatureMap
 from performer_lm.ops.projections import default_num_features, draw_projection
+from performer_lm.ranges import Count, ranged
 
 
 class Prepared(NamedTuple):
@@ -132,6 +134,7 @@ class RandomFeatures(AttentionFeatures):
         self.fixed = bool(fixed)
 
 
+@ranged
 class SoftmaxFeatures(RandomFeatures):
     """The softmax kernel by exp(A |w|^2 + B w.x - |x|^2 / 2): FAVOR+, hyperbolic, FAVOR++ and learned features in one.
 
@@ -165,7 +168,7 @@ class SoftmaxFeatures(RandomFeatures):
         heads: int,
         key_heads: int,
         dim_head: int,
-        num_features: int | None,
+        num_features: Count | None,
         layer: int,
         seed: int,
         coupling: str,
@@ -173,7 +176,7 @@ class SoftmaxFeatures(RandomFeatures):
         antithetic: bool,
         learned: bool,
         centred: bool,
-        momentum: float | None,
+        momentum: Annotated[float, Gt(0), Le(1)] | None,
     ) -> None:
         count = count_features(dim_head, num_features, pairs=antithetic)
         super().__init__(
@@ -246,8 +249,6 @@ def count_features(dim_head: int, num_features: int | None, *, pairs: bool = Fal
     if num_features is None:
         count = default_num_features(dim_head)
         return count + count % 2 if pairs else count
-    if num_features < 1:
-        raise ValueError(f"num_features must be at least 1 or null, got {num_features}")
     if pairs and num_features % 2:
         raise ValueError(f"features that come in pairs need an even num_features, got {num_features}")
     return num_features

@@ -4,8 +4,10 @@ from torch import Tensor
 
 from performer_lm.attention.kv_cache import CachedAttention
 from performer_lm.ops.flash import tile_sizes, tiled_attention
+from performer_lm.ranges import Count, Share, ranged
 
 
+@ranged
 class FlashTiledAttention(CachedAttention):
     """Softmax attention in O(n) memory, tile by tile."""
 
@@ -19,8 +21,8 @@ class FlashTiledAttention(CachedAttention):
         dim_head: int,
         dim_value: int,
         layer: int,
-        on_chip: int,
-        dropout: float = 0.0,
+        on_chip: Count,
+        dropout: Share = 0.0,
     ) -> None:
         super().__init__(
             heads=heads, key_heads=key_heads, dim_head=dim_head, dim_value=dim_value, layer=layer, dropout=dropout

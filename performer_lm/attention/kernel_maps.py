@@ -10,12 +10,14 @@ from performer_lm.attention.feature_maps import AttentionFeatures, RandomFeature
 from performer_lm.ops.features import ACTIVATIONS, POSITIVE
 from performer_lm.ops.maps import Exponential, FeatureMap, Generalized, Taylor, Trigonometric
 from performer_lm.ops.projections import haar, mix_seed
+from performer_lm.ranges import Count, NotNegative, ranged
 
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+@ranged
 class GeneralizedFeatures(RandomFeatures):
     """The kernel E f(w.x) f(w.y): features f(W x) + epsilon of x = q d^-1/4 (2009.14794, eq. 5).
 
@@ -41,19 +43,17 @@ class GeneralizedFeatures(RandomFeatures):
         heads: int,
         key_heads: int,
         dim_head: int,
-        num_features: int | None,
+        num_features: Count | None,
         layer: int,
         seed: int,
         coupling: str,
         regularized: bool,
         activation: str,
-        epsilon: float,
+        epsilon: NotNegative,
     ) -> None:
         del heads
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-        if epsilon < 0:
-            raise ValueError(f"epsilon must be at least 0, got {epsilon}")
         count = count_features(dim_head, num_features)
         super().__init__(
             key_heads=key_heads,
@@ -75,6 +75,7 @@ class GeneralizedFeatures(RandomFeatures):
         return both, both
 
 
+@ranged
 class TrigonometricFeatures(RandomFeatures):
     """Softmax by exp(|x|^2 / 2) [cos w.x, sin w.x] (2009.14794, eq. 4): unbiased but signed, for study.
 
@@ -97,7 +98,7 @@ class TrigonometricFeatures(RandomFeatures):
         heads: int,
         key_heads: int,
         dim_head: int,
-        num_features: int | None,
+        num_features: Count | None,
         layer: int,
         seed: int,
         coupling: str,
@@ -122,6 +123,7 @@ class TrigonometricFeatures(RandomFeatures):
         return both, both
 
 
+@ranged
 class TaylorFeatures(AttentionFeatures):
     """The kernel 1 + s + s^2 / 2 of s = x.y, the first terms of e^s (Based, 2402.18668): no exponential, no sampling.
 
@@ -138,7 +140,7 @@ class TaylorFeatures(AttentionFeatures):
     """
 
     def __init__(
-        self, *, heads: int, key_heads: int, dim_head: int, num_features: int | None, layer: int, seed: int
+        self, *, heads: int, key_heads: int, dim_head: int, num_features: Count | None, layer: int, seed: int
     ) -> None:
         del heads
         super().__init__(key_heads=key_heads, dim_head=dim_head)
@@ -168,6 +170,7 @@ def _count_taylor(width: int) -> int:
     return 1 + width + width * (width + 1) // 2
 
 
+@ranged
 class IdentityFeatures(AttentionFeatures):
     """softmax(q) over features and exp(k): efficient attention, without random features (1812.01243).
 
@@ -186,7 +189,7 @@ class IdentityFeatures(AttentionFeatures):
     identity: Tensor
 
     def __init__(
-        self, *, heads: int, key_heads: int, dim_head: int, num_features: int | None, layer: int, seed: int
+        self, *, heads: int, key_heads: int, dim_head: int, num_features: Count | None, layer: int, seed: int
     ) -> None:
         del heads, layer, seed
         super().__init__(key_heads=key_heads, dim_head=dim_head)

@@ -12,6 +12,7 @@ from torch import Tensor
 from performer_lm.attention.base import Attention
 from performer_lm.ops.local import kept_last, local_attention, take_tokens
 from performer_lm.ops.softmax import exact_attention
+from performer_lm.ranges import Count, Share, ranged
 
 
 class LocalCache(NamedTuple):
@@ -23,6 +24,7 @@ class LocalCache(NamedTuple):
     log_decay: Tensor | None  # (b g w-1); None until a token comes with one: undecayed
 
 
+@ranged
 class LocalAttention(Attention[LocalCache]):
     """Softmax over the keys less than `window` tokens back (bidirectional: away), in O(n window)."""
 
@@ -36,14 +38,12 @@ class LocalAttention(Attention[LocalCache]):
         dim_head: int,
         dim_value: int,
         layer: int,
-        window: int,
-        dropout: float = 0.0,
+        window: Count,
+        dropout: Share = 0.0,
     ) -> None:
         super().__init__(
             heads=heads, key_heads=key_heads, dim_head=dim_head, dim_value=dim_value, layer=layer, dropout=dropout
         )
-        if window < 1:
-            raise ValueError(f"window must be at least 1, got {window}")
         self.window = window
 
     def forward(

@@ -167,7 +167,7 @@ def test_what_it_cannot_do_is_said() -> None:
     attention, (q, k, v) = build(), inputs(5)
     with pytest.raises(ValueError, match="log_decay needs causal"):
         attention(q, k, v, causal=False, log_decay=torch.zeros(2, 2, 5))
-    with pytest.raises(ValueError, match="chunk_size must be at least 1 or null, got 0"):
+    with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
         build(chunk_size=0)
-    with pytest.raises(ValueError, match="num_features must be at least 1 or null, got 0"):
+    with pytest.raises(ValueError, match="num_features must be at least 1, got 0"):
         build(num_features=0)

@@ -181,8 +181,8 @@ def test_taylor_takes_as_many_dimensions_as_fit() -> None:
     ("features", "options", "message"),
     [
         (CAUSAL["hyperbolic"], {"num_features": 15}, "even num_features, got 15"),
-        (CAUSAL["positive"], {"num_features": 0}, "at least 1 or null, got 0"),
-        (partial(SOFTMAX, **(PLAIN | {"momentum": 2.0})), {}, r"momentum must lie in \(0, 1\] or be null, got 2.0"),
+        (CAUSAL["positive"], {"num_features": 0}, "num_features must be at least 1, got 0"),
+        (partial(SOFTMAX, **(PLAIN | {"momentum": 2.0})), {}, "momentum must be above 0 and at most 1, got 2.0"),
         (partial(GeneralizedFeatures, activation="rleu", epsilon=0.0, **DRAWN), {}, "activation must be one of"),
         (partial(GeneralizedFeatures, activation="relu", epsilon=-1.0, **DRAWN), {}, "epsilon must be at least 0"),
         (IdentityFeatures, {"num_features": None, "redraw_interval": 9}, r"redraw_interval \(9\) needs projections"),
