@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from performer_lm.language_model import LanguageModel, initialise_vocabulary
 from performer_lm.nn.problems import Problems
 from performer_lm.performer import Performer, PerformerState
+from performer_lm.ranges import Count, Whole, ranged
 
 
+@ranged
 class PerformerEncoderDecoder(LanguageModel):
     """Predict a target from a source: `encoder` bidirectional, `decoder` causal with cross-attention.
 
@@ -35,18 +37,17 @@ class PerformerEncoderDecoder(LanguageModel):
     def __init__(
         self,
         *,
-        vocab_size: int,
-        dim: int,
+        vocab_size: Count,
+        dim: Count,
         encoder: Callable[..., Performer],
         decoder: Callable[..., Performer],
-        source_vocab_size: int | None = None,
+        source_vocab_size: Count | None = None,
         tie_embeddings: bool = False,
         head_bias: bool = False,
-        start_id: int | None = None,
+        start_id: Whole | None = None,
     ) -> None:
         super().__init__()
         problems = Problems()
-        problems.unless(vocab_size >= 1, f"vocab_size must be at least 1, got {vocab_size}")
         self.start_id = vocab_size - 1 if start_id is None else start_id
         problems.unless(
             0 <= self.start_id < vocab_size, f"start_id must be within 0..{vocab_size - 1}, got {self.start_id}"

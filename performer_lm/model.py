@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from performer_lm.language_model import LanguageModel, initialise_vocabulary
 from performer_lm.nn.problems import Problems
 from performer_lm.performer import Performer, PerformerState
+from performer_lm.ranges import Count, ranged
 
 Constructor = TypeVar("Constructor", bound=Callable[..., None])
 
@@ -29,6 +30,7 @@ def takes_options_of(part: type) -> Callable[[Constructor], Constructor]:
     return extended
 
 
+@ranged
 class PerformerLM(LanguageModel):
     """A language model: an embedding, a `Performer`, and an output layer over the vocabulary.
 
@@ -46,11 +48,10 @@ class PerformerLM(LanguageModel):
 
     @takes_options_of(Performer)
     def __init__(
-        self, *, vocab_size: int, tie_embeddings: bool = False, head_bias: bool = False, **options: Any
+        self, *, vocab_size: Count, tie_embeddings: bool = False, head_bias: bool = False, **options: Any
     ) -> None:
         super().__init__()
         problems = Problems()
-        problems.unless(vocab_size >= 1, f"vocab_size must be at least 1, got {vocab_size}")
         with problems.gathered():
             performer = Performer(**options)
         problems.raise_any()

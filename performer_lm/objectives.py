@@ -6,9 +6,10 @@ Letters: `b` batch, `n` tokens.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, Final, NamedTuple, final
+from typing import Annotated, Any, Final, NamedTuple, final
 
 import torch
+from annotated_types import Gt, Le
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,6 +21,7 @@ from performer_lm.model import PerformerLM
 from performer_lm.ops.cross_entropy import linear_cross_entropy
 from performer_lm.ops.hashing import mix
 from performer_lm.ops.softmax import sum_dtype
+from performer_lm.ranges import Count, Fraction, ranged
 
 WHOLE: Final = 2**26  # logits of a micro-batch that are held at once: 256 MiB of float32
 PIECE: Final = 2**25  # logits of a chunk, where there are more
@@ -43,6 +45,7 @@ class Prediction(NamedTuple):
     """`(b, n)` the ids that are to be predicted from it, `IGNORE` elsewhere."""
 
 
+@ranged
 class Objective(ABC):
     """A way to make losses from windows; `share` of the positions are predicted, on average.
 
@@ -56,9 +59,7 @@ class Objective(ABC):
     share: float = 1.0
     predicted: str = "token"
 
-    def __init__(self, *, chunk_size: int | None) -> None:
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"objective.chunk_size must be at least 1, got {chunk_size}")
+    def __init__(self, *, chunk_size: Count | None) -> None:
         self.chunk_size = chunk_size
 
     @abstractmethod
@@ -121,6 +122,7 @@ class NextToken(Objective):
         return Prediction(model.hidden(inputs, segments=segments), targets)
 
 
+@ranged
 @final
 class MaskedTokens(Objective):
     """Predict tokens that the model does not see, from both sides (BERT, arXiv 1810.04805).
@@ -142,11 +144,17 @@ class MaskedTokens(Objective):
     mask_id: int
     words: int
 
-    def __init__(self, *, masked: float, hidden: float, replaced: float, seed: int, chunk_size: int | None) -> None:
+    def __init__(
+        self,
+        *,
+        masked: Annotated[float, Gt(0), Le(1)],
+        hidden: Fraction,
+        replaced: Fraction,
+        seed: int,
+        chunk_size: Count | None,
+    ) -> None:
         super().__init__(chunk_size=chunk_size)
-        if not 0 < masked <= 1:
-            raise ValueError(f"objective.masked is a share of the tokens, above 0 and at most 1; got {masked}")
-        if min(hidden, replaced) < 0 or hidden + replaced > 1:
+        if hidden + replaced > 1:
             raise ValueError(
                 f"objective.hidden and objective.replaced are shares of the masked tokens that sum to at most 1; "
                 f"got {hidden} and {replaced}"

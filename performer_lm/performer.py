@@ -5,9 +5,10 @@ Letters: `b` batch, `n` tokens, `j` tokens of the context.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Annotated, Any, NamedTuple, cast
 
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor, nn
 
 from performer_lm.attention.base import Attention, AttentionFactory
@@ -20,6 +21,7 @@ from performer_lm.nn.mixing import TokenShift
 from performer_lm.nn.positions import AbsolutePositions, NoAbsolutePositions, Positions
 from performer_lm.nn.problems import Problems
 from performer_lm.nn.residual import Plain, Recomputed, Residual, Reversible
+from performer_lm.ranges import Count, Positive, Share, Whole, ranged
 
 
 class PerformerState(NamedTuple):
@@ -29,6 +31,7 @@ class PerformerState(NamedTuple):
     branches: tuple[BranchState, ...]
 
 
+@ranged
 class Performer(nn.Module):
     """Layers of attention and feed-forward over `(b, n, dim)`, whose heads run any attention backend.
 
@@ -69,9 +72,9 @@ class Performer(nn.Module):
     def __init__(
         self,
         *,
-        dim: int,
-        depth: int,
-        heads: int,
+        dim: Count,
+        depth: Annotated[int, Ge(1), Le(4096)],
+        heads: Count,
         attn: AttentionFactory,
         positions: Callable[..., Positions],
         feed_forward: Callable[..., Body],
@@ -79,28 +82,28 @@ class Performer(nn.Module):
         final_norm: Callable[..., nn.Module] | None = None,
         causal: bool = True,
         cross_attend: bool = False,
-        dim_head: int | None = None,
-        key_heads: int | None = None,
+        dim_head: Count | None = None,
+        key_heads: Count | None = None,
         local: AttentionFactory | None = None,
-        local_heads: int | list[int] = 0,
-        convolution: int = 0,
+        local_heads: Whole | list[Whole] = 0,
+        convolution: Whole = 0,
         decay: bool = False,
         gate: bool = False,
         token_shift: bool = False,
-        qk_norm: float | None = None,
+        qk_norm: Positive | None = None,
         qkv_bias: bool = False,
         out_bias: bool = False,
         absolute: Callable[..., AbsolutePositions] | None = None,
         rezero: bool = False,
         reversible: bool = False,
         recompute: bool = False,
-        dropout: float = 0.0,
-        embedding_dropout: float | None = None,
-        attention_dropout: float | None = None,
+        dropout: Share = 0.0,
+        embedding_dropout: Share | None = None,
+        attention_dropout: Share | None = None,
     ) -> None:
         super().__init__()
         problems = Problems()
-        dim_head = _check_sizes(problems, dim=dim, depth=depth, heads=heads, dim_head=dim_head)
+        dim_head = _check_sizes(problems, dim=dim, heads=heads, dim_head=dim_head)
         _check_order(problems, causal=causal, decay=decay, convolution=convolution)
         problems.unless(not (reversible and recompute), "reversible already recomputes: set recompute to false")
         with problems.gathered():
@@ -249,12 +252,8 @@ class Performer(nn.Module):
         return None if vectors is None else Context(vectors, mask)
 
 
-def _check_sizes(problems: Problems, *, dim: int, depth: int, heads: int, dim_head: int | None) -> int:
-    """Return the width of a head; sizes below 1 are raised at once, as nothing can be built with them."""
-    for name, size in {"dim": dim, "depth": depth, "heads": heads}.items():
-        problems.unless(size >= 1, f"{name} must be at least 1, got {size}")
-    problems.unless(dim_head is None or dim_head >= 1, f"dim_head must be at least 1, got {dim_head}")
-    problems.raise_any()
+def _check_sizes(problems: Problems, *, dim: int, heads: int, dim_head: int | None) -> int:
+    """Return the width of a head."""
     if dim_head is None:
         problems.unless(dim % heads == 0, f"dim ({dim}) must be a multiple of heads ({heads}), or give dim_head")
     return max(1, dim // heads) if dim_head is None else dim_head

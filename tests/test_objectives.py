@@ -77,7 +77,7 @@ def test_many_logits_are_held_in_chunks(lively_model: Callable[..., Any], monkey
 
 
 def test_a_chunk_holds_something() -> None:
-    with pytest.raises(ValueError, match=r"objective\.chunk_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
         NextToken(chunk_size=0)
 
 
@@ -194,5 +194,5 @@ def test_packed_documents_have_no_source(model_section: Callable[..., dict[str, 
     "options", [{"masked": 0.0}, {"masked": 1.1}, {"hidden": 0.9, "replaced": 0.2}, {"hidden": -0.1}]
 )
 def test_shares_outside_their_range_are_refused(options: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=r"objective\.\w+"):
+    with pytest.raises(ValueError, match=r"(masked|hidden|replaced) must be|objective\.\w+"):
         masked(**options)

@@ -274,12 +274,12 @@ def plain(**options: Any) -> Performer:
                 "positions": partial(Rotary, width=3),
                 "absolute": partial(AxialPositions, shape=[3]),
                 "feed_forward": partial(FeedForward, mult=1, activation="gleu"),
-                "qk_norm": -1.0,
             },
-            ["decay needs", "rotary width", "qk_norm is the bound", "activation must be one of", "shape of two sizes"],
+            ["decay needs", "rotary width", "activation must be one of", "shape of two sizes"],
         ),
         ({"positions": partial(Rotary, width=3)}, ["rotary width must be even"]),
-        ({"dropout": 1.5}, ["between 0 and 1"]),
+        ({"qk_norm": -1.0, "rezero": True}, ["qk_norm must be above 0, got -1.0"]),
+        ({"dropout": 1.5}, ["dropout must be at least 0 and below 1, got 1.5"]),
     ],
 )
 def test_all_that_is_wrong_is_told_at_once(options: dict[str, Any], messages: list[str]) -> None:

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from performer_lm.nn.branch import Body
 from performer_lm.nn.layout import Layout
+from performer_lm.ranges import Count, Positive, Share, ranged
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -25,6 +26,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@ranged
 class FeedForward(Body):
     """Widen, bend, narrow: `W_out f(W_in x)`, or `W_out (f(W_gate x) * W_in x)` when `gated` (arXiv 2002.05202).
 
@@ -46,14 +48,14 @@ class FeedForward(Body):
 
     def __init__(
         self,
-        dim: int,
+        dim: Count,
         *,
-        mult: float,
+        mult: Positive,
         activation: str,
         gated: bool = False,
         bias: bool = False,
-        dropout: float = 0.0,
-        chunks: int = 1,
+        dropout: Share = 0.0,
+        chunks: Count = 1,
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
@@ -61,8 +63,6 @@ class FeedForward(Body):
         hidden = round(dim * mult)
         if hidden < 1:
             raise ValueError(f"feed-forward width dim x mult ({dim} x {mult}) must be at least 1")
-        if chunks < 1:
-            raise ValueError(f"feed-forward chunks must be at least 1, got {chunks}")
         self.activation = ACTIVATIONS[activation]
         self.chunks = chunks
         self.project_in = nn.Linear(dim, hidden, bias=bias)

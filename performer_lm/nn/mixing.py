@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from performer_lm.ops.convolution import short_convolution
+from performer_lm.ranges import Count, ranged
 
 
 class TokenShift(nn.Module):
@@ -67,13 +68,12 @@ def _from_after(x: Tensor, segments: Tensor | None) -> Tensor:
     return shifted * leads[..., None].to(x.dtype)
 
 
+@ranged
 class ShortConvolution(nn.Module):
     """Mix each channel with its own last `taps` values, then apply SiLU: depthwise, causal, zero before the start."""
 
-    def __init__(self, channels: int, *, taps: int) -> None:
+    def __init__(self, channels: int, *, taps: Count) -> None:
         super().__init__()
-        if taps < 1:
-            raise ValueError(f"a convolution needs at least 1 tap, got {taps}")
         self.taps = taps
         self.weight = nn.Parameter(torch.empty(taps, channels))  # weight[s] multiplies the value s tokens ago
 

@@ -7,11 +7,14 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from performer_lm.ranges import Count, NotNegative, Positive, ranged
 
+
+@ranged
 class RMSNorm(nn.Module):
     """Scale the last axis to unit root mean square, then by a learned gain (arXiv 1910.07467)."""
 
-    def __init__(self, dim: int, *, eps: float = 1e-6) -> None:
+    def __init__(self, dim: Count, *, eps: NotNegative = 1e-6) -> None:
         super().__init__()
         self.eps = eps
         self.gain = nn.Parameter(torch.ones(dim))
@@ -21,10 +24,11 @@ class RMSNorm(nn.Module):
         return F.rms_norm(_widen(x), self.gain.shape, self.gain, self.eps).to(x.dtype)
 
 
+@ranged
 class LayerNorm(nn.Module):
     """Centre and scale the last axis, with learned gain and offset (arXiv 1607.06450)."""
 
-    def __init__(self, dim: int, *, eps: float = 1e-5) -> None:
+    def __init__(self, dim: Count, *, eps: NotNegative = 1e-5) -> None:
         super().__init__()
         self.eps = eps
         self.gain = nn.Parameter(torch.ones(dim))
@@ -35,10 +39,11 @@ class LayerNorm(nn.Module):
         return F.layer_norm(_widen(x), self.gain.shape, self.gain, self.offset, self.eps).to(x.dtype)
 
 
+@ranged
 class ScaleNorm(nn.Module):
     """Scale the last axis to one learned length, at first sqrt(dim) (arXiv 1910.05895)."""
 
-    def __init__(self, dim: int, *, eps: float = 1e-5) -> None:
+    def __init__(self, dim: Count, *, eps: NotNegative = 1e-5) -> None:
         super().__init__()
         self.eps = eps
         self.gain = nn.Parameter(torch.tensor([math.sqrt(dim)]))
@@ -61,6 +66,7 @@ class NoNorm(nn.Module):
         return x
 
 
+@ranged
 class QueryKeyNorm(nn.Module):
     """Make a head's logits a bounded, learned temperature times the cosine of query and key (arXiv 2010.04245).
 
@@ -77,10 +83,8 @@ class QueryKeyNorm(nn.Module):
         ValueError: for a bound that is not positive.
     """
 
-    def __init__(self, *, key_heads: int, dim_head: int, bound: float) -> None:
+    def __init__(self, *, key_heads: int, dim_head: int, bound: Positive) -> None:
         super().__init__()
-        if not bound > 0:
-            raise ValueError(f"qk_norm is the bound of a temperature, above 0 (null: no norm); got {bound}")
         self.bound = bound
         self.root_width = dim_head**0.25
         self.logit = nn.Parameter(torch.zeros(key_heads))

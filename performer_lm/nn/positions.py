@@ -8,11 +8,14 @@ Letters: `b` batch, `h` heads, `g` key heads, `n` tokens, `d` head width.
 """
 
 from abc import ABC, abstractmethod
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from performer_lm.ops.rotary import rotate
+from performer_lm.ranges import Count, Positive, ranged
 
 
 class Positions(nn.Module, ABC):
@@ -35,6 +38,7 @@ class NoPositions(Positions):
         return q, k
 
 
+@ranged
 class Rotary(Positions):
     """Rotary embedding of the first `width` channels of each head (arXiv 2104.09864); no length limit.
 
@@ -42,7 +46,7 @@ class Rotary(Positions):
     """
 
     def __init__(
-        self, *, dim_head: int, base: float = 10_000.0, width: int | None = None, interleaved: bool = False
+        self, *, dim_head: int, base: Positive = 10_000.0, width: Annotated[int, Ge(2)] | None = None, interleaved: bool = False
     ) -> None:
         super().__init__()
         self.base = base
@@ -50,8 +54,6 @@ class Rotary(Positions):
         self.interleaved = interleaved
         if self.width % 2 or not 0 < self.width <= dim_head:
             raise ValueError(f"rotary width must be even and within 2..{dim_head} (dim_head), got {self.width}")
-        if not base > 0:
-            raise ValueError(f"rotary base must be above 0, got {base}")
 
     def forward(self, q: Tensor, k: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate q and k by the tokens' places."""
@@ -85,10 +87,11 @@ class NoAbsolutePositions(AbsolutePositions):
         return x
 
 
+@ranged
 class SinusoidalPositions(AbsolutePositions):
     """Sines, then cosines, of geometrically spaced frequencies (arXiv 1706.03762), computed on the fly."""
 
-    def __init__(self, dim: int, *, base: float = 10_000.0) -> None:
+    def __init__(self, dim: int, *, base: Positive = 10_000.0) -> None:
         super().__init__()
         if dim % 2:
             raise ValueError(f"sinusoidal positions need an even dim, got {dim}")
@@ -102,13 +105,12 @@ class SinusoidalPositions(AbsolutePositions):
         return x + torch.cat((angles.sin(), angles.cos()), dim=-1).to(x.dtype)
 
 
+@ranged
 class LearnedPositions(AbsolutePositions):
     """One learned vector for each of `max_len` places."""
 
-    def __init__(self, dim: int, *, max_len: int) -> None:
+    def __init__(self, dim: int, *, max_len: Count) -> None:
         super().__init__()
-        if max_len < 1:
-            raise ValueError(f"max_len of learned positions must be at least 1, got {max_len}")
         self.max_len = max_len
         self.vectors = nn.Parameter(torch.empty(max_len, dim))
 
@@ -117,15 +119,16 @@ class LearnedPositions(AbsolutePositions):
         return x + self.vectors[places.clamp(min=0)].to(x.dtype)
 
 
+@ranged
 class AxialPositions(AbsolutePositions):
     """Places on a learned grid of `shape`: the vector of a row plus that of a column (after arXiv 1912.12180).
 
     Place p stands in row p // columns and column p % columns: rows + columns vectors tell rows x columns places.
     """
 
-    def __init__(self, dim: int, *, shape: list[int]) -> None:
+    def __init__(self, dim: int, *, shape: list[Count]) -> None:
         super().__init__()
-        if len(shape) != 2 or min(shape) < 1:
+        if len(shape) != 2:
             raise ValueError(f"axial positions need a shape of two sizes, [rows, columns], got {list(shape)}")
         self.max_len = shape[0] * shape[1]
         self.rows = nn.Parameter(torch.empty(shape[0], dim))

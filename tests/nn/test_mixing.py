@@ -68,7 +68,7 @@ def test_gradients_are_right() -> None:
 
 
 def test_no_taps_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least 1 tap, got 0"):
+    with pytest.raises(ValueError, match="taps must be at least 1, got 0"):
         ShortConvolution(4, taps=0)
 
 

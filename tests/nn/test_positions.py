@@ -30,7 +30,7 @@ def test_no_positions_change_nothing() -> None:
 
 @pytest.mark.parametrize("options", [{"width": 3}, {"width": 10}, {"width": 0}, {"base": 0.0}])
 def test_rotations_that_cannot_be_are_refused(options: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=r"rotary (width|base) must be"):
+    with pytest.raises(ValueError, match=r"(width|base) must be"):
         Rotary(dim_head=8, **options)
 
 
@@ -71,5 +71,7 @@ def test_sizes_that_cannot_be_are_refused() -> None:
         SinusoidalPositions(5)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         LearnedPositions(4, max_len=0)
-    with pytest.raises(ValueError, match=r"two sizes, \[rows, columns\], got \[3, 0\]"):
+    with pytest.raises(ValueError, match=r"two sizes, \[rows, columns\], got \[3\]"):
+        AxialPositions(4, shape=[3])
+    with pytest.raises(ValueError, match=r"shape\[1\] must be at least 1, got 0"):
         AxialPositions(4, shape=[3, 0])
