@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
+from performer_lm.ranges import NotNegative, Share, ranged
+
 Group = dict[str, Any]
 DECAYS: Final = "decays"  # whether weight decay acts on a group
 MATRICES: Final = "matrices"  # whether a group is the hidden layers' matrices, which Muon can orthogonalise
@@ -44,8 +46,15 @@ def parameter_groups(model: nn.Module, *, head: nn.Module) -> list[Group]:
     return [group for group in groups if group["params"]]
 
 
+@ranged
 def adamw(
-    groups: Iterable[Group], *, lr: float, betas: list[float], eps: float, weight_decay: float, fused: bool
+    groups: Iterable[Group],
+    *,
+    lr: NotNegative,
+    betas: tuple[Share, Share],
+    eps: NotNegative,
+    weight_decay: NotNegative,
+    fused: bool,
 ) -> AdamW:
     """Build AdamW (arXiv 1711.05101) over `parameter_groups`.
 
@@ -56,25 +65,21 @@ def adamw(
         eps: added to the root of the second average.
         weight_decay: of the groups that decay.
         fused: update in one pass over memory; not for `16-mixed`, whose scaler it does not suit.
-
-    Raises:
-        ValueError: for betas outside [0, 1).
     """
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"optimizer.betas must be two numbers within [0, 1), got {betas}")
     decayed = [{**group, "weight_decay": weight_decay if group[DECAYS] else 0.0} for group in groups]
-    return AdamW(decayed, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=fused)
+    return AdamW(decayed, lr=lr, betas=betas, eps=eps, fused=fused)
 
 
+@ranged
 def muon(
     groups: Iterable[Group],
     *,
-    lr: float,
-    matrix_lr: float,
-    momentum: float,
-    betas: list[float],
-    eps: float,
-    weight_decay: float,
+    lr: NotNegative,
+    matrix_lr: NotNegative,
+    momentum: Share,
+    betas: tuple[Share, Share],
+    eps: NotNegative,
+    weight_decay: NotNegative,
     fused: bool,
 ) -> Optimizer:
     """Build Muon (Jordan et al. 2024) for the hidden layers' matrices, beside AdamW for all else.
@@ -88,9 +93,6 @@ def muon(
         eps: of AdamW.
         weight_decay: of the groups that decay, under both.
         fused: of AdamW.
-
-    Raises:
-        ValueError: for betas outside [0, 1).
     """
     groups = list(groups)
     rest = adamw(

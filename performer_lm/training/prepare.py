@@ -162,7 +162,7 @@ def _assemble(
     )
     stop = StopOnSignal(saving)
     throughput = Throughput()
-    chosen = build(plain(cfg.callbacks), key="callbacks").values() if cfg.callbacks else ()
+    chosen = build(plain(cfg.callbacks), key="callbacks").values() if cfg.get("callbacks") else ()
     own: list[Callback] = [callback for callback in chosen if callback is not None]  # None: switched off
     check_sharding(trainer, task.model, task.optimizer(parameter_groups(task.model, head=task.model.head)), own)
     first = OneRun(room, saving, resumed=f"{resumed.path} at step {resumed.content['global_step']}" if resumed else "")
@@ -182,7 +182,7 @@ def _assemble(
     for callback in callbacks:
         if isinstance(callback, RunCallback):  # a config may add Lightning's own
             callback.join(surroundings)
-    added = build(plain(cfg.logger), key="logger").values() if cfg.logger else ()
+    added = build(plain(cfg.logger), key="logger").values() if cfg.get("logger") else ()
     loggers = [MetricsLogger(folder=room.path), *added]
     attach(trainer, callbacks=callbacks, loggers=loggers, resumed=resumed)
     return Run(

@@ -8,26 +8,29 @@ peak. Lengths are given as a share of the run (a float) or as a number of steps 
 import math
 from collections.abc import Callable
 
+from performer_lm.ranges import Fraction, Whole, ranged
+
 Share = Callable[[int], float]
-Length = float | int
+Length = Whole | Fraction
 
 
+@ranged
 def constant(steps: int, *, warmup: Length) -> Share:
     """Stay at the peak."""
     return _after_warmup(_count("warmup", warmup, steps), lambda step: 1.0)
 
 
-def linear(steps: int, *, warmup: Length, final: float) -> Share:
+@ranged
+def linear(steps: int, *, warmup: Length, final: Fraction) -> Share:
     """Fall along a line to `final`, the share of the peak that the last step ends at."""
     rise = _count("warmup", warmup, steps)
-    _check_final(final)
     return _after_warmup(rise, lambda step: final + (1 - final) * (1 - _progress(step, rise, steps)))
 
 
-def cosine(steps: int, *, warmup: Length, final: float) -> Share:
+@ranged
+def cosine(steps: int, *, warmup: Length, final: Fraction) -> Share:
     """Fall along half a cosine to `final` (arXiv 1608.03983, without restarts)."""
     rise = _count("warmup", warmup, steps)
-    _check_final(final)
 
     def fall(step: int) -> float:
         return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * _progress(step, rise, steps)))
@@ -35,13 +38,13 @@ def cosine(steps: int, *, warmup: Length, final: float) -> Share:
     return _after_warmup(rise, fall)
 
 
-def warmup_stable_decay(steps: int, *, warmup: Length, decay: Length, final: float) -> Share:
+@ranged
+def warmup_stable_decay(steps: int, *, warmup: Length, decay: Length, final: Fraction) -> Share:
     """Stay at the peak, then fall over the last `decay` steps to `final`, as 1 - sqrt (arXiv 2404.06395, 2405.18392).
 
     Until the fall begins, the rate does not depend on the length of the run: a run stopped there can be made longer.
     """
     rise, fall = _count("warmup", warmup, steps), _count("decay", decay, steps)
-    _check_final(final)
     if rise + fall > steps:
         raise ValueError(
             f"schedule.warmup ({rise} steps) and schedule.decay ({fall}) are longer than the run ({steps})"
@@ -49,6 +52,7 @@ def warmup_stable_decay(steps: int, *, warmup: Length, decay: Length, final: flo
     return _after_warmup(rise, lambda step: final + (1 - final) * (1 - math.sqrt(_progress(step, steps - fall, steps))))
 
 
+@ranged
 def inverse_sqrt(steps: int, *, warmup: Length) -> Share:
     """Fall as the inverse root of the step, whatever the length of the run (arXiv 1706.03762)."""
     rise = max(1, _count("warmup", warmup, steps))
@@ -67,14 +71,7 @@ def _progress(step: int, first: int, last: int) -> float:
 def _count(name: str, length: Length, steps: int) -> int:
     """Return a length in steps."""
     if isinstance(length, int):
-        if not 0 <= length <= steps:
+        if length > steps:
             raise ValueError(f"schedule.{name} ({length} steps) must be within 0..{steps}, the length of the run")
         return length
-    if not 0 <= length <= 1:
-        raise ValueError(f"schedule.{name} is a share of the run (0.0..1.0) or a whole number of steps; got {length}")
     return round(steps * length)
-
-
-def _check_final(final: float) -> None:
-    if not 0 <= final <= 1:
-        raise ValueError(f"schedule.final is a share of the peak rate, within 0..1; got {final}")

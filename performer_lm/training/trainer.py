@@ -4,8 +4,9 @@ import logging
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, Literal, cast
 
+from annotated_types import Ge, Gt, Le
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import CheckpointIO
@@ -14,9 +15,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from performer_lm import checkpoint
 from performer_lm.checkpoint import Checkpoint
-from performer_lm.training.callbacks.saving import Checkpoints
+from performer_lm.ranges import Count, NotNegative, Positive, ranged
 from performer_lm.training.precision import choose_precision
 from performer_lm.training.processes import make_strategy
+
+MOST_PROCESSES = 1024  # of a machine, and machines: more would be started one by one before anything failed
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -41,22 +44,23 @@ class AtomicCheckpointIO(CheckpointIO):
         checkpoint.remove(Path(path))
 
 
+@ranged
 def make_trainer(
     *,
-    max_steps: int,
-    val_every: int,
-    log_every: int,
-    accelerator: str,
-    devices: int | str,
-    num_nodes: int,
-    strategy: str,
-    timeout: float,
+    max_steps: Count,
+    val_every: Count,
+    log_every: Count,
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"],
+    devices: Annotated[int, Ge(-1), Le(MOST_PROCESSES)] | str,
+    num_nodes: Annotated[int, Ge(1), Le(MOST_PROCESSES)],
+    strategy: Literal["auto", "ddp", "fsdp"],
+    timeout: Annotated[float, Gt(0), Le(10**6)],
     precision: str,
-    accumulate_grad_batches: int,
-    gradient_clip_val: float | None,
-    save_every: int | None,
-    save_minutes: float | None,
-    keep_checkpoints: int,
+    accumulate_grad_batches: Count,
+    gradient_clip_val: NotNegative | None,
+    save_every: Count | None,
+    save_minutes: Positive | None,
+    keep_checkpoints: Annotated[int, Ge(2)],
 ) -> Trainer:
     """Build a Trainer for one run of `max_steps` optimizer steps, without epochs.
 
@@ -70,15 +74,9 @@ def make_trainer(
         strategy, timeout: of `make_strategy`.
         precision: of `choose_precision`.
         accumulate_grad_batches: micro-batches per optimizer step.
-        gradient_clip_val: largest global gradient norm; None for no clipping.
+        gradient_clip_val: largest global gradient norm; None or 0 for no clipping.
         save_every, save_minutes, keep_checkpoints: of `callbacks.saving.Checkpoints`, which the trainer is given later.
     """
-    for name, value in {"max_steps": max_steps, "val_every": val_every, "log_every": log_every}.items():
-        if value < 1:
-            raise ValueError(f"trainer.{name} must be at least 1, got {value}")
-    if accumulate_grad_batches < 1:
-        raise ValueError(f"trainer.accumulate_grad_batches must be at least 1, got {accumulate_grad_batches}")
-    Checkpoints(Path(), every=save_every, minutes=save_minutes, keep=keep_checkpoints)  # refuses what is out of range
     _quiet()
     chosen: Any = choose_precision(precision, accelerator=accelerator)
     try:
@@ -95,7 +93,7 @@ def make_trainer(
             strategy=make_strategy(strategy, timeout=timeout),
             precision=chosen,
             accumulate_grad_batches=accumulate_grad_batches,
-            gradient_clip_val=gradient_clip_val,
+            gradient_clip_val=gradient_clip_val or None,
             logger=[],
             plugins=[AtomicCheckpointIO(), *_under_slurm()],
             enable_checkpointing=False,  # callbacks.saving saves

@@ -20,7 +20,7 @@ SHARED = ["trainer=fsdp", "trainer.devices=2", "trainer.accelerator=cpu"]
         (["optimizer=adamw", "callbacks.ema.decay=0.9"], "callbacks.ema.decay needs whole weights"),
         (["optimizer=adamw", "model.reversible=true"], "model.reversible=true keeps no graph to share"),
         (["optimizer=adamw", "trainer.strategy=fsdq"], "trainer.strategy must be one of auto, ddp, fsdp, got 'fsdq'"),
-        (["optimizer=adamw", "trainer.timeout=0"], "trainer.timeout must be above 0 minutes, got 0"),
+        (["optimizer=adamw", "trainer.timeout=0"], "trainer.timeout must be above 0 and at most 1000000, got 0"),
         (["optimizer=adamw", "data.batch_size=3"], r"data.batch_size \(3\) must be a multiple of ranks \(2\)"),
     ],
 )

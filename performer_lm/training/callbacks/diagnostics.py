@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
+from performer_lm.ranges import Count, ranged
 from performer_lm.training.callbacks.base import RunCallback
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ log = logging.getLogger("performer_lm")
 Findings = Mapping[str, Any]  # by layer, a NamedTuple of tensors `(h,)`
 
 
+@ranged
 class ApproximationDiagnostics(RunCallback):
     """Log, every so many steps, what a diagnosis finds on a batch of held-out text, as `favor/<name>/<layer>`.
 
@@ -32,10 +34,7 @@ class ApproximationDiagnostics(RunCallback):
         ValueError: for counts below 1.
     """
 
-    def __init__(self, *, every: int, diagnose: Callable[[nn.Module, Tensor], Findings], sequences: int) -> None:
-        for name, value in (("every", every), ("sequences", sequences)):
-            if value < 1:
-                raise ValueError(f"callbacks.diagnostics.{name} must be at least 1, got {value}")
+    def __init__(self, *, every: Count, diagnose: Callable[[nn.Module, Tensor], Findings], sequences: Count) -> None:
         self.every = every
         self.diagnose = diagnose
         self.sequences = sequences
@@ -75,7 +74,7 @@ class _Losses(nn.Module):
 
 
 def diagnostics(
-    *, every: int | None, diagnose: Callable[[nn.Module, Tensor], Findings], sequences: int
+    *, every: Count | None, diagnose: Callable[[nn.Module, Tensor], Findings], sequences: Count
 ) -> ApproximationDiagnostics | None:
     """Build an `ApproximationDiagnostics`, unless `every` is None."""
     return None if every is None else ApproximationDiagnostics(every=every, diagnose=diagnose, sequences=sequences)

@@ -7,22 +7,26 @@ them, so that random projections are the current ones, where an average of redra
 
 import copy
 import logging
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
+from annotated_types import Gt, Lt
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from performer_lm.checkpoint import AVERAGES
 from performer_lm.language_model import LanguageModel
+from performer_lm.ranges import ranged
 from performer_lm.training.callbacks.base import RunCallback
 
 if TYPE_CHECKING:
     from performer_lm.training.task import LanguageModelTask
 
 log = logging.getLogger("performer_lm")
+Decay = Annotated[float, Gt(0), Lt(1)]
 
 
+@ranged
 class WeightAverage(RunCallback):
     """Move an average of all parameters towards them after every step.
 
@@ -36,9 +40,7 @@ class WeightAverage(RunCallback):
 
     model: LanguageModel
 
-    def __init__(self, *, decay: float) -> None:
-        if not 0 < decay < 1:
-            raise ValueError(f"callbacks.ema.decay must be above 0 and below 1, or null; got {decay}")
+    def __init__(self, *, decay: Decay) -> None:
         self.decay = decay
         self._saved: dict[str, Tensor] | None = None
 
@@ -69,6 +71,6 @@ class WeightAverage(RunCallback):
         self._saved = checkpoint.get(AVERAGES)
 
 
-def average_weights(*, decay: float | None) -> WeightAverage | None:
+def average_weights(*, decay: Decay | None) -> WeightAverage | None:
     """Build a `WeightAverage`, unless `decay` is None."""
     return None if decay is None else WeightAverage(decay=decay)

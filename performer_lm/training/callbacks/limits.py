@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
+from performer_lm.ranges import Count, NotNegative, Positive, ranged
 from performer_lm.training.callbacks.base import RunCallback
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("performer_lm")
 
 
+@ranged
 class TimeLimit(RunCallback):
     """End the run at the first step that ends after `minutes` of training and validating in this process.
 
@@ -28,9 +30,7 @@ class TimeLimit(RunCallback):
         ValueError: for a limit that is not positive.
     """
 
-    def __init__(self, *, minutes: float) -> None:
-        if minutes <= 0:
-            raise ValueError(f"callbacks.time_limit.minutes must be above 0 or null, got {minutes}")
+    def __init__(self, *, minutes: Positive) -> None:
         self.minutes = minutes
         self._start = 0.0
 
@@ -47,15 +47,14 @@ class TimeLimit(RunCallback):
             trainer.should_stop = True
 
 
-def time_limit(*, minutes: float | None) -> TimeLimit | None:
+def time_limit(*, minutes: Positive | None) -> TimeLimit | None:
     """Build a `TimeLimit`, unless `minutes` is None."""
     return None if minutes is None else TimeLimit(minutes=minutes)
 
 
-def early_stopping(*, patience: int | None, min_delta: float) -> EarlyStopping | None:
+@ranged
+def early_stopping(*, patience: Count | None, min_delta: NotNegative) -> EarlyStopping | None:
     """End the run once `val/bpb` has not fallen by `min_delta` for `patience` validations; None for never."""
     if patience is None:
         return None
-    if patience < 1:
-        raise ValueError(f"callbacks.early_stopping.patience must be at least 1 or null, got {patience}")
     return EarlyStopping("val/bpb", mode="min", patience=patience, min_delta=min_delta, check_finite=False)

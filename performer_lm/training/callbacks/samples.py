@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from performer_lm.checkpoint import replace_text
 from performer_lm.generation.decode import stream_text
 from performer_lm.generation.sampling import Sampler
+from performer_lm.ranges import Count, NotNegative, ranged
 from performer_lm.training.callbacks.base import RunCallback
 from performer_lm.training.loggers.base import RunLogger
 
@@ -20,6 +21,7 @@ log = logging.getLogger("performer_lm")
 _TITLE = re.compile(r"^=== sample at step (\d+) ===$", re.MULTILINE)
 
 
+@ranged
 class Samples(RunCallback):
     """Print a sample at every validation and keep all of them in `samples.txt` and in the loggers that
     take text.
@@ -28,7 +30,9 @@ class Samples(RunCallback):
     write, in a language of few characters, is left out.
     """
 
-    def __init__(self, *, prompt: str, max_new_tokens: int, temperature: float, top_k: int | None, seed: int) -> None:
+    def __init__(
+        self, *, prompt: str, max_new_tokens: Count, temperature: NotNegative, top_k: Count | None, seed: int
+    ) -> None:
         self.prompt = prompt
         self.max_new_tokens = max_new_tokens
         self.sampler = Sampler(temperature=temperature, top_k=top_k)

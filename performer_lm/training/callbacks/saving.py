@@ -7,14 +7,17 @@ before the first micro-batch of a step. There the trainer's counters, the data's
 import math
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
+from annotated_types import Ge
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from performer_lm import checkpoint
 from performer_lm.language_model import LanguageModel
+from performer_lm.ranges import Count, Positive, ranged
 
 
+@ranged
 class Checkpoints(Callback):
     """Save at every validation and, where asked, between; link `best.ckpt` and `last.ckpt` to the files.
 
@@ -24,7 +27,7 @@ class Checkpoints(Callback):
         folder: where the files lie.
         every: optimizer steps between saves beside validation; None for none.
         minutes: time between saves beside validation; None for none.
-        keep: how many of the last saves stay, at least two.
+        keep: how many of the last saves stay, at least two: a damaged file needs another.
         best: the best score so far, of a run that goes on.
         resumed: the file that the run goes on from.
     """
@@ -33,18 +36,12 @@ class Checkpoints(Callback):
         self,
         folder: Path,
         *,
-        every: int | None,
-        minutes: float | None,
-        keep: int,
+        every: Count | None,
+        minutes: Positive | None,
+        keep: Annotated[int, Ge(2)],
         best: float = math.nan,
         resumed: Path | None = None,
     ) -> None:
-        if every is not None and every < 1:
-            raise ValueError(f"trainer.save_every must be at least 1 or null, got {every}")
-        if minutes is not None and minutes <= 0:
-            raise ValueError(f"trainer.save_minutes must be above 0 or null, got {minutes}")
-        if keep < 2:
-            raise ValueError(f"trainer.keep_checkpoints must be at least 2, got {keep}: a damaged file needs another")
         self.folder = folder
         self.every = every
         self.minutes = minutes

@@ -1,12 +1,14 @@
 """Loss spikes: steps whose loss stands far above what the steps before them lead one to expect."""
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+from annotated_types import Ge
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from performer_lm.ranges import Positive, ranged
 from performer_lm.training.callbacks.base import RunCallback
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("performer_lm")
 
 
+@ranged
 class StabilityMonitor(RunCallback):
     """Log `train/loss_z`, the largest loss since the last log in standard deviations above the running mean; warn.
 
@@ -29,11 +32,7 @@ class StabilityMonitor(RunCallback):
         ValueError: for a window below 2, or a threshold that is not positive.
     """
 
-    def __init__(self, *, window: int, threshold: float) -> None:
-        if window < 2:
-            raise ValueError(f"callbacks.stability.window must be at least 2, got {window}")
-        if threshold <= 0:
-            raise ValueError(f"callbacks.stability.threshold must be above 0, got {threshold}")
+    def __init__(self, *, window: Annotated[int, Ge(2)], threshold: Positive) -> None:
         self.window = window
         self.threshold = threshold
         self._running = torch.zeros(3)  # steps taken in, mean, variance

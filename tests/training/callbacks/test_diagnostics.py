@@ -68,7 +68,7 @@ def test_softmax_has_nothing_to_diagnose(start: Start) -> None:
 
 def test_null_is_off_and_counts_are_checked() -> None:
     assert diagnostics(every=None, diagnose=diagnose, sequences=1) is None
-    with pytest.raises(ValueError, match=r"callbacks\.diagnostics\.every must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"every must be at least 1, got 0"):
         ApproximationDiagnostics(every=0, diagnose=diagnose, sequences=1)
-    with pytest.raises(ValueError, match=r"callbacks\.diagnostics\.sequences must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"sequences must be at least 1, got 0"):
         ApproximationDiagnostics(every=1, diagnose=diagnose, sequences=0)

@@ -123,5 +123,5 @@ def test_a_run_may_begin_to_average_when_it_resumes(start: Start, capsys: pytest
 def test_null_is_off_and_other_decays_are_refused() -> None:
     assert average_weights(decay=None) is None
     for decay in (0.0, 1.0, -1.0):
-        with pytest.raises(ValueError, match=r"callbacks\.ema\.decay must be above 0 and below 1"):
+        with pytest.raises(ValueError, match=r"decay must be above 0 and below 1"):
             WeightAverage(decay=decay)

@@ -51,7 +51,7 @@ def test_a_run_that_gets_no_better_ends(start: Start) -> None:
 def test_null_is_off_and_nonsense_is_refused() -> None:
     assert time_limit(minutes=None) is None
     assert early_stopping(patience=None, min_delta=0.0) is None
-    with pytest.raises(ValueError, match=r"callbacks\.time_limit\.minutes must be above 0 or null, got 0"):
+    with pytest.raises(ValueError, match="minutes must be above 0, got 0"):
         TimeLimit(minutes=0)
-    with pytest.raises(ValueError, match=r"callbacks\.early_stopping\.patience must be at least 1 or null, got 0"):
+    with pytest.raises(ValueError, match="patience must be at least 1, got 0"):
         early_stopping(patience=0, min_delta=0.0)

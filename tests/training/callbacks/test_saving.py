@@ -98,9 +98,9 @@ def test_what_a_killed_save_left_is_swept(start: Start) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("every", 0, "save_every must be at least 1"),
-        ("minutes", 0.0, "save_minutes must be above 0"),
-        ("keep", 1, "keep_checkpoints must be at least 2"),
+        ("every", 0, "every must be at least 1"),
+        ("minutes", 0.0, "minutes must be above 0"),
+        ("keep", 1, "keep must be at least 2"),
     ],
 )
 def test_what_is_out_of_range_is_refused(option: str, value: float, message: str) -> None:
