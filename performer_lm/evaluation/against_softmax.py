@@ -25,11 +25,13 @@ from performer_lm.evaluation.drawing import draw_findings, draw_weights
 from performer_lm.evaluation.findings import as_it_is, sum_up, tabulate_draws, tabulate_heads, write_csv
 from performer_lm.evaluation.sweep import Finding, count_measurements, is_drawn, redrawn, sweep
 from performer_lm.language_model import LanguageModel
+from performer_lm.ranges import Count, Whole, ranged
 
 DRAWN = 4  # heads of a layer that are drawn where nobody chose
 CANDIDATES = 8  # windows looked at for each that is taken
 
 
+@ranged
 @final
 class MeasureApproximation(Evaluation):
     """Compare FAVOR with exact attention in every layer that runs it, and sweep the number of features.
@@ -53,18 +55,14 @@ class MeasureApproximation(Evaluation):
     def __init__(
         self,
         *,
-        num_features: list[int],
-        redraws: int,
-        sequences: int,
-        queries: int | None,
-        layer: int | str | None,
-        heads: list[int] | None,
-        tokens: int,
+        num_features: list[Count],
+        redraws: Count,
+        sequences: Count,
+        queries: Count | None,
+        layer: Whole | str | None,
+        heads: list[Whole] | None,
+        tokens: Count,
     ) -> None:
-        counts = {"redraws": redraws, "sequences": sequences, "queries": queries, "tokens": tokens}
-        for name, value in counts.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
         self.num_features, self.redraws = sorted(set(num_features)), redraws
         self.sequences, self.queries, self.tokens = sequences, queries, tokens
         self.layer, self.heads = layer, heads

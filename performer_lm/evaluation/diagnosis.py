@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from performer_lm.attention.favor import FavorAttention
 from performer_lm.evaluation.approximation import Approximation, measure_approximation
+from performer_lm.ranges import Count, ranged
 
 Vectors = tuple[Tensor, Tensor, Tensor]
 Look = Callable[[str, FavorAttention, Vectors, dict[str, Any]], None]
@@ -21,7 +22,10 @@ Look = Callable[[str, FavorAttention, Vectors, dict[str, Any]], None]
 _PLACE = re.compile(r"(?:\b(encoder|decoder)\.)?\blayers\.(\d+)\.(cross_)?attention\.")
 
 
-def diagnose(model: nn.Module, tokens: Tensor, *, queries: int | None = 64, **options: Any) -> dict[str, Approximation]:
+@ranged
+def diagnose(
+    model: nn.Module, tokens: Tensor, *, queries: Count | None = 64, **options: Any
+) -> dict[str, Approximation]:
     """Compare FAVOR with softmax in every layer that runs it, on what the model makes of `tokens`.
 
     Queries, keys and values are those that attention receives: after convolution, norms and positions, with the

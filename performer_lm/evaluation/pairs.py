@@ -17,6 +17,7 @@ from performer_lm.attention.favor import FavorAttention
 from performer_lm.ops.features import Features
 from performer_lm.ops.maps import FeatureMap
 from performer_lm.ops.terms import slices
+from performer_lm.ranges import Count, ranged
 
 BLOCK = 1 << 22
 """Numbers that a block of pairs times features may hold."""
@@ -34,6 +35,7 @@ class Block(NamedTuple):
     visible: Tensor
 
 
+@ranged
 class Pairs:
     """All queries and keys of a layer, to be compared a block of queries at a time."""
 
@@ -44,7 +46,7 @@ class Pairs:
         k: Tensor,
         *,
         causal: bool,
-        queries: int | None = None,
+        queries: Count | None = None,
         mask: Tensor | None = None,
         segments: Tensor | None = None,
         log_decay: Tensor | None = None,
@@ -181,6 +183,4 @@ def _spaced(count: int, wanted: int | None) -> Tensor:
     """Return `wanted` places of `count`, evenly spaced, the last among them."""
     if wanted is None or wanted >= count:
         return torch.arange(count, device="cpu")
-    if wanted < 1:
-        raise ValueError(f"queries must be at least 1 or None, got {wanted}")
     return (torch.arange(1, wanted + 1, device="cpu") * count).div(wanted, rounding_mode="floor") - 1
