@@ -4,33 +4,37 @@ A run is one Lightning epoch of `max_steps` optimizer steps, so that its positio
 """
 
 from abc import abstractmethod
-from typing import Any, Final, Literal, TypedDict, TypeVar
+from typing import Annotated, Any, Final, Literal, TypedDict, TypeVar
 
 import lightning
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from performer_lm.data.loader import Positions, Share, TrainBatches, TrainLoader, ValidationBatches
 from performer_lm.data.tokenizer import Tokenizer
 from performer_lm.data.windows import FiniteWindows, Windows
+from performer_lm.ranges import Count, Whole, ranged
 
 PROMPT: Final = "def main("
 
 AnyWindows = TypeVar("AnyWindows", bound=Windows)
 StartMethod = Literal["fork", "spawn", "forkserver"]
+Workers = Annotated[int, Ge(0), Le(1024)]
 
 
 class WindowOptions(TypedDict):
     """What all data take; `WindowData` says what they mean."""
 
-    context: int
-    batch_size: int
-    seed: int
-    num_workers: int
+    context: Count
+    batch_size: Count
+    seed: Whole
+    num_workers: Workers
     start_method: StartMethod | None
 
 
+@ranged
 class WindowData(lightning.LightningDataModule):
     """Windows as batches `(b, context + 1)` of ids, `b` the sequences of one micro-batch; `windows.shift` cuts them.
 
@@ -53,11 +57,9 @@ class WindowData(lightning.LightningDataModule):
     held_out: FiniteWindows
 
     def __init__(
-        self, *, context: int, batch_size: int, seed: int, num_workers: int, start_method: StartMethod | None
+        self, *, context: Count, batch_size: Count, seed: Whole, num_workers: Workers, start_method: StartMethod | None
     ) -> None:
         super().__init__()
-        check_least(1, context=context, batch_size=batch_size)
-        check_least(0, seed=seed, num_workers=num_workers)
         self.context = context
         self.batch_size = batch_size
         self._seed = seed
@@ -170,10 +172,3 @@ class WindowData(lightning.LightningDataModule):
     def where_gathered(self, windows: AnyWindows) -> AnyWindows:
         """Return the windows where this module wants them gathered."""
         return windows
-
-
-def check_least(least: int, **sizes: int) -> None:
-    """Raise ValueError for an option of `data` that is below `least`."""
-    for name, size in sizes.items():
-        if size < least:
-            raise ValueError(f"data.{name} ({size}) must be at least {least}")

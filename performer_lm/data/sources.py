@@ -10,6 +10,7 @@ from performer_lm.data.corpora.standard_library import StandardLibrary
 from performer_lm.data.module import WindowData
 from performer_lm.data.stream import StreamData
 from performer_lm.data.text import TextData, TextOptions
+from performer_lm.ranges import Count, NotNegative, ranged
 
 
 def standard_library(**options: Unpack[TextOptions]) -> TextData:
@@ -39,6 +40,7 @@ def files(
     return TextData(corpora={"files": corpus}, weights=None, **options)
 
 
+@ranged
 def hub(
     *,
     name: str | None,
@@ -48,8 +50,8 @@ def hub(
     text_column: str,
     revision: str | None,
     streaming: bool,
-    shuffle_buffer: int,
-    head_bytes: int,
+    shuffle_buffer: Count,
+    head_bytes: Count,
     **options: Unpack[TextOptions],
 ) -> WindowData:
     """Return a data set of the Hugging Face hub.
@@ -90,7 +92,7 @@ def hub(
 
 
 def mixture(
-    *, corpora: Mapping[str, Corpus], weights: Mapping[str, float] | None, **options: Unpack[TextOptions]
+    *, corpora: Mapping[str, Corpus], weights: Mapping[str, NotNegative] | None, **options: Unpack[TextOptions]
 ) -> TextData:
     """Return several corpora, mixed by weight.
 

@@ -5,12 +5,14 @@ the same text fall together, and none is validated on whose text also stands in 
 Letters: `d` documents.
 """
 
-from typing import Final, NamedTuple
+from typing import Annotated, Final, NamedTuple
 
 import numpy as np
+from annotated_types import Gt, Lt
 from numpy.typing import NDArray
 
 from performer_lm.data.survey import Survey
+from performer_lm.ranges import ranged
 
 TRAIN: Final = 0
 HELD_OUT: Final = 1
@@ -18,6 +20,7 @@ BOTH: Final = 2  # the only document of a corpus: its last part is held out
 NEITHER: Final = 3  # given for validation, and its text stands in training
 
 Mask = NDArray[np.bool_]
+HeldOut = Annotated[float, Gt(0), Lt(1)]  # a share that leaves neither side nothing
 
 
 class Split(NamedTuple):
@@ -27,7 +30,8 @@ class Split(NamedTuple):
     num_moved: int
 
 
-def split_documents(survey: Survey, *, fraction: float) -> Split:
+@ranged
+def split_documents(survey: Survey, *, fraction: HeldOut) -> Split:
     """Give every document its side.
 
     Of each corpus, documents that are given for validation are held out and the others trained on. Where none is
@@ -35,9 +39,8 @@ def split_documents(survey: Survey, *, fraction: float) -> Split:
     whole share to hold out stays in training, lest validation be that document. A single document is cut.
 
     Raises:
-        ValueError: for a fraction that leaves a side nothing, or where all that is held out stands in training too.
+        ValueError: where all that is held out stands in training too.
     """
-    check_fraction(fraction)
     sides = np.full(len(survey.sizes), TRAIN)
     _, texts = np.unique(survey.digests, return_inverse=True)
     places = np.zeros(texts.max() + 1)
@@ -54,12 +57,12 @@ def split_documents(survey: Survey, *, fraction: float) -> Split:
     return _without_copies(sides, texts, survey.given)
 
 
-def split_text(text: bytes, *, fraction: float) -> tuple[bytes, bytes]:
+@ranged
+def split_text(text: bytes, *, fraction: HeldOut) -> tuple[bytes, bytes]:
     """Split the only document of a corpus by position: its last part, from the start of a line on, is for validation.
 
     Where no line starts in the last `fraction`, the cut falls between two characters.
     """
-    check_fraction(fraction)
     wanted = len(text) - round(len(text) * fraction)
     cut = text.find(b"\n", max(wanted - 1, 0)) + 1
     if not 0 < cut < len(text):
@@ -67,12 +70,6 @@ def split_text(text: bytes, *, fraction: float) -> tuple[bytes, bytes]:
         while cut < len(text) and text[cut] & 0xC0 == 0x80:  # inside a character
             cut += 1
     return text[:cut], text[cut:]
-
-
-def check_fraction(fraction: float) -> None:
-    """Raise ValueError for a share that leaves one side nothing."""
-    if not 0 < fraction < 1:
-        raise ValueError(f"data.validation_fraction ({fraction}) must lie between 0 and 1")
 
 
 def _choose(

@@ -15,15 +15,17 @@ from performer_lm.data.corpora.collection import Errors, clean
 from performer_lm.data.corpora.hub import Hub
 from performer_lm.data.ids import HostIds
 from performer_lm.data.layouts import HeldOutStream
-from performer_lm.data.module import WindowData, WindowOptions, check_least
+from performer_lm.data.module import WindowData, WindowOptions
 from performer_lm.data.progress import say
-from performer_lm.data.split import check_fraction
+from performer_lm.data.split import HeldOut
 from performer_lm.data.stream_batches import DocumentStream, StreamBatches, StreamLoader
 from performer_lm.data.survey import digest_of, place_of
 from performer_lm.data.tokenizer import TokenizerRecipe
 from performer_lm.data.windows import HeldOutWindows
+from performer_lm.ranges import Count, ranged
 
 
+@ranged
 @final
 class StreamData(WindowData):
     """A data set of the hub, read while the run goes on.
@@ -45,17 +47,15 @@ class StreamData(WindowData):
         *,
         hub: Hub,
         tokenizer: TokenizerRecipe,
-        head_bytes: int,
-        shuffle_buffer: int,
+        head_bytes: Count,
+        shuffle_buffer: Count,
         packed: bool,
         errors: Errors,
-        validation_fraction: float,
-        validation_bytes: int,
+        validation_fraction: HeldOut,
+        validation_bytes: Count,
         **options: Unpack[WindowOptions],
     ) -> None:
         super().__init__(**options)
-        check_fraction(validation_fraction)
-        check_least(1, validation_bytes=validation_bytes, head_bytes=head_bytes, shuffle_buffer=shuffle_buffer)
         if options["num_workers"] > 1:
             raise ValueError(f"data.num_workers ({options['num_workers']}) must be 0 or 1 with data.streaming=true")
         self._hub = hub

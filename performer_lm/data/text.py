@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Literal, Unpack, final
+from typing import Annotated, Any, Literal, Unpack, final
 
 import numpy as np
+from annotated_types import Ge, Le
 
 from performer_lm.data.cache import TokenCache, open_cache
 from performer_lm.data.corpora.base import Corpus
@@ -22,13 +23,15 @@ from performer_lm.data.layouts import (
     document_bounds,
     shares,
 )
-from performer_lm.data.module import AnyWindows, WindowData, WindowOptions, check_least
+from performer_lm.data.module import AnyWindows, WindowData, WindowOptions
 from performer_lm.data.progress import say
-from performer_lm.data.split import check_fraction
+from performer_lm.data.split import HeldOut
 from performer_lm.data.tokenizer import TokenizerRecipe
 from performer_lm.data.windows import ByteLengths, HeldOutWindows, TextWindows, count_first, first_bytes
+from performer_lm.ranges import Count, ranged
 
 Documents = Literal["stream", "packed", "cropped"]
+Threads = Annotated[int, Ge(1), Le(1024)]
 
 
 class TextOptions(WindowOptions):
@@ -37,13 +40,14 @@ class TextOptions(WindowOptions):
     tokenizer: TokenizerRecipe
     documents: Documents
     errors: Errors
-    validation_fraction: float
-    validation_bytes: int
+    validation_fraction: HeldOut
+    validation_bytes: Count
     cache_dir: str
-    tokenizing_threads: int | None
+    tokenizing_threads: Threads | None
     device_resident: bool
 
 
+@ranged
 @final
 class TextData(WindowData):
     """Documents of one corpus, or of several mixed by weight.
@@ -72,16 +76,14 @@ class TextData(WindowData):
         tokenizer: TokenizerRecipe,
         documents: Documents,
         errors: Errors,
-        validation_fraction: float,
-        validation_bytes: int,
+        validation_fraction: HeldOut,
+        validation_bytes: Count,
         cache_dir: str,
-        tokenizing_threads: int | None,
+        tokenizing_threads: Threads | None,
         device_resident: bool,
         **options: Unpack[WindowOptions],
     ) -> None:
         super().__init__(**options)
-        check_fraction(validation_fraction)
-        check_least(1, validation_bytes=validation_bytes, tokenizing_threads=tokenizing_threads or 1)
         if device_resident and options["num_workers"]:
             raise ValueError(f"data.num_workers ({options['num_workers']}) must be 0 with data.device_resident=true")
         self._collection = Collection(corpora, errors=errors)

@@ -157,7 +157,7 @@ def test_a_trainer_that_does_not_fit_is_refused(text_data, tmp_path, options, me
 
 @pytest.mark.parametrize("name", ["context", "batch_size", "validation_bytes"])
 def test_sizes_below_one_are_refused(text_data, tmp_path, name):
-    with pytest.raises(ValueError, match=rf"data.{name} \(0\) must be at least 1"):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         text_data(**{name: 0})
 
 

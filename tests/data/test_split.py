@@ -120,7 +120,7 @@ def test_a_single_document_is_cut_at_the_first_line_of_its_share():
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
 def test_a_fraction_that_leaves_a_side_empty_is_refused(fraction):
-    with pytest.raises(ValueError, match="validation_fraction"):
+    with pytest.raises(ValueError, match="fraction must be"):
         split_documents(survey({"a": 1, "b": 1}), fraction=fraction)
-    with pytest.raises(ValueError, match="validation_fraction"):
+    with pytest.raises(ValueError, match="fraction must be"):
         split_text(b"abc", fraction=fraction)

@@ -138,7 +138,7 @@ def test_packed_documents_have_a_separator(stream_data, packed):
         ({"num_workers": 2}, r"data.num_workers \(2\) must be 0 or 1 with data.streaming=true"),
         ({"documents": "cropped"}, "data.streaming=true takes neither"),
         ({"device_resident": True}, "data.streaming=true takes neither"),
-        ({"shuffle_buffer": 0}, r"data.shuffle_buffer \(0\) must be at least 1"),
+        ({"shuffle_buffer": 0}, r"shuffle_buffer must be at least 1, got 0"),
         ({"name": "nowhere"}, "the hub cannot be reached"),
         ({"split": "trian"}, "did you mean data.split=train"),
         ({"text_column": "txt"}, "did you mean data.text_column=text"),

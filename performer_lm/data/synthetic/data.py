@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from performer_lm.data.ids import IGNORE, Positions
-from performer_lm.data.module import WindowData, WindowOptions, check_least
+from performer_lm.data.module import WindowData, WindowOptions
 from performer_lm.data.synthetic.tasks import Task
 from performer_lm.data.tokenizer.symbols import SymbolTokenizer
 from performer_lm.data.windows import FiniteWindows, Windows, shift, shown
+from performer_lm.ranges import Count, ranged
 
 BLOCK: Final = 256  # rows drawn together
 HELD_OUT: Final = 2**32 + 1  # where a seed stands for training: no run has it
@@ -78,6 +79,7 @@ class HeldOutTask(FiniteWindows):
         return self
 
 
+@ranged
 @final
 class SyntheticData(WindowData):
     """A task, generated.
@@ -91,9 +93,8 @@ class SyntheticData(WindowData):
         ValueError: for a task that does not fit the context.
     """
 
-    def __init__(self, *, task: Task, validation_bytes: int, **options: Unpack[WindowOptions]) -> None:
+    def __init__(self, *, task: Task, validation_bytes: Count, **options: Unpack[WindowOptions]) -> None:
         super().__init__(**options)
-        check_least(1, validation_bytes=validation_bytes)
         task.check(context=self.context)
         self._task = task
         self._validation_bytes = validation_bytes

@@ -5,12 +5,16 @@ Letters: `b` rows, `n` context.
 """
 
 from abc import ABC, abstractmethod
-from typing import Final, NamedTuple, final
+from typing import Annotated, Final, NamedTuple, final
 
 import numpy as np
+from annotated_types import Ge, Le
 from numpy.typing import NDArray
 
 from performer_lm.data.ids import Positions
+from performer_lm.ranges import Count, Positive, ranged
+
+Symbols = Annotated[int, Ge(2), Le(2**20)]
 
 
 class Rows(NamedTuple):
@@ -37,6 +41,7 @@ class Task(ABC):
         """Return `count` rows, independent of each other."""
 
 
+@ranged
 @final
 class Copy(Task):
     """Write a random sequence again after a separator: `a d b | a d b`. It is as long as the context allows.
@@ -45,8 +50,7 @@ class Copy(Task):
         symbols: of the alphabet.
     """
 
-    def __init__(self, *, symbols: int) -> None:
-        _check(2, symbols=symbols)
+    def __init__(self, *, symbols: Symbols) -> None:
         self._symbols: Final = symbols
         self.names = [*_letters("s", symbols), "|"]
 
@@ -62,6 +66,7 @@ class Copy(Task):
         return _answered(np.concatenate((sequence, separator), axis=1), sequence)
 
 
+@ranged
 @final
 class SelectiveCopy(Task):
     """Write the symbols again that stand scattered in noise: `. c . . a | c a` (Gu and Dao 2023, arXiv:2312.00752).
@@ -71,9 +76,7 @@ class SelectiveCopy(Task):
         length: how many of them a row has.
     """
 
-    def __init__(self, *, symbols: int, length: int) -> None:
-        _check(2, symbols=symbols)
-        _check(1, length=length)
+    def __init__(self, *, symbols: Symbols, length: Count) -> None:
         self._symbols: Final = symbols
         self._length: Final = length
         self.names = [*_letters("s", symbols), ".", "|"]
@@ -93,6 +96,7 @@ class SelectiveCopy(Task):
         return _answered(shown, sequence)
 
 
+@ranged
 @final
 class Induction(Task):
     """Name the symbol that followed the marker before: `c a > b d a c > b` (Olsson et al. 2022, arXiv:2209.11895).
@@ -101,8 +105,7 @@ class Induction(Task):
         symbols: of the alphabet.
     """
 
-    def __init__(self, *, symbols: int) -> None:
-        _check(2, symbols=symbols)
+    def __init__(self, *, symbols: Symbols) -> None:
         self._symbols: Final = symbols
         self.names = [*_letters("s", symbols), ">"]
 
@@ -118,6 +121,7 @@ class Induction(Task):
         return _answered(shown, shown[rows, places + 1][:, None])
 
 
+@ranged
 @final
 class Recall(Task):
     """Multi-query associative recall (Arora et al. 2023, arXiv:2312.04927): pairs, then their keys in any order.
@@ -131,12 +135,9 @@ class Recall(Task):
         power: exponent of the law, above 0; 1 is uniform, the source takes 0.01.
     """
 
-    def __init__(self, *, vocab_size: int, pairs: int, power: float) -> None:
-        _check(1, pairs=pairs)
+    def __init__(self, *, vocab_size: Symbols, pairs: Count, power: Positive) -> None:
         if vocab_size // 2 - 1 < pairs:
             raise ValueError(f"data.task.vocab_size ({vocab_size}) must be at least {2 * pairs + 2} for {pairs} pairs")
-        if not power > 0:
-            raise ValueError(f"data.task.power must be above 0, got {power}")
         self._keys: Final = vocab_size // 2 - 1
         self._values: Final = vocab_size - 1 - self._keys
         self._pairs: Final = pairs
@@ -182,12 +183,6 @@ def _distinct(
 
 def _letters(letter: str, count: int) -> list[str]:
     return [f"{letter}{number}" for number in range(count)]
-
-
-def _check(least: int, **sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < least:
-            raise ValueError(f"data.task.{name} ({size}) must be at least {least}")
 
 
 def _check_context(context: int, *, least: int, what: str) -> None:

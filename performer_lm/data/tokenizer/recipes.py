@@ -17,6 +17,7 @@ from performer_lm.data.tokenizer.library import LibraryTokenizer
 from performer_lm.data.tokenizer.plain import tokenizer_from_dict
 from performer_lm.data.tokenizer.unigram import train_unigram
 from performer_lm.data.tokenizer.word_pieces import train_word_pieces
+from performer_lm.ranges import Count, ranged
 
 
 class TokenizerRecipe(ABC):
@@ -63,8 +64,8 @@ class _Trained(_Learned):
     """
 
     learns: ClassVar[bool] = True
-    vocab_size: int
-    train_bytes: int
+    vocab_size: Count
+    train_bytes: Count
 
     def _check(self, *, base: int, of_what: str) -> None:
         least = base + 1 + len(self.specials)
@@ -73,8 +74,6 @@ class _Trained(_Learned):
             raise ValueError(
                 f"tokenizer.vocab_size ({self.vocab_size}) must be at least {least}: {of_what}, the end token{more}"
             )
-        if self.train_bytes < 1:
-            raise ValueError(f"tokenizer.train_bytes ({self.train_bytes}) must be at least 1")
 
     def _sample(self, texts: Iterable[bytes], num_bytes: int) -> "Sample":
         return Sample(texts, num_bytes=num_bytes, limit=self.train_bytes)
@@ -90,6 +89,7 @@ class Bytes(_Learned):
         return ByteTokenizer(specials=self.specials)
 
 
+@ranged
 @final
 @dataclass(frozen=True, kw_only=True)
 class Characters(_Learned):
@@ -101,7 +101,7 @@ class Characters(_Learned):
     """
 
     learns: ClassVar[bool] = True
-    vocab_size: int | None
+    vocab_size: Count | None
     fallback: bool
 
     def __post_init__(self) -> None:
@@ -115,6 +115,7 @@ class Characters(_Learned):
         return learn_characters(texts, vocab_size=self.vocab_size, fallback=self.fallback, specials=self.specials)
 
 
+@ranged
 @final
 @dataclass(frozen=True, kw_only=True)
 class BytePairs(_Trained):
@@ -130,6 +131,7 @@ class BytePairs(_Trained):
         return train_byte_pairs(sample, vocab_size=self.vocab_size, specials=self.specials)
 
 
+@ranged
 @final
 @dataclass(frozen=True, kw_only=True)
 class WordPieces(_Trained):
@@ -145,6 +147,7 @@ class WordPieces(_Trained):
         return train_word_pieces(sample, vocab_size=self.vocab_size, specials=self.specials)
 
 
+@ranged
 @final
 @dataclass(frozen=True, kw_only=True)
 class Unigram(_Trained):

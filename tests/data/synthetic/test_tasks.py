@@ -103,11 +103,11 @@ def test_draws_without_repetition_follow_their_weights():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Copy(symbols=1), "data.task.symbols (1) must be at least 2"),
-        (lambda: SelectiveCopy(symbols=4, length=0), "data.task.length (0) must be at least 1"),
+        (lambda: Copy(symbols=1), "symbols must be at least 2"),
+        (lambda: SelectiveCopy(symbols=4, length=0), "length must be at least 1"),
         (lambda: Recall(vocab_size=9, pairs=4, power=1.0), "data.task.vocab_size (9) must be at least 10 for 4 pairs"),
-        (lambda: Recall(vocab_size=99, pairs=0, power=1.0), "data.task.pairs (0) must be at least 1"),
-        (lambda: Recall(vocab_size=99, pairs=4, power=0.0), "data.task.power must be above 0"),
+        (lambda: Recall(vocab_size=99, pairs=0, power=1.0), "pairs must be at least 1"),
+        (lambda: Recall(vocab_size=99, pairs=4, power=0.0), "power must be above 0"),
         (lambda: Copy(symbols=4).check(context=1), "data.context (1) must be at least 2"),
         (lambda: SelectiveCopy(symbols=4, length=8).check(context=15), "must be at least 16: 8 symbols and their copy"),
         (lambda: Induction(symbols=4).check(context=2), "data.context (2) must be at least 3"),

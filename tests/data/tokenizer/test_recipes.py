@@ -55,7 +55,7 @@ def test_a_sample_is_every_kth_document_up_to_its_limit():
             "must be at least 258: 256 bytes, the end token and the special",
         ),
         (lambda: WordPieces(vocab_size=512, train_bytes=1), "(512) must be at least 513"),
-        (lambda: BytePairs(vocab_size=300, train_bytes=0), "tokenizer.train_bytes (0) must be at least 1"),
+        (lambda: BytePairs(vocab_size=300, train_bytes=0), "train_bytes must be at least 1"),
         (lambda: Characters(vocab_size=200, fallback=True), "tokenizer.vocab_size (200) must be at least 257"),
         (lambda: Bytes(specials=["no name"]), "'no name' must be a name"),
         (lambda: TokenizerFile(path=None, specials=[]), "tokenizer=json needs tokenizer.path=FILE"),
