@@ -98,8 +98,15 @@ def build(section: Any, *, key: str = "", find: Callable[[str], Callable[..., An
     except ValueError as error:
         if not key or type(error) is not ValueError:
             raise
-        lines = [line if line.startswith(f"{key}.") else f"{key}: {line}" for line in str(error).splitlines()]
-        raise ValueError("\n".join(lines)) from error
+        raise ValueError("\n".join(_placed(line, key, values) for line in str(error).splitlines())) from error
+
+
+def _placed(line: str, key: str, values: Mapping[str, Any]) -> str:
+    """Return a refusal with the key of the section or value that it is about."""
+    name = re.match(r"(\w+)(\[\d+\])* must be ", line)
+    if line.startswith(f"{key}."):
+        return line
+    return f"{key}.{line}" if name and name[1] in values else f"{key}: {line}"
 
 
 def resolve(path: str, *, allowed: tuple[str, ...] = ALLOWED) -> Callable[..., Any]:

@@ -39,6 +39,10 @@ class Base:
 
 class Part(Base):
     def __init__(self, *, size: int, scale: float = 1.0) -> None:
+        if size < 0:
+            raise ValueError(f"size must be at least 0, got {size}")
+        if size > 8:
+            raise ValueError("size is too large")
         self.size = size
         self.scale = scale
 

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -104,6 +105,8 @@ def test_a_partial_section_is_a_factory_that_takes_the_rest(sample):
     ("attempt", "problem"),
     [
         (lambda: build({**WHOLE, "dim": 5}, key="model"), "model: dim (5) must be a multiple of heads (2)"),
+        (lambda: build({**PART, "size": 9}, key="a"), "a: size is too large"),
+        (lambda: build({**PART, "size": -1}, key="a"), "a.size must be at least 0, got -1"),
         (lambda: build({"a": [{**WHOLE, "dim": 5}]}, key="b"), "b.a[0]: dim (5) must be a multiple of heads (2)"),
         (lambda: build({"_target_": WHOLE["_target_"], "dim": 4}, key="model"), "model.vocab_size: missing"),
         (lambda: build({**PART, "_partial_": True}, key="p")(sise=1), "p: got an unexpected keyword argument 'sise'"),
@@ -111,7 +114,7 @@ def test_a_partial_section_is_a_factory_that_takes_the_rest(sample):
     ],
 )
 def test_what_cannot_be_built_is_told_with_its_place(sample, attempt, problem):
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises(ValueError, match=re.escape(problem)) as raised:
         attempt()
     assert str(raised.value).startswith(problem)
 

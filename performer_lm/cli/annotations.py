@@ -76,9 +76,9 @@ def describe(wanted: Any) -> str:
         return f"a list of {describe(args[0])}" if args else "a list"
     if kind in _DICTS:
         return f"a section of {describe(args[1])}" if args else "a section"
-    words = {None: "null", type(None): "null", Path: "a path", Section: "a section with _target_"}
+    words: dict[Any, str] = {None: "null", type(None): "null", Path: "a path", Section: "a section with _target_"}
     words[collections.abc.Callable] = "a factory (a section with _target_ and _partial_: true)"
-    return words.get(kind) or getattr(kind, "__name__", str(wanted))
+    return words.get(kind) or str(getattr(kind, "__name__", wanted))
 
 
 def is_node(value: Any) -> bool:

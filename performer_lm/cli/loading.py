@@ -29,8 +29,8 @@ COMPOSITION_ERRORS = (
     AttributeError,
     RecursionError,
 )
-"""What Hydra raises for a mistake in overrides or config files: OmegaConf has AssertionError and AttributeError for a key
-below null, and files that include each other end in a RecursionError."""
+"""What Hydra raises for mistakes in overrides and config files: AssertionError and AttributeError for a key below null,
+KeyError for a variable of the environment, RecursionError for files that include each other."""
 
 
 class Loader:

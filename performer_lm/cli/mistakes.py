@@ -5,10 +5,11 @@ Hydra stops at its first mistake and says it in its own words. This room is ente
 
 import shlex
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from hydra.core.object_type import ObjectType
-from hydra.core.override_parser.types import Override, QuotedString
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
@@ -79,7 +80,9 @@ def _in_words(text: str) -> str:
     kept = [line for line in told if not line.strip().startswith(("full_key:", "object_type=", "reference_type="))]
     words = " ".join(" ".join(kept).split())
     if words.startswith(("no viable alternative", "token recognition error", "mismatched input", "extraneous input")):
-        return rf"`${{` begins an interpolation, and this one does not end well; for the characters write \${{ ({words})"
+        return (
+            rf"`${{` begins an interpolation, and this one does not end well; for the characters write \${{ ({words})"
+        )
     return words
 
 
@@ -166,10 +169,8 @@ def _unknown(base: DictConfig, groups: Sequence[str], *, parent: str, name: str,
     prefix = f"{parent}." if parent else ""
     accepted: list[str] = []
     if isinstance(section, DictConfig) and isinstance(section.get(TARGET), str):
-        try:
+        with suppress(ValueError):  # refused where it stands
             accepted = list(parameters(resolve(section[TARGET])))
-        except ValueError:
-            pass  # refused where it stands
     if key == prefix + name and name in accepted:
         return f"not set in the config; to add it write +{key}=..."
     same = [path for path in _keys(base, "") if path.rpartition(".")[2] == key and not path.startswith("hydra.")]

@@ -62,9 +62,7 @@ def _launch(
 ) -> None:
     args, options = parse(sys.argv[1:])
     _join_first_rank(args)
-    loader = Loader(
-        config_name=args.config_name or config_name, config_path=config_path, config_dir=args.config_dir
-    )
+    loader = Loader(config_name=args.config_name or config_name, config_path=config_path, config_dir=args.config_dir)
     run_hydra = functools.partial(_run_hydra, loader, options, args=args)
     if args.shell_completion:
         return run_hydra(task, [])

@@ -7,7 +7,6 @@ from annotated_types import Ge, Gt, Le
 
 from performer_lm.cli.annotations import Section, describe, leaves, mismatches
 
-
 PART = {"_target_": "performer_lm.sample.Part", "size": 1}
 MAKE_PART = {**PART, "_partial_": True}
 WHOLE = {"_target_": "performer_lm.sample.Whole"}

@@ -76,7 +76,12 @@ def test_a_wrong_option_is_one_line(argv, problem):
 def test_the_home_of_the_user_is_found_in_every_path_typed_or_written(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     cfg = OmegaConf.create(
-        {"seed": 3, "run_dir": "~/a\\${seed}", "data": {"path": "~", "corpora": {"x": {"path": "~/b"}}}, "prompt": "~/c"}
+        {
+            "seed": 3,
+            "run_dir": "~/a\\${seed}",
+            "data": {"path": "~", "corpora": {"x": {"path": "~/b"}}},
+            "prompt": "~/c",
+        }
     )
     expand_home(cfg)
     assert OmegaConf.to_container(cfg, resolve=True) == {

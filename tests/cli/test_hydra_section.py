@@ -4,7 +4,6 @@ from performer_lm.cli.compose import check_typed, compose
 from performer_lm.cli.errors import UsageError
 from performer_lm.cli.loading import Loader
 
-
 CORE = "hydra._internal.core_plugins"
 
 
@@ -12,7 +11,9 @@ CORE = "hydra._internal.core_plugins"
 def loader(tree):
     """Return the loader of a tree with a launcher that takes more than Hydra's own."""
     (tree / "hydra" / "launcher").mkdir(parents=True)
-    (tree / "hydra" / "launcher" / "open.yaml").write_text(f"{{_target_: {CORE}.basic_launcher.BasicLauncher, setup: []}}")
+    (tree / "hydra" / "launcher" / "open.yaml").write_text(
+        f"{{_target_: {CORE}.basic_launcher.BasicLauncher, setup: []}}"
+    )
     return Loader(config_name="train", config_path=tree)
 
 
@@ -84,6 +85,12 @@ def test_another_folder_adds_files_and_replaces_none(tree, tmp_path):
 
 def test_how_jobs_run_is_for_users_to_set(loader, tree):
     (tree / "debug" / "fast.yaml").write_text("# @package _global_\nhydra: {sweeper: {params: {seed: '1,2'}}}\n")
-    words = ["debug=fast", "hydra.sweep.dir=x", "hydra/launcher=open", "hydra.launcher.setup=[module load x]", "hydra.verbose=true"]
+    words = [
+        "debug=fast",
+        "hydra.sweep.dir=x",
+        "hydra/launcher=open",
+        "hydra.launcher.setup=[module load x]",
+        "hydra.verbose=true",
+    ]
     check_typed(loader, words)
     assert [job.seed for job in compose(loader, words, multirun=True)] == [1, 2]

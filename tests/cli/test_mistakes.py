@@ -10,11 +10,13 @@ from performer_lm.cli.loading import Loader
 
 def mistakes(tree, *overrides, multirun=False, config_name="train"):
     """Return what is wrong with the overrides, one line each."""
-    with pytest.raises(UsageError) as raised:
+    try:
         loader = Loader(config_name=config_name, config_path=tree)
         check_typed(loader, overrides)
         compose(loader, overrides, multirun=multirun)
-    return list(raised.value.problems)
+    except UsageError as error:
+        return list(error.problems)
+    return []
 
 
 @pytest.mark.parametrize(
