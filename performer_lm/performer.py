@@ -21,7 +21,7 @@ from performer_lm.nn.mixing import TokenShift
 from performer_lm.nn.positions import AbsolutePositions, NoAbsolutePositions, Positions
 from performer_lm.nn.problems import Problems
 from performer_lm.nn.residual import Plain, Recomputed, Residual, Reversible
-from performer_lm.ranges import Count, Positive, Share, Whole, ranged
+from performer_lm.ranges import Positive, Share, Size, Whole, ranged
 
 
 class PerformerState(NamedTuple):
@@ -72,9 +72,9 @@ class Performer(nn.Module):
     def __init__(
         self,
         *,
-        dim: Count,
+        dim: Size,
         depth: Annotated[int, Ge(1), Le(4096)],
-        heads: Count,
+        heads: Size,
         attn: AttentionFactory,
         positions: Callable[..., Positions],
         feed_forward: Callable[..., Body],
@@ -82,8 +82,8 @@ class Performer(nn.Module):
         final_norm: Callable[..., nn.Module] | None = None,
         causal: bool = True,
         cross_attend: bool = False,
-        dim_head: Count | None = None,
-        key_heads: Count | None = None,
+        dim_head: Size | None = None,
+        key_heads: Size | None = None,
         local: AttentionFactory | None = None,
         local_heads: Whole | list[Whole] = 0,
         convolution: Whole = 0,

@@ -18,6 +18,7 @@ from annotated_types import Ge, Gt, Le, Lt
 Target = TypeVar("Target", bound=Callable[..., Any])
 
 Count = Annotated[int, Ge(1)]
+Size = Annotated[int, Ge(1), Le(2**30)]  # of a dimension: more would overflow before it asked for memory
 Whole = Annotated[int, Ge(0)]
 NotNegative = Annotated[float, Ge(0)]
 Positive = Annotated[float, Gt(0)]

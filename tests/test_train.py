@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("text")
         (["data.batch_size=4", "trainer.accumulate_grad_batches=3"], "data.batch_size (4) must be a multiple of"),
         (["trainer.devices=0"], "trainer: `Trainer(devices=0)` value is not a valid input"),
         (["schedule.warmup=7"], "schedule.warmup (7 steps) must be within 0..4, the length of the run"),
-        (["schedule.warmup=1.5"], "schedule.warmup is a share of the run"),
+        (["schedule.warmup=1.5"], "schedule.warmup must be at least 0 and at most 1, got 1.5"),
         (["schedule=wsdd"], "schedule=wsdd: no such choice; did you mean schedule=wsd?"),
         (["callbacks.ema.decay=2"], "callbacks.ema.decay must be above 0 and below 1"),
         (["callbacks=[default,emma]"], "callbacks=emma: no such choice; did you mean callbacks=ema?"),

@@ -1,13 +1,13 @@
 """What a checkpoint says of its model and tokenizer, and how they are rebuilt from it."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from importlib import import_module
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from performer_lm import building
 from performer_lm.checkpoint.files import FORMAT, Checkpoint
 from performer_lm.data.tokenizer import Tokenizer, tokenizer_from_dict
 from performer_lm.language_model import LanguageModel
@@ -52,20 +52,10 @@ def build(section: Any) -> Any:
         ValueError: for a target that is not a model class defined in this package, or values that its constructor
             refuses.
     """
-    if isinstance(section, Mapping):
-        values = {key: build(value) for key, value in section.items() if key not in ("_target_", "_partial_")}
-        if "_target_" not in section:
-            return values
-        target = _find_class(section["_target_"])
-        if section.get("_partial_", False):
-            return partial(target, **values)
-        try:
-            return target(**values)
-        except TypeError as error:
-            raise ValueError(f"{section['_target_']}: {error}") from error
-    if isinstance(section, list | tuple):
-        return [build(item) for item in section]
-    return section
+    try:
+        return building.build(section, find=_find_class)
+    except TypeError as error:
+        raise ValueError(str(error).partition("\n")[0]) from error
 
 
 def _find_class(name: object) -> Callable[..., nn.Module]:

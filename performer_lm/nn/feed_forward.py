@@ -1,15 +1,17 @@
 """The position-wise feed-forward layer."""
 
 from collections.abc import Callable
+from typing import Annotated
 
 import torch
+from annotated_types import Gt, Le
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from performer_lm.nn.branch import Body
 from performer_lm.nn.layout import Layout
-from performer_lm.ranges import Count, Positive, Share, ranged
+from performer_lm.ranges import Count, Share, ranged
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -50,7 +52,7 @@ class FeedForward(Body):
         self,
         dim: Count,
         *,
-        mult: Positive,
+        mult: Annotated[float, Gt(0), Le(2**16)],
         activation: str,
         gated: bool = False,
         bias: bool = False,

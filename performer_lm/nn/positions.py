@@ -46,7 +46,12 @@ class Rotary(Positions):
     """
 
     def __init__(
-        self, *, dim_head: int, base: Positive = 10_000.0, width: Annotated[int, Ge(2)] | None = None, interleaved: bool = False
+        self,
+        *,
+        dim_head: int,
+        base: Positive = 10_000.0,
+        width: Annotated[int, Ge(2)] | None = None,
+        interleaved: bool = False,
     ) -> None:
         super().__init__()
         self.base = base

@@ -9,7 +9,10 @@ from pathlib import Path
 import torch
 
 # of RuntimeErrors: torch's CPU allocator and some devices have no error type of their own
-_ALLOCATION_FAILURES = ("can't allocate memory", "not enough memory", "out of memory")
+_ALLOCATION_FAILURES = (
+    *("can't allocate memory", "not enough memory", "out of memory"),
+    *("Storage size calculation overflowed", "integer multiplication overflow"),  # more than an address reaches
+)
 _STATUS = Path("/proc/self/status")
 
 
