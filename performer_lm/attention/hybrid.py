@@ -32,8 +32,8 @@ class HybridAttention(Attention[Any]):
         backends: dict[str, AttentionFactory],
     ) -> None:
         super().__init__(heads=heads, key_heads=key_heads, dim_head=dim_head, dim_value=dim_value, layer=layer)
-        if not pattern:
-            raise ValueError(f"attn.pattern must name at least one backend of {', '.join(backends)}; it is empty")
+        if not pattern or not backends:
+            raise ValueError(f"attn.pattern must name at least one backend of {', '.join(backends)}; none is given")
         for name in pattern:
             if name not in backends:
                 nearest = get_close_matches(name, backends, n=1) or [next(iter(backends))]

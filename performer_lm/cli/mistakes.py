@@ -129,6 +129,8 @@ def _misplaced(loader: Loader, override: Override, chosen: dict[str, str]) -> st
     if places:
         return f"{line}: say where: {' or '.join(f'{place}=...' for place in places)}"
     parent = group.rpartition("/")[0]
+    if not parent:
+        return f"{line}: to choose none write {group}=[]"
     having = [each for each in loader.options(parent) if parent and group in loader.choices([f"{parent}={each}"])]
     hint = f"; with one: {', '.join(f'{parent}={each}' for each in having)}" if having else ""
     owner = f"{parent}={chosen[parent]}" if parent in chosen else "what was chosen"

@@ -19,8 +19,10 @@ from performer_lm.attention.local import LocalAttention
 from performer_lm.building import build, escape
 from performer_lm.checkpoint import Checkpoint
 from performer_lm.data.module import WindowData
+from performer_lm.encoder_decoder import PerformerEncoderDecoder
 from performer_lm.language_model import LanguageModel
 from performer_lm.nn.attention import MultiHeadAttention
+from performer_lm.performer import Performer
 from performer_lm.training.callbacks.base import RunCallback, Surroundings
 from performer_lm.training.callbacks.ending import FinalValidation
 from performer_lm.training.callbacks.guard import NonFiniteGuard
@@ -206,6 +208,13 @@ def _sketch_model(section: dict[str, Any], *, context: int) -> LanguageModel:
     for module in model.modules():
         if isinstance(module, LocalAttention) and module.window > context:
             raise ValueError(f"window ({module.window}) must be at most the context (data.context={context})")
+        if isinstance(module, Performer) and module.max_len is not None:
+            halved = isinstance(model, PerformerEncoderDecoder)  # a window is a source and its target
+            longest = context if not halved else (context + 1) // 2 if module.causal else context // 2 + 1
+            if module.max_len < longest:
+                raise ValueError(
+                    f"model.absolute has {module.max_len} places, for {longest} tokens (data.context={context})"
+                )
     return model
 
 

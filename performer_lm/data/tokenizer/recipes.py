@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, final
+from typing import Annotated, Any, ClassVar, final
+
+from annotated_types import Ge, Le
 
 from performer_lm.data.tokenizer.base import Tokenizer, short
 from performer_lm.data.tokenizer.byte_pairs import train_byte_pairs
@@ -18,6 +20,8 @@ from performer_lm.data.tokenizer.plain import tokenizer_from_dict
 from performer_lm.data.tokenizer.unigram import train_unigram
 from performer_lm.data.tokenizer.word_pieces import train_word_pieces
 from performer_lm.ranges import Count, ranged
+
+VocabSize = Annotated[int, Ge(1), Le(2**22)]  # the tokenizers library aborts where it finds no room for more
 
 
 class TokenizerRecipe(ABC):
@@ -64,7 +68,7 @@ class _Trained(_Learned):
     """
 
     learns: ClassVar[bool] = True
-    vocab_size: Count
+    vocab_size: VocabSize
     train_bytes: Count
 
     def _check(self, *, base: int, of_what: str) -> None:
@@ -101,7 +105,7 @@ class Characters(_Learned):
     """
 
     learns: ClassVar[bool] = True
-    vocab_size: Count | None
+    vocab_size: VocabSize | None
     fallback: bool
 
     def __post_init__(self) -> None:

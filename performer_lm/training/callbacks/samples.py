@@ -60,12 +60,16 @@ class Samples(RunCallback):
         model = cast("LanguageModelTask", pl_module).measured
         if not (trainer.is_global_zero and model.decodes):
             return
+        room = model.room_after(max(1, len(self.run.tokenizer.encode(self.prompt))))  # where learned positions end
+        length = self.max_new_tokens if room is None else min(self.max_new_tokens, room)
+        if length < 1:
+            return
         continuation = "".join(
             stream_text(
                 model,
                 self.run.tokenizer,
                 self.prompt,
-                max_new_tokens=self.max_new_tokens,
+                max_new_tokens=length,
                 sampler=self.sampler,
                 seed=self.seed,
             )
