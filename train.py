@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from annotated_types import Ge, Le
 
 from performer_lm.cli import Section, Sweep, as_typed, main, sweep_folder, usage_errors
 
@@ -41,7 +43,7 @@ if __name__ == "__main__":
         config_path=Path(__file__).parent / "configs",
         keys={
             "compile": bool,
-            "seed": int,
+            "seed": Annotated[int, Ge(0), Le(2**32 - 1)],
             "ckpt": str | None,
             "run_dir": str,
             "resume.allow": list[str],

@@ -82,7 +82,7 @@ def test_what_cannot_be_compared_is_one_line(invoke: Invoke, text: None) -> None
         ("favor", ["task.heads=[0,2]"], "task.heads must be within 0..1, the layer's FAVOR heads; got 2"),
         ("favor", ["task.heads=[]"], "the layer's FAVOR heads; got none"),
         ("favor", ["task.redraws=0"], "redraws must be at least 1, got 0"),
-        ("favor", ["task.num_features=[16,0]"], "num_features of SoftmaxFeatures must be at least 1, got 0"),
+        ("favor", ["task.num_features=[16,0]"], "task.num_features[1] must be at least 1, got 0"),
         ("favor", ["task.num_features=16"], "task.num_features"),
         ("favor", ["layer=1"], "layer: unknown key; did you mean task.layer?"),
     ):
@@ -100,6 +100,7 @@ def test_what_cannot_be_compared_is_one_line(invoke: Invoke, text: None) -> None
     [
         (["task=bits_per_bite"], "task=bits_per_bite: no such choice; did you mean task=bits_per_byte?"),
         (["ckpt=runs/nothing"], "does not exist"),
+        (["-m", "task=bits_per_byte,approximation"], "--multirun: evaluate.py runs once; give each key one value"),
     ],
 )
 def test_a_mistake_is_one_line(invoke: Invoke, text: None, arguments: list[str], message: str) -> None:

@@ -72,6 +72,32 @@ def test_no_name_on_a_command_line_is_run(target: str, values: dict[str, Any], i
     assert untouched()
 
 
+@pytest.mark.parametrize(
+    "section",
+    [
+        "job: {env_set: {PYTHONPATH: evil}}",
+        "job_logging: {handlers: {a: {(): pathlib.Path.touch, self: marker}}, version: 1}",
+        "callbacks: {a: {_target_: pathlib.Path.touch, self: marker}}",
+        "launcher: {_target_: pathlib.Path.touch}",
+        "{mode: MULTIRUN, sweeper: {params: {+hydra.job.env_set.PYTHONPATH: evil}}}",
+        "searchpath: ['pkg://evil']",
+    ],
+)
+@pytest.mark.parametrize("multirun", [[], ["-m"]], ids=["run", "sweep"])
+def test_no_config_file_of_a_stranger_runs_code(section: str, multirun: list[str], invoke: Invoke) -> None:
+    """Among others that of a worker process, which starts Python anew and with it a `sitecustomize` on its path."""
+    Path("evil/experiment").mkdir(parents=True)
+    Path("evil/sitecustomize.py").write_text(f"open({str(Path('marker').absolute())!r}, 'w')")
+    Path("evil/__init__.py").write_text("open('marker', 'w')")
+    Path("evil/experiment/evil.yaml").write_text(f"# @package _global_\nhydra:\n  {section}\n")
+    words = ["debug=fast", "data=files", "data.path=text.txt", "tokenizer=bytes", "data.num_workers=1"]
+    code, out, err = invoke(*multirun, "--config-dir=evil", "experiment=evil", *words, "data.start_method=spawn")
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert "hydra" in err
+    assert untouched()
+    assert not Path("runs").exists()
+
+
 @pytest.mark.parametrize("force", ["0", "1"])
 @pytest.mark.parametrize("where", ["optimizer_states", "hyper_parameters", "callbacks", "performer_lm"])
 def test_no_pickle_is_run(force: str, where: str, invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The training script as its users meet it: right and wrong command lines."""
 
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -52,6 +53,27 @@ pytestmark = pytest.mark.usefixtures("text")
         (["experiment=nothing"], "experiment=nothing: no such choice"),
         (["debug=fats"], "debug=fats: no such choice; did you mean debug=fast?"),
         (["-m", "attn=flash,falsh"], "attn=falsh: no such choice"),
+        (["model/absolute=learned", "model.absolute.max_len=8"], "model.absolute has 8 places, for 64 tokens"),
+        (
+            ["trainer.accelerator=tpu"],
+            "trainer.accelerator: wanted 'auto' or 'cpu' or 'gpu' or 'cuda' or 'mps', got 'tpu'",
+        ),
+        (["trainer.gradient_clip_val=-1"], "trainer.gradient_clip_val must be at least 0, got -1"),
+        (["trainer.gradient_clip_val=nan"], "trainer.gradient_clip_val must be a finite number, got nan"),
+        (["optimizer.momentum=1"], "optimizer.momentum must be at least 0 and below 1, got 1"),
+        (["optimizer.betas=[0.9,1.5]"], "optimizer.betas[1] must be at least 0 and below 1, got 1.5"),
+        (["model.dropout=nan"], "model.dropout must be a finite number, got nan"),
+        (["model.depth=1000000000"], "model.depth must be at least 1 and at most 4096, got 1000000000"),
+        (["data.batch_size=9223372036854775808"], "data.batch_size must be within 64 bits"),
+        (["seed=-1"], "seed must be at least 0 and at most 4294967295, got -1"),
+        (["~optimizer.lr"], "optimizer.lr: missing"),
+        (["~attn.num_features"], "performer_lm.attention.favor.FavorAttention.num_features: missing"),
+        (["~data.path"], "data.path: missing; wanted str or null"),
+        (["~resume"], "resume.allow: missing; wanted a list of str"),
+        (["~optimizer"], "optimizer: missing; wanted a factory"),
+        (["~callbacks"], "~callbacks: to choose none write callbacks=[]"),
+        (["+callbacks.x={}"], "callbacks.x: wanted a section with _target_ or null, got a section without _target_"),
+        (["+hydra.job.env_set.A=b"], "+hydra.job.env_set.A: not for users to set"),
         (["attn=hybrid", "attn.pattern=[favor,flahs]"], "no backend 'flahs'; did you mean 'flash'?"),
     ],
 )
@@ -67,6 +89,29 @@ def test_a_mistake_is_one_line_and_leaves_nothing(invoke: Invoke, arguments: lis
     assert told[0].startswith("error: ")
     assert message in told[0]
     assert set(Path().iterdir()) - before <= {Path("data")}
+
+
+@pytest.mark.parametrize(
+    "options", [["~callbacks.samples", "~callbacks.ema"], ["callbacks=[]", "logger=[]"], ["~compile"]]
+)
+def test_what_may_be_left_out_is(invoke: Invoke, options: list[str]) -> None:
+    code, out, err = invoke(*TINY, *options)
+    assert ("best val bpb" in out, code) == ((False, 2) if "~compile" in options else (True, 0)), err
+
+
+def test_typed_text_stays_as_typed_through_a_run(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(Path().absolute()))
+    Path("text.txt").rename("a ${seed}.txt")
+    words = ["data.path=a ${seed}.txt", "callbacks.samples.prompt=${seed}, ", "run_dir=~/b/${seed}"]
+    code, out, err = invoke(*TINY, *words, "logger=tensorboard")
+    assert code == 0, err
+    folder = Path("b/${seed}")
+    assert "\n${seed}, " in (folder / "samples.txt").read_text()
+    assert list(folder.glob("tensorboard/**/events*"))
+    assert sorted(path.name for path in Path().iterdir()) == ["a ${seed}.txt", "b", "data"]
+    resume = next(line for line in out.splitlines() if line.startswith("resume"))
+    assert all(word in shlex.split(resume) for word in words[:2])
+    assert invoke(*shlex.split(resume)[3:])[0] == 0
 
 
 def test_invalid_utf8_names_file_and_offset(invoke: Invoke) -> None:
@@ -105,10 +150,23 @@ def test_generating_twice_with_one_seed_is_the_same(invoke: Invoke) -> None:
     assert greedy[0] == greedy[1]
 
 
+def test_what_is_printed_is_the_text_alone_and_notes_go_elsewhere(invoke: Invoke) -> None:
+    invoke(*TINY)
+    code, out, err = invoke("attn=exact", "max_new_tokens=3", "prompt=line", script="generate.py")
+    assert code == 0, err
+    assert out.startswith("line")
+    assert "note: the attention backend changed" in err
+    for odd in ("temperature=1e-45", "top_p=1e-300", "repetition_penalty=1e39"):
+        assert invoke(odd, "max_new_tokens=3", script="generate.py")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["ckpt=runs/nothing"], "does not exist; nearest: runs/"),
+        (["-m", "seed=1,2"], "--multirun: generate.py runs once; give each key one value"),
+        (["device=meta"], "device=meta is not available (this machine has cpu"),
+        (["temperature=inf"], "temperature must be a finite number, got inf"),
         (["temperature=-1"], "temperature must be at least 0"),
         (["top_k=0"], "top_k must be at least 1"),
         (["max_new_tokens=0"], "max_new_tokens must be at least 1"),

@@ -22,35 +22,29 @@ PATHS = ("cache_dir", "ckpt", "init", "path", "run_dir", "validation_path")
 FREE_TEXT = (*PATHS, "prompt")  # by the last name of the key: data.path, data.corpora.files.path, tokenizer.path
 REFUSED = {  # options of Hydra's that load what no check sees
     "experimental_rerun": "--experimental-rerun: refused, for it runs whatever a pickle file says; type the overrides",
-    "config_path": "--config-path: refused, for configs/ is what the code fits; --config-dir=FOLDER adds files to it",
+    "config_path": "--config-path: refused, for the code fits configs/ alone; --config-dir=FOLDER adds files to it",
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """Hydra's options, with mistakes raised as UsageError and options allowed between overrides."""
-
-    def __init__(self) -> None:
-        super().__init__(add_help=False, parents=[get_args_parser()])
-
+class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return Hydra's arguments, with free text quoted, and the words that are its options.
+    """Return Hydra's arguments, with free text quoted, and the words that are options, wherever they stood.
 
     Raises:
         UsageError: for an option that is unknown or refused.
     """
-    parser = Parser()
+    parser = _Parser(add_help=False, parents=[get_args_parser()])
     words = [quote(word) for word in argv]
     args, unknown = parser.parse_known_intermixed_args(words)
     known = [option for action in parser._actions for option in action.option_strings]
-    if unknown:
-        raise UsageError(*(f"{word}: no such option{did_you_mean(word, known)}" for word in unknown))
-    for option, problem in REFUSED.items():
-        if getattr(args, option) is not None:
-            raise UsageError(problem)
+    problems = [f"{word}: no such option{did_you_mean(word, known)}" for word in unknown]
+    problems += [problem for option, problem in REFUSED.items() if getattr(args, option) is not None]
+    if problems:
+        raise UsageError(*problems)
     return args, [word for word in words if word not in args.overrides]
 
 

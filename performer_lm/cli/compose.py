@@ -1,7 +1,8 @@
 """From the overrides of a command line to the config of every job, before the first one starts."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -13,45 +14,40 @@ from performer_lm.cli.argv import expand_home, unresolved
 from performer_lm.cli.errors import UsageError
 from performer_lm.cli.hydra_section import refused_overrides, refused_section
 from performer_lm.cli.loading import COMPOSITION_ERRORS, Loader
-from performer_lm.cli.mistakes import dotted_choice, first_mistake, in_one_line
+from performer_lm.cli.mistakes import dotted_choice, first_mistake
 
 
-def compose(loader: Loader, overrides: Sequence[str], *, multirun: bool) -> list[DictConfig]:
-    """Return the config of each job, with Hydra's section as the job will see it.
-
-    Raises:
-        UsageError: for the first override that is wrong, or value of Hydra's section that may not be set.
-    """
+@contextmanager
+def explaining(loader: Loader, overrides: Sequence[str], *, multirun: bool) -> Iterator[None]:
+    """Turn what Hydra raises for overrides that do not compose into a `UsageError` for the first wrong one."""
     try:
-        jobs = _jobs(loader, overrides, multirun=multirun)
-        trusted = loader.trusted()
+        yield
+    except UsageError:
+        raise
     except COMPOSITION_ERRORS as error:
-        if isinstance(error, UsageError):
-            raise
-        raise explained(loader, overrides, error, multirun=multirun) from error
-    _refuse(*(problem for job in jobs for problem in refused_section(job, trusted, overrides)))
-    return jobs
+        raise UsageError(first_mistake(loader, overrides, error, multirun=multirun)) from error
 
 
 def check_typed(loader: Loader, overrides: Sequence[str]) -> None:
     """Refuse overrides of Hydra's section that are not for users to set, before anything is composed.
 
     Raises:
-        UsageError: for them, or for an override that is none.
+        UsageError: for the first of them.
     """
-    try:
-        parsed = loader.parse(overrides)
-    except COMPOSITION_ERRORS as error:
-        raise explained(loader, overrides, error, multirun=True) from error
-    _refuse(*refused_overrides(parsed))
+    for problem in refused_overrides(loader.parse(overrides)):
+        raise UsageError(problem)
 
 
-def explained(loader: Loader, overrides: Sequence[str], error: Exception, *, multirun: bool) -> UsageError:
-    """Return what is wrong with overrides that do not compose, or else what `error` says."""
-    try:
-        return UsageError(first_mistake(loader, overrides, error, multirun=multirun))
-    except COMPOSITION_ERRORS:  # another than that of any override
-        return UsageError(in_one_line(error))
+def compose(loader: Loader, overrides: Sequence[str], *, multirun: bool) -> list[DictConfig]:
+    """Return the config of each job, with Hydra's section as the job will see it.
+
+    Raises:
+        UsageError: for the first value of Hydra's section that may not be set.
+    """
+    jobs, trusted = _jobs(loader, overrides, multirun=multirun), loader.load([]).hydra
+    for problem in itertools.chain.from_iterable(refused_section(job, trusted, overrides) for job in jobs):
+        raise UsageError(problem)
+    return jobs
 
 
 def meant_as_choices(loader: Loader, overrides: Sequence[str]) -> list[str]:
@@ -72,27 +68,24 @@ def is_sweep(job: DictConfig) -> bool:
     return bool(job.hydra.mode == RunMode.MULTIRUN)
 
 
-def _refuse(*problems: str) -> None:
-    if problems:
-        raise UsageError(problems[0])
-
-
 def _jobs(loader: Loader, overrides: Sequence[str], *, multirun: bool) -> list[DictConfig]:
-    sweep = loader.load(overrides, strict=multirun)
-    if not multirun and not is_sweep(sweep):
-        run = loader.load(overrides, mode=RunMode.RUN)
-        return [_place(run, run.hydra.run.dir)]
-    swept = [f"{key}={value}" for key, value in (sweep.hydra.sweeper.get("params") or {}).items()]
-    parsed = loader.parse([*swept, *unresolved(sweep.hydra.overrides.task)])
-    _refuse(*refused_overrides(parsed))
-    is_basic = sweep.hydra.runtime.choices["hydra/sweeper"] == "basic"
-    given = {override.get_key_element(): _values(override, is_basic=is_basic) for override in parsed}  # the last counts
+    cfg = loader.load(overrides)
+    parsed = loader.parse(overrides)
+    if not multirun and not is_sweep(cfg):
+        if any(override.is_sweep_override() for override in parsed):
+            raise ValueError("several values in a single run")
+        return [_place(cfg, cfg.hydra.run.dir)]
+    swept = [f"{key}={value}" for key, value in (cfg.hydra.sweeper.get("params") or {}).items()]
+    check_typed(loader, swept)
+    typed = loader.parse([*swept, *unresolved(cfg.hydra.overrides.task)])
+    is_basic = cfg.hydra.runtime.choices["hydra/sweeper"] == "basic"
+    given = {override.get_key_element(): _values(override, is_basic=is_basic) for override in typed}  # the last counts
     if is_basic:
         batches = list(itertools.product(*given.values()))
     else:  # its jobs are not known yet: each value stands in one of these at least
         most = max(map(len, given.values()), default=1)
         batches = [tuple(values[index % len(values)] for values in given.values()) for index in range(most)]
-    return [_job(loader, sweep, index, batch) for index, batch in enumerate(batches)]
+    return [_job(loader, cfg, index, batch) for index, batch in enumerate(batches)]
 
 
 def _values(override: Override, *, is_basic: bool) -> list[str]:
@@ -108,7 +101,7 @@ def _values(override: Override, *, is_basic: bool) -> list[str]:
 
 
 def _job(loader: Loader, sweep: DictConfig, index: int, overrides: Sequence[str]) -> DictConfig:
-    job = loader.load_job(sweep, overrides)
+    job = loader.hydra.load_sweep_config(sweep, list(overrides))
     with open_dict(job):
         job.hydra.job.id, job.hydra.job.num, job.hydra.mode = str(index), index, RunMode.MULTIRUN
     return _place(job, f"{job.hydra.sweep.dir}/{index}")

@@ -19,18 +19,12 @@ from performer_lm.cli.argv import in_quotes
 from performer_lm.cli.errors import UsageError
 
 COMPOSITION_ERRORS = (
-    HydraException,
-    OmegaConfBaseException,
-    YAMLError,
-    ValueError,
-    OSError,
-    KeyError,
-    AssertionError,
-    AttributeError,
-    RecursionError,
+    *(HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError),
+    *(AssertionError, AttributeError),  # OmegaConf's, for a key below null
+    KeyError,  # a variable that the environment lacks
+    RecursionError,  # files that include each other
 )
-"""What Hydra raises for mistakes in overrides and config files: AssertionError and AttributeError for a key below null,
-KeyError for a variable of the environment, RecursionError for files that include each other."""
+"""What Hydra raises for mistakes in overrides and config files."""
 
 
 class Loader:
@@ -39,7 +33,7 @@ class Loader:
     Args:
         config_name: the root config, without `.yaml`.
         config_path: the folder it lies in.
-        config_dir: another folder, whose files are choices too.
+        config_dir: another folder, whose files are choices too; those of `config_path` come first.
 
     Raises:
         UsageError: for a config or folder that is not there.
@@ -52,38 +46,27 @@ class Loader:
         if config_dir is not None and not Path(config_dir).is_dir():
             raise UsageError(f"--config-dir={config_dir}: no such directory")
         with initialize_config_dir(str(config_path), version_base="1.3"):
-            self.loader = GlobalHydra.instance().config_loader()
+            self.hydra = GlobalHydra.instance().config_loader()
         self.config_name, self.config_path = config_name, config_path
-        more = None if config_dir is None else in_quotes(f"file://{Path(config_dir).absolute()}")
-        self.more = [] if more is None else [f"hydra.searchpath=[{more}]"]
+        more = [in_quotes(f"file://{Path(folder).absolute()}") for folder in (config_dir,) if folder is not None]
+        self.more = [f"hydra.searchpath=[{path}]" for path in more]
 
-    def load(self, overrides: Sequence[str], *, mode: RunMode = RunMode.MULTIRUN, strict: bool = True) -> DictConfig:
-        """Return the config that overrides compose; not `strict`, sweeps are taken without `-m`."""
-        return self.loader.load_configuration(
-            self.config_name, [*self.more, *overrides], run_mode=mode, validate_sweep_overrides=strict
-        )
-
-    def trusted(self) -> DictConfig:
-        """Return Hydra's section as the entry point's own files set it: those of `config_dir` come after them."""
-        trusted: DictConfig = self.load([], mode=RunMode.RUN).hydra
-        return trusted
-
-    def load_job(self, sweep: DictConfig, overrides: Sequence[str]) -> DictConfig:
-        """Return the config of one job of a sweep."""
-        return self.loader.load_sweep_config(sweep, list(overrides))
+    def load(self, overrides: Sequence[str]) -> DictConfig:
+        """Return the config that overrides compose, sweeps left out."""
+        return self.hydra.load_configuration(self.config_name, [*self.more, *overrides], run_mode=RunMode.MULTIRUN)
 
     def parse(self, overrides: Sequence[str]) -> list[Override]:
         """Return overrides as Hydra's grammar reads them."""
-        return OverridesParser.create(self.loader).parse_overrides(list(overrides))
+        return OverridesParser.create(self.hydra).parse_overrides(list(overrides))
 
     def choices(self, overrides: Sequence[str]) -> dict[str, str]:
         """Return the file that each config group takes, by group: of the defaults, changed by overrides."""
-        found = self.loader.compute_defaults_list(self.config_name, [*self.more, *overrides], RunMode.MULTIRUN)
+        found = self.hydra.compute_defaults_list(self.config_name, [*self.more, *overrides], RunMode.MULTIRUN)
         return {str(group): str(name) for group, name in found.overrides.known_choices.items()}
 
     def options(self, group: str, *, kind: ObjectType = ObjectType.CONFIG) -> list[str]:
         """Return the files of a group that are for users to choose, or the groups inside it."""
-        names = self.loader.get_group_options(group, kind, self.config_name, list(self.more))
+        names = self.hydra.get_group_options(group, kind, self.config_name, list(self.more))
         return [name for name in names if not name.startswith("_")]
 
     def is_choice(self, override: Override) -> bool:

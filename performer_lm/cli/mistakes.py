@@ -4,7 +4,7 @@ Hydra stops at its first mistake and says it in its own words. This room is ente
 """
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -14,6 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from performer_lm.building import PARTIAL, TARGET, resolve
+from performer_lm.cli.annotations import leaves
 from performer_lm.cli.argv import in_quotes
 from performer_lm.cli.errors import nearest_key
 from performer_lm.cli.loading import COMPOSITION_ERRORS, Loader, no_choice
@@ -25,23 +26,23 @@ def first_mistake(loader: Loader, overrides: Sequence[str], error: Exception, *,
 
     Choices are looked at before keys: they decide which keys there are.
     """
-    parsed: list[Override] = []
+    choices, settings = list[Override](), list[Override]()
     for text in overrides:
         try:
-            parsed += loader.parse([text])
+            [override] = loader.parse([text])
         except HydraException as failure:
             return _syntax(text, failure)
-        if parsed[-1].is_sweep_override() and not multirun:
+        if override.is_sweep_override() and not multirun:
             return f"{text}: several values need -m (or --multirun)"
-    choices = [override for override in parsed if loader.is_choice(override)]
+        (choices if loader.is_choice(override) else settings).append(override)
     chosen: list[str] = []
-    for override in sorted(choices, key=lambda override: override.key_or_group.count("/")):
-        if problem := _wrong_choice(loader, override, chosen):
-            return problem
-        chosen.append(str(override.input_line))
-    settings = [override for override in parsed if not loader.is_choice(override)]
     try:
         base = loader.load(chosen)
+        for override in sorted(choices, key=lambda override: override.key_or_group.count("/")):
+            problem, base = _wrong_choice(loader, override, chosen, base)
+            if problem:
+                return problem
+            chosen.append(str(override.input_line))
     except COMPOSITION_ERRORS as failure:
         return in_one_line(failure)
     for override in settings:
@@ -67,23 +68,17 @@ def dotted_choice(loader: Loader, override: Override) -> str | None:
 
 
 def in_one_line(error: BaseException) -> str:
-    """Return what an error and its cause say, on one line, without Hydra's list of search paths."""
+    """Return what an error and its cause say, without search paths, node types and other words of their libraries."""
     if isinstance(error, RecursionError):
         return "config files that include each other, or themselves, have no end"
-    texts = [_in_words(str(link)) for link in (error, error.__cause__) if link is not None]
-    return ": ".join(text for text in texts if text) or type(error).__name__
-
-
-def _in_words(text: str) -> str:
-    """Return an error's words without search paths, node types and parser states, which only its library can use."""
-    told = text.partition("\nConfig search path")[0].splitlines()
-    kept = [line for line in told if not line.strip().startswith(("full_key:", "object_type=", "reference_type="))]
-    words = " ".join(" ".join(kept).split())
+    texts = [str(link).partition("\nConfig search path")[0] for link in (error, error.__cause__) if link is not None]
+    own = ("full_key:", "object_type=", "reference_type=")
+    kept = [" ".join(line for line in text.splitlines() if not line.strip().startswith(own)) for text in texts]
+    words = ": ".join(" ".join(text.split()) for text in kept if text)
     if words.startswith(("no viable alternative", "token recognition error", "mismatched input", "extraneous input")):
-        return (
-            rf"`${{` begins an interpolation, and this one does not end well; for the characters write \${{ ({words})"
-        )
-    return words
+        told = r"`${` begins an interpolation, and this one does not end well; for the characters write \${"
+        return f"{told} ({words})"
+    return words or type(error).__name__
 
 
 def _syntax(text: str, error: HydraException) -> str:
@@ -97,22 +92,21 @@ def _syntax(text: str, error: HydraException) -> str:
     return f"{text}: not a valid override ({said}); to give it as text write {typed}"
 
 
-def _wrong_choice(loader: Loader, override: Override, chosen: Sequence[str]) -> str | None:
-    """Return why a file cannot be chosen, beside those chosen already; None if it can."""
+def _wrong_choice(
+    loader: Loader, override: Override, chosen: Sequence[str], base: DictConfig
+) -> tuple[str | None, DictConfig]:
+    """Return why a file cannot be chosen beside those chosen already, None if it can; and the config with it."""
     group, line, value = override.key_or_group, str(override.input_line), override.value()
-    values: Any = [value]
     if override.is_sweep_override():
-        values = list(override.sweep_iterator()) if override.is_discrete_sweep() else []
-    named = [getattr(name, "text", name) for each in values for name in (each if isinstance(each, list) else [each])]
-    for name in named:
-        if name is not None and str(name) not in (names := loader.options(group)):
-            return no_choice(override.get_key_element(), str(name), names)
+        value = list(override.sweep_iterator()) if override.is_discrete_sweep() else []
+    for name in leaves(value, ""):
+        text = str(getattr(name[1], "text", name[1]))
+        if name[1] not in (None, []) and text not in (names := loader.options(group)):
+            return no_choice(override.get_key_element(), text, names), base
     try:
-        before = loader.choices(chosen)
-        loader.load([*chosen, line])
+        return None, loader.load([*chosen, line])
     except COMPOSITION_ERRORS as error:
-        return _misplaced(loader, override, before) or f"{line}: {in_one_line(error)}"
-    return None
+        return _misplaced(loader, override, loader.choices(chosen)) or f"{line}: {in_one_line(error)}", base
 
 
 def _misplaced(loader: Loader, override: Override, chosen: dict[str, str]) -> str | None:
@@ -121,32 +115,30 @@ def _misplaced(loader: Loader, override: Override, chosen: dict[str, str]) -> st
     A group inside another belongs to some of its files: `attn/features` to attn=favor, not to attn=flash.
     """
     group, line = override.key_or_group, override.input_line
+    parent = group.rpartition("/")[0]
     if override.value() is None and not override.is_delete():
         return no_choice(group, "null", loader.options(group))
     if override.is_add() or override.get_key_element().lstrip("~") in chosen:
         return None
-    places = [key for key in chosen if key.partition("@")[0] == group]
-    if places:
+    if places := [key for key in chosen if key.partition("@")[0] == group]:
         return f"{line}: say where: {' or '.join(f'{place}=...' for place in places)}"
-    parent = group.rpartition("/")[0]
     if not parent:
         return f"{line}: to choose none write {group}=[]"
-    having = [each for each in loader.options(parent) if parent and group in loader.choices([f"{parent}={each}"])]
-    hint = f"; with one: {', '.join(f'{parent}={each}' for each in having)}" if having else ""
+    having = [f"{parent}={each}" for each in loader.options(parent) if group in loader.choices([f"{parent}={each}"])]
     owner = f"{parent}={chosen[parent]}" if parent in chosen else "what was chosen"
+    hint = f"; with one: {', '.join(having)}" if having else ""
     return f"{line}: {owner} has no {group} to choose{hint}"
 
 
 def _wrong_key(override: Override, base: DictConfig, loader: Loader) -> str | None:
     key, line = override.key_or_group, str(override.input_line)
     parent, name = _split(base, key)
-    if override.is_add():
-        if name == "" and not OmegaConf.is_config(_at(base, key)):
-            return f"{line}: {key} is in the config already; write {line.lstrip('+')}"
-    elif name != "" and not override.is_force_add():
+    if override.is_add() and not name and not OmegaConf.is_config(_at(base, key)):
+        return f"{line}: {key} is in the config already; write {line.lstrip('+')}"
+    if name and not override.is_add() and not override.is_force_add():
         groups = [] if parent else loader.options("", kind=ObjectType.GROUP)
         return f"{'~' * override.is_delete()}{key}: {_unknown(base, groups, parent=parent, name=name, key=key)}"
-    elif isinstance(_at(base, key), DictConfig) and isinstance(override.value(), list) and not override.is_delete():
+    if not override.is_add() and isinstance(_at(base, key), DictConfig) and isinstance(override.value(), list):
         return f"{line}: wanted a section (key=value pairs below {key}), got a list"
     return dotted_choice(loader, override)
 
@@ -167,15 +159,13 @@ def _split(cfg: DictConfig, key: str) -> tuple[str, str]:
 
 
 def _unknown(base: DictConfig, groups: Sequence[str], *, parent: str, name: str, key: str) -> str:
-    section = _at(base, parent)
-    prefix = f"{parent}." if parent else ""
-    accepted: list[str] = []
-    if isinstance(section, DictConfig) and isinstance(section.get(TARGET), str):
-        with suppress(ValueError):  # refused where it stands
-            accepted = list(parameters(resolve(section[TARGET])))
+    section, prefix, accepted = _at(base, parent), f"{parent}." if parent else "", list[str]()
+    with suppress(ValueError, TypeError, AttributeError, KeyError):  # no section, or one that builds nothing known
+        accepted = list(parameters(resolve(section[TARGET])))
     if key == prefix + name and name in accepted:
         return f"not set in the config; to add it write +{key}=..."
-    same = [path for path in _keys(base, "") if path.rpartition(".")[2] == key and not path.startswith("hydra.")]
+    everywhere = [path for path, _ in leaves(OmegaConf.to_container(base, resolve=False), "")]
+    same = [path for path in everywhere if path.rpartition(".")[2] == key and not path.startswith("hydra.")]
     if len(same) == 1:  # lr -> optimizer.lr
         return f"unknown key; did you mean {same[0]}?"
     names = [str(other) for other in section] if isinstance(section, DictConfig) else []
@@ -183,12 +173,3 @@ def _unknown(base: DictConfig, groups: Sequence[str], *, parent: str, name: str,
     below = key.removeprefix(prefix + name)
     whole = [other + below for other in known if not below or _split(base, prefix + other + below)[1] == ""]
     return f"unknown key{nearest_key(name + below, whole or known, prefix=prefix)}"
-
-
-def _keys(cfg: DictConfig, prefix: str) -> Iterator[str]:
-    for name in map(str, cfg):
-        yield f"{prefix}{name}"
-        if not OmegaConf.is_missing(cfg, name) and not OmegaConf.is_interpolation(cfg, name):
-            value = cfg[name]
-            if isinstance(value, DictConfig):
-                yield from _keys(value, f"{prefix}{name}.")

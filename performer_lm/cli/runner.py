@@ -1,12 +1,10 @@
 """Run a task as the command line asks: check first, run every job, and leave with the exit code that fits."""
 
-import argparse
 import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,11 +13,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from performer_lm.cli.argv import as_typed, expand_home, in_quotes, parse, quote, unresolved
-from performer_lm.cli.compose import check_typed, compose, explained, is_sweep, meant_as_choices, task_config
+from performer_lm.cli.compose import check_typed, compose, explaining, is_sweep, meant_as_choices, task_config
 from performer_lm.cli.errors import JobFailed, UsageError, in_short, report
-from performer_lm.cli.loading import COMPOSITION_ERRORS, Loader
+from performer_lm.cli.loading import Loader
 from performer_lm.cli.schema import check
-from performer_lm.cli.sweeps import Sweep, note_failure, sweeping
+from performer_lm.cli.sweeps import Sweep, environment, note_failure, sweeping
 
 Task = Callable[[DictConfig], float | None]
 Check = Callable[[DictConfig], None]
@@ -48,114 +46,87 @@ def main(
 
     Set HYDRA_FULL_ERROR=1 to see tracebacks of mistakes too.
     """
+    is_asked = os.environ.get(FULL_ERROR) == "1"
     check_job = functools.partial(check, keys=keys, supplied=supplied)
-    asked = os.environ.get(FULL_ERROR)
     try:
-        _launch(task, check_job, config_name, Path(config_path).absolute(), asked, sweep)
+        _launch(task, check_job, config_name, Path(config_path).absolute(), sweep, is_asked=is_asked)
     except BaseException as error:  # the outermost frame: every ending has its exit code
-        sys.exit(report(error, show_traceback=asked == "1"))
+        sys.exit(report(error, show_traceback=is_asked))
     sys.exit(0)
 
 
 def _launch(
-    task: Task, check_job: Check, config_name: str, config_path: Path, asked: str | None, sweep: Sweep | None
+    task: Task, check_job: Check, config_name: str, config_path: Path, sweep: Sweep | None, *, is_asked: bool
 ) -> None:
     args, options = parse(sys.argv[1:])
-    _join_first_rank(args)
+    told = os.environ.get(RANK_OVERRIDES)
+    if told is not None and os.environ.get("LOCAL_RANK", "0") != "0":  # the first rank's job, not the sweep around it
+        args.multirun, args.overrides = False, [quote(text) for text in json.loads(told)]
     loader = Loader(config_name=args.config_name or config_name, config_path=config_path, config_dir=args.config_dir)
-    run_hydra = functools.partial(_run_hydra, loader, options, args=args)
-    if args.shell_completion:
-        return run_hydra(task, [])
-    check_typed(loader, args.overrides)
-    if args.help or args.hydra_help or args.cfg or args.info or args.resolve:
-        return run_hydra(task, args.overrides)
-    jobs = compose(loader, args.overrides, multirun=args.multirun)
+    with explaining(loader, args.overrides, multirun=args.multirun):
+        if args.shell_completion:
+            return _run_hydra(loader, task, options)
+        check_typed(loader, args.overrides)
+        if args.help or args.hydra_help or args.cfg or args.info or args.resolve:
+            return _run_hydra(loader, task, [*options, *args.overrides])
+        jobs = compose(loader, args.overrides, multirun=args.multirun)
     if sweep is None and (args.multirun or is_sweep(jobs[0])):
         raise UsageError(f"--multirun: {Path(sys.argv[0]).name} runs once; give each key one value")
-    _check_all(loader, jobs, args.overrides, check_job)
+    configs = _checked(loader, jobs, args.overrides, check_job)
     HydraConfig.instance().set_config(jobs[0])
-    cfg = task_config(jobs[0])
     if sweep is None or not is_sweep(jobs[0]):
-        task(cfg)
+        task(configs[0])
         return None
-    folder = str(OmegaConf.select(cfg, sweep.folder_key))
+    folder = str(OmegaConf.select(configs[0], sweep.folder_key))
     kept = f"hydra.sweep.dir={in_quotes(folder)}"  # where Hydra and its launchers keep what is theirs
-    with sweeping(sweep, Path(folder)):
-        return run_hydra(_guarded(task, check_job, asked), [*args.overrides, kept])
+    guarded = _guarded(task, check_job, is_asked=is_asked)
+    with sweeping(sweep, Path(folder)), explaining(loader, args.overrides, multirun=True):
+        return _run_hydra(loader, guarded, [*options, *args.overrides, kept])
 
 
-def _join_first_rank(args: argparse.Namespace) -> None:
-    """Run the one job that the first rank of a run has started this process for, not the sweep it may belong to."""
-    told = os.environ.get(RANK_OVERRIDES)
-    if told is not None and os.environ.get("LOCAL_RANK", "0") != "0":
-        args.multirun = False
-        args.overrides = [quote(text) for text in json.loads(told)]
-
-
-def _check_all(loader: Loader, jobs: Sequence[DictConfig], overrides: Sequence[str], check_job: Check) -> None:
-    """Check every job before the first one starts; a problem that several jobs share is told once."""
-    problems: list[str] = []
+def _checked(
+    loader: Loader, jobs: Sequence[DictConfig], overrides: Sequence[str], check_job: Check
+) -> list[DictConfig]:
+    """Return the task's config of every job, checked; a problem that several jobs share is told once."""
+    configs, problems = [], list[str]()
     for job in jobs:
         HydraConfig.instance().set_config(job)
+        configs.append(task_config(job))
         try:
-            check_job(task_config(job))
+            check_job(configs[-1])
         except UsageError as error:
             problems += error.problems
     if problems:
         raise UsageError(*(meant_as_choices(loader, overrides) or dict.fromkeys(problems)))
+    return configs
 
 
-def _run_hydra(
-    loader: Loader, options: Sequence[str], task: Task, overrides: Sequence[str], *, args: argparse.Namespace
-) -> None:
-    """Let Hydra do what its options ask for: sweep, or show a config."""
+def _run_hydra(loader: Loader, task: Task, words: Sequence[str]) -> None:
+    """Let Hydra do what the words ask for: sweep, or show a config."""
     before = sys.argv
-    sys.argv = [before[0], *options, *overrides]
+    sys.argv = [before[0], *words]
     run = hydra.main(version_base="1.3", config_path=str(loader.config_path), config_name=loader.config_name)(task)
     try:
-        with _environment(FULL_ERROR, "1"):  # Hydra raises what it would otherwise print
+        with environment(FULL_ERROR, "1"):  # Hydra raises what it would otherwise print
             run()
-    except COMPOSITION_ERRORS as error:
-        if isinstance(error, UsageError):
-            raise
-        raise explained(loader, args.overrides, error, multirun=args.multirun) from error
     finally:
         sys.argv = before
 
 
-def _guarded(task: Task, check_job: Check, asked: str | None) -> Task:
+def _guarded(task: Task, check_job: Check, *, is_asked: bool) -> Task:
     """Return `task` with its errors reported where they happen, so that the other jobs of a sweep go on."""
 
     @functools.wraps(task)
     def guarded(cfg: DictConfig) -> float | None:
         try:
-            with _environment(FULL_ERROR, asked):
-                expand_home(cfg)
-                check_job(cfg)
-                return task(cfg)
+            expand_home(cfg)
+            check_job(cfg)
+            return task(cfg)
         except Exception as error:
             job = HydraConfig.get()
             overrides = unresolved(job.overrides.task)
-            code = report(error, job=f"job {job.job.num} ({' '.join(overrides)}): ", show_traceback=asked == "1")
+            code = report(error, job=f"job {job.job.num} ({' '.join(overrides)}): ", show_traceback=is_asked)
             note_failure(int(job.job.num), as_typed(overrides), code=code, error=in_short(error))
             raise JobFailed(code) from error
 
     return guarded
-
-
-@contextmanager
-def _environment(name: str, value: str | None) -> Iterator[None]:
-    """Set an environment variable (None removes it), and put back what was there."""
-    before = os.environ.get(name)
-    _set(name, value)
-    try:
-        yield
-    finally:
-        _set(name, before)
-
-
-def _set(name: str, value: str | None) -> None:
-    if value is None:
-        os.environ.pop(name, None)
-    else:
-        os.environ[name] = value

@@ -2,8 +2,8 @@
 
 Every section with a `_target_` is checked against that target's signature, before anything is built: the name is one
 that a config may build, each key is a parameter, each value fits the annotation, nothing required is missing. What
-stands outside every such section must be declared by the entry point. All problems are found in one pass, once it is
-known that every interpolation leads somewhere.
+stands outside every such section must be declared by the entry point. All problems are found in one pass, once
+every interpolation leads somewhere.
 """
 
 import inspect
@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NotRequired, Unpack, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from performer_lm.building import PARTIAL, TARGET, did_you_mean, resolve
 from performer_lm.cli.annotations import describe, is_node, leaves, mismatches
@@ -78,38 +78,19 @@ def _resolved(cfg: DictConfig, written: Mapping[str, Any], references: Mapping[s
     """Return a config as plain data.
 
     Raises:
-        UsageError: for values that are missing, or interpolations that lead nowhere or have no end.
+        UsageError: for the first value that is missing, or interpolation that leads nowhere or has no end.
     """
-    problems = []
-    for key, text in written.items():
-        if text == "???":
-            problems.append(f"{key}: needs a value: {key}=...")
-        elif isinstance(text, str) and "${" in text:
-            try:
-                OmegaConf.select(cfg, key)
-            except (OmegaConfBaseException, RecursionError) as error:
-                told = str(error).partition("\n")[0]
-                told = "it gives its resolver the wrong arguments" if told.startswith("TypeError") else told
-                told = "it leads back to itself" if "recursion" in told else told
-                problems.append(f"{key}: {text} does not resolve: {told}")
-    if problems:
-        raise UsageError(*problems)
     try:
-        return OmegaConf.to_container(cfg, resolve=True)
-    except (RecursionError, OmegaConfBaseException) as error:
-        key = next((key for key in references if _ends_without(cfg, key)), next(iter(references)))
-        raise UsageError(f"{key}: ${{{references[key]}}} holds itself") from error
-
-
-def _ends_without(cfg: DictConfig, key: str) -> bool:
-    """Return True if a config without one reference has an end."""
-    shorter = cfg.copy()
-    OmegaConf.update(shorter, key, None)
-    try:
-        OmegaConf.to_container(shorter, resolve=True)
-    except (RecursionError, OmegaConfBaseException):
-        return False
-    return True
+        return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except (OmegaConfBaseException, RecursionError) as error:
+        told, key = str(error).partition("\n")[0], str(getattr(error, "full_key", ""))
+        if "ecursion" in told:
+            within = [f"{place}=${{{target}}}" for place, target in references.items() if target not in written]
+            raise UsageError(f"sections that hold each other have no end: {', '.join(within)}") from error
+        if isinstance(error, MissingMandatoryValue):
+            raise UsageError(f"{key}: needs a value: {key}=...") from error
+        told = "it gives its resolver the wrong arguments" if told.startswith("TypeError") else told
+        raise UsageError(f"{key}: {written.get(key)} does not resolve: {told}") from error
 
 
 class _Checker:

@@ -34,21 +34,26 @@ def sweep_folder() -> str | None:
 
 
 @contextmanager
-def sweeping(sweep: Sweep | None, folder: Path | None) -> Iterator[None]:
-    """Hand the folder down while the jobs run; close the sweep however they end. No folder, no sweep."""
-    if sweep is None or folder is None:
-        yield
-        return
-    before = os.environ.get(FOLDER)
-    os.environ[FOLDER] = str(folder)
+def sweeping(sweep: Sweep, folder: Path) -> Iterator[None]:
+    """Hand the folder down while the jobs run; close the sweep however they end."""
+    try:
+        with environment(FOLDER, str(folder)):
+            yield
+    finally:
+        if folder.is_dir() and any(folder.iterdir()):
+            sweep.close(folder)
+
+
+@contextmanager
+def environment(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable, and put back what was there."""
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
         yield
     finally:
-        os.environ.pop(FOLDER)
-        if before is not None:
-            os.environ[FOLDER] = before
-        if folder.is_dir() and any(folder.iterdir()):
-            sweep.close(folder)
+        os.environ.pop(name)
+        os.environ.update({} if before is None else {name: before})
 
 
 def note_failure(job: int, overrides: Sequence[str], *, code: int, error: str) -> None:

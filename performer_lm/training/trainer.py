@@ -55,7 +55,7 @@ def make_trainer(
     num_nodes: Annotated[int, Ge(1), Le(MOST_PROCESSES)],
     strategy: Literal["auto", "ddp", "fsdp"],
     timeout: Annotated[float, Gt(0), Le(10**6)],
-    precision: str,
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"],
     accumulate_grad_batches: Count,
     gradient_clip_val: NotNegative | None,
     save_every: Count | None,

@@ -1,6 +1,6 @@
 import pytest
 
-from performer_lm.cli.compose import check_typed, compose
+from performer_lm.cli.compose import check_typed, compose, explaining
 from performer_lm.cli.errors import UsageError
 from performer_lm.cli.loading import Loader
 
@@ -59,8 +59,9 @@ def test_hydra_s_section_is_not_for_command_lines_beyond_how_jobs_run(loader, ov
 )
 def test_nor_is_it_for_config_files(loader, tree, text, problem):
     (tree / "debug" / "fast.yaml").write_text(f"# @package _global_\nhydra:\n  {text}\n  mode: MULTIRUN\n")
-    with pytest.raises(UsageError) as raised:
-        compose(loader, ["hydra/launcher=open", "debug=fast"], multirun=False)
+    words = ["hydra/launcher=open", "debug=fast"]
+    with pytest.raises(UsageError) as raised, explaining(loader, words, multirun=False):
+        compose(loader, words, multirun=False)
     assert raised.value.problems[0].startswith(problem)
 
 

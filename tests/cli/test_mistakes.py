@@ -3,7 +3,7 @@ import shlex
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from performer_lm.cli.compose import check_typed, compose, meant_as_choices
+from performer_lm.cli.compose import check_typed, compose, explaining, meant_as_choices
 from performer_lm.cli.errors import UsageError
 from performer_lm.cli.loading import Loader
 
@@ -12,8 +12,9 @@ def mistakes(tree, *overrides, multirun=False, config_name="train"):
     """Return what is wrong with the overrides, one line each."""
     try:
         loader = Loader(config_name=config_name, config_path=tree)
-        check_typed(loader, overrides)
-        compose(loader, overrides, multirun=multirun)
+        with explaining(loader, overrides, multirun=multirun):
+            check_typed(loader, overrides)
+            compose(loader, overrides, multirun=multirun)
     except UsageError as error:
         return list(error.problems)
     return []

@@ -1,3 +1,4 @@
+import logging
 import os
 import subprocess
 import sys
@@ -46,6 +47,8 @@ def entry(tree, tmp_path):
 def call(tree, tmp_path, monkeypatch):
     """Return a function that calls `main` in this process, and returns its exit code."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging.root, "handlers", logging.root.handlers[:])  # Hydra adds its own
+    monkeypatch.setattr(logging.root, "level", logging.root.level)
 
     def run(task, *argv, sweep=None):
         monkeypatch.setattr(sys, "argv", ["train.py", *argv])

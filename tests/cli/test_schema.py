@@ -164,7 +164,7 @@ def test_an_interpolation_that_leads_nowhere_is_one_line(sample, text):
 def test_sections_that_hold_each_other_are_one_line(sample):
     part = {"_target_": "performer_lm.sample.Part", "size": 1, "scale": "${model}"}
     assert problems({"part": part, "model": {**WHOLE, "part": "${part}"}}, supplied=SUPPLIED) == [
-        "part.scale: ${model} holds itself"
+        "sections that hold each other have no end: part.scale=${model}, model.part=${part}"
     ]
 
 

@@ -43,9 +43,8 @@ def test_a_sweep_inside_a_job_of_another_gives_its_folder_back(tmp_path: Path, m
 
 def test_a_single_run_has_no_folder_and_notes_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with sweeping(None, None):
-        assert sweep_folder() is None
-        note_failure(0, ["a=1"], code=1, error="x")
+    assert sweep_folder() is None
+    note_failure(0, ["a=1"], code=1, error="x")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -35,6 +35,11 @@ def test_counts_below_one_are_refused(name: str) -> None:
         make_trainer(**{**SETTINGS, name: 0})
 
 
+@pytest.mark.parametrize(("norm", "largest"), [(0, None), (0.0, None), (None, None), (0.5, 0.5)])
+def test_gradients_are_not_clipped_to_0_or_null(norm: float | None, largest: float | None) -> None:
+    assert make_trainer(**{**SETTINGS, "gradient_clip_val": norm}).gradient_clip_val == largest
+
+
 @pytest.mark.parametrize("devices", [-1, "abc"])
 def test_devices_that_a_cpu_cannot_be_are_refused(devices: int | str) -> None:
     with pytest.raises(ValueError, match=rf"trainer\.devices must be auto or at least 1 .*, got {devices}"):

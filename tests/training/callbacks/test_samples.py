@@ -33,6 +33,14 @@ def test_sampling_changes_nothing_of_the_run(start: Start) -> None:
     assert all(torch.equal(torch.as_tensor(value), torch.as_tensor(other[name])) for name, value in one.items())
 
 
+@pytest.mark.parametrize(("prompt", "is_written"), [("line 1", True), ("line " * 7, False)])
+def test_samples_end_where_learned_positions_do(start: Start, prompt: str, is_written: bool) -> None:
+    options = ["model/absolute=learned", "data.context=32", "callbacks.samples.max_new_tokens=96"]
+    run = start(*options, f"callbacks.samples.prompt='{prompt}'")
+    run.fit()
+    assert (run.folder / "samples.txt").exists() == is_written
+
+
 WRITTEN = "=== sample at step 2 ===\nab\n\n=== sample at step 4 ===\ncd === sample at step 9 ===\n\n=== sample at st"
 
 
