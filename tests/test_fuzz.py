@@ -53,10 +53,12 @@ FEW = {  # what a user may well want and a test has no time for, or this machine
     "compile": st.just("false"),
     "data.cache_dir": st.just("data/cache"),
 }
-INTS = ["0", "1", "2", "3", "4", "5", "7", "8", "33", "64", "-1", "1000000000", "1000000000000000000000"]
-FLOATS = ["0", "0.0", "0.1", "0.5", "0.9", "0.999", "1.0", "1.5", "-1.0", "1e-30", "1e300", ".inf", "-.inf", ".nan"]
+INTS = ["0", "1", "2", "3", "4", "5", "7", "8", "33", "64", "-1", "1000000000", "4294967296", "1000000000000000000000"]
+INTS += ["9223372036854775807", "9223372036854775808", "-9223372036854775809"]
+FLOATS = ["0", "0.0", "0.1", "0.5", "0.9", "0.999", "1.0", "1.5", "-1.0", "1e-30", "1e-320", "1e39", "1e300"]
+FLOATS += ["inf", "-inf", "nan", "-0.0", "9223372036854775808"]
 WORDS = ["auto", "default", "cpu", "gpu", "none", "32-true", "bf16-mixed", "16-mixed", "relu", "gelu", "iid", "stream"]
-NONSENSE = ["abc", "''", "null", "true", "[]", "[1]", "[[1,2],3]", "{}", "{a:1}", "1", "-3", "0.5", "1e400", ".nan"]
+NONSENSE = ["abc", "''", "null", "true", "[]", "[1]", "[[1,2],3]", "{}", "{a:1}", "1", "-3", "0.5", "1e400", "nan"]
 NONSENSE += ["???", "${data.context}", "${nope}", "${model}", "'${'", "${now:}", "ä ö", "'a\\nb'", "'  '", "x" * 300]
 PYTHON = (
     r"<class|<function|object at 0x|Traceback|NoneType|unexpected keyword|positional argument|not supported between|"
@@ -79,6 +81,8 @@ def choices() -> dict[str, list[str]]:
 def spelled(wanted: Any) -> st.SearchStrategy[str]:
     """Return spellings of values that fit an annotation, more or less."""
     origin, args = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin is typing.Annotated:
+        return spelled(args[0])
     if origin in (typing.Union, types.UnionType):
         return st.one_of([spelled(arm) for arm in args])
     if origin is typing.Literal:
@@ -97,6 +101,7 @@ def leaves(*chosen: str) -> dict[str, Any]:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg: Any = OmegaConf.to_container(compose("train", overrides=base(chosen)), resolve=False)
     own = {"seed": int, "ckpt": str | None, "run_dir": str, "compile": bool, "resume.allow": list[str]}
+    own |= dict.fromkeys(("model", "optimizer", "trainer", "callbacks", "logger", "callbacks.x", "resume"), dict)
     return own | dict(_leaves(cfg, ""))
 
 
@@ -131,7 +136,8 @@ def command_lines(draw: st.DrawFn) -> list[str]:
     values = []
     for key in keys:
         fit = FEW.get(key, spelled(found[key]))
-        values.append(f"{key}={draw(st.one_of(*[fit] * 9, st.sampled_from(NONSENSE)))}")
+        given = st.one_of(*[fit] * 9, st.sampled_from(NONSENSE)).map(f"{key}={{}}".format)
+        values.append(draw(st.one_of(*[given] * 9, st.just(f"~{key}"))))
     return chosen + values
 
 
