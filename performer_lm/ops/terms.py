@@ -104,6 +104,8 @@ class Terms:
                 _high_low(older, scores.dtype), _high_low(newer, scores.dtype), strict=True
             ):
                 grouped.add_((key_part - query_part)[:, :, None], alpha=unit)
+            # the same memory: autograd does not follow writes through one view of what needed no gradient to another
+            scores = rearrange(grouped, "b g r i j -> b (g r) i j")
         hidden = self.hidden(rows, cols, scores.device)
         return scores if hidden is None else scores.masked_fill_(hidden, -torch.inf)
 
