@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from performer_lm.attention.base import Attention
 from performer_lm.attention.feature_maps import AttentionFeatures
+from performer_lm.ops.checks import check_per_key
 from performer_lm.ops.linear import (
     LinearState,
     absorb_keys,
@@ -93,14 +94,16 @@ class FavorAttention(Attention[LinearState]):
         log_decay: Tensor | None = None,
     ) -> Tensor:
         """Attend over a whole sequence, as `Attention.forward` says."""
+        mask = check_per_key(k, mask=mask, segments=segments, log_decay=log_decay)
         if self.training:
             self.features.observe(q, k, mask)
         state = self.init_state(k.shape[0], max_len=k.shape[-2], device=k.device, dtype=k.dtype)
         if causal:
             queries, keys = q.shape[-2], k.shape[-2]
-            q = pad(q, (0, 0, max(0, keys - queries), 0))[:, :, -keys:] if queries != keys else q
+            missing, early = max(0, keys - queries), max(0, queries - keys)  # the last query stands at the last key
+            q = pad(q, (0, 0, missing, 0))[:, :, early:] if queries != keys else q
             out, _ = self._append(q, k, v, state, mask, segments, log_decay)
-            return pad(out[:, :, -queries:], (0, 0, max(0, queries - keys), 0)) if queries != keys else out
+            return pad(out[:, :, missing:], (0, 0, early, 0)) if queries != keys else out
         if log_decay is not None:
             raise ValueError("log_decay needs causal attention: without an order keys have no age")
         q, k, log_gain = self.features.prepare(q, k)
