@@ -5,13 +5,14 @@ Letters: `b` batch, `h` heads, `g` key heads, `i` queries, `j` keys, `n` tokens,
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from performer_lm.attention.base import Attention
-from performer_lm.attention.feature_maps import AttentionFeatures
+from performer_lm.attention.feature_maps import AttentionFeatures, SoftmaxFeatures
 from performer_lm.ops.checks import check_per_key
 from performer_lm.ops.linear import (
     LinearState,
@@ -224,3 +225,32 @@ class FavorAttention(Attention[LinearState]):
     def fix_projections(self) -> None:
         """Keep the projections as they are from now on, checkpoints included."""
         self.features.fix()
+
+
+def favor(*, num_features: int | None, seed: int) -> partial[FavorAttention]:
+    """Return the factory of plain FAVOR+ (2009.14794): softmax by positive orthogonal features, drawn once.
+
+    This is the backend that `attn=favor` builds; `partial(favor(...), chunk_size=128)` changes an option of it.
+
+    Args:
+        num_features: `m`, per key head; None for d ln d.
+        seed: of the projections.
+    """
+    features = partial(
+        SoftmaxFeatures,
+        coupling="orthogonal",
+        regularized=False,
+        antithetic=False,
+        learned=False,
+        centred=False,
+        momentum=None,
+    )
+    return partial(
+        FavorAttention,
+        features=features,
+        num_features=num_features,
+        seed=seed,
+        redraw_interval=None,
+        redraw_until=None,
+        chunk_size=None,
+    )
