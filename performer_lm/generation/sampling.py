@@ -4,9 +4,12 @@ Letters: `b` batch.
 """
 
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
+
+LEAST: Final = 1e-20  # lower temperatures and stronger penalties choose no other token, and would leave float32
 
 
 @dataclass(frozen=True)
@@ -55,16 +58,22 @@ class Sampler:
 
         `seen` `(b, n)` are the tokens so far, `mask` `(b, n)` is False at those that do not count; the repetition
         penalty looks at them.
+
+        Raises:
+            FloatingPointError: for logits that are not finite.
         """
+        if not bool(logits.isfinite().all()):
+            raise FloatingPointError("the model's logits are not finite, so there is no next token to draw from them")
         if self.repetition_penalty != 1.0 and seen is not None:
             last = slice(-self.repetition_window, None)
             counted = torch.ones_like(seen[:, last]) if mask is None else mask[:, last].long()
             lately = torch.zeros_like(logits, dtype=torch.int64).scatter_add(1, seen[:, last], counted) > 0
-            penalty = torch.where(logits > 0, 1.0 / self.repetition_penalty, self.repetition_penalty)
+            strength = min(max(self.repetition_penalty, LEAST), 1.0 / LEAST)
+            penalty = torch.where(logits > 0, 1.0 / strength, strength)
             logits = torch.where(lately, logits * penalty, logits)
         if self.temperature == 0:
             return logits.argmax(-1)
-        logits = logits.float() / self.temperature
+        logits = (logits - logits.amax(-1, keepdim=True)).float() / max(self.temperature, LEAST)
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             logits = keep_top_k(logits, self.top_k)
         if self.top_p is not None:
@@ -81,5 +90,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """Set all of `(b, vocab)` to -inf but the fewest likeliest whose probabilities sum to at least p."""
     probabilities, order = logits.softmax(-1).sort(dim=-1, descending=True)
     before = probabilities.cumsum(-1) - probabilities  # the mass that stands above each token
-    dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= p)
+    beyond = before >= p
+    beyond[..., 0] = False  # for a p that is 0 in the logits' precision
+    dropped = torch.zeros_like(beyond).scatter(-1, order, beyond)
     return logits.masked_fill(dropped, float("-inf"))

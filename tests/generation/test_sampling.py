@@ -1,3 +1,6 @@
+import math
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -80,3 +83,24 @@ def test_a_penalty_looks_so_far_back() -> None:
 def test_penalties_outside_their_range_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"repetition_\w+ must be"):
         Sampler(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_k": 2}, {"top_p": 0.5}, {"repetition_penalty": 2.0}])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_are_said_to_be(options: dict[str, Any], bad: float) -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0], [0.0, bad, 2.0]])
+    with pytest.raises(FloatingPointError, match="the model's logits are not finite"):
+        Sampler(**options)(logits, seen=torch.tensor([[0], [1]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("options", [{"temperature": 1e-45}, {"temperature": 1e-300}, {"top_p": 1e-300}])
+def test_the_least_temperature_and_mass_are_greedy(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    logits = torch.tensor([[0.5, 3.0, -2.0], [-700.0, 800.0, 900.0]], dtype=dtype)
+    assert [Sampler(**options)(logits).tolist() for _ in range(5)] == [[1, 2]] * 5
+
+
+@pytest.mark.parametrize(("logit", "penalty", "chosen"), [(5.0, 1e39, 1), (-5.0, math.inf, 2), (5.0, 1e-300, 0)])
+def test_the_strongest_penalties_keep_their_sense(logit: float, penalty: float, chosen: int) -> None:
+    logits = torch.tensor([[logit, logit / 2, 0.0]])
+    assert int(Sampler(repetition_penalty=penalty, top_k=1)(logits, seen=torch.tensor([[0]]))) == chosen
