@@ -67,7 +67,7 @@ def measure_bits_per_byte(
         asked = targets != IGNORE
         wanted = targets[asked]
         for logits, expected in _logits(model, hidden[asked], wanted):
-            nats += F.cross_entropy(logits, expected, reduction="sum").double().cpu()
+            nats += F.cross_entropy(logits, expected, reduction="sum").cpu().double()
             right += (logits.argmax(-1) == expected).sum().cpu()
         tokens, text = tokens + len(wanted), text + windows.byte_lengths[wanted.cpu().numpy()].sum(dtype=np.float64)
     if not text:

@@ -94,7 +94,7 @@ class Checkpoints(Callback):
     def _write(self, trainer: Trainer, score: float | None) -> None:
         """Write one file on the first rank; all ranks take part, for each holds some of it."""
         path = self.folder / checkpoint.name_of(trainer.global_step, score)
-        is_best = score is not None and not score >= self.best
+        is_best = score is not None and math.isfinite(score) and not score >= self.best
         if is_best:
             self.best = cast(float, score)
         trainer.save_checkpoint(path)
