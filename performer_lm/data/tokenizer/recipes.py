@@ -234,7 +234,7 @@ def _read_json(name: str) -> dict[str, Any]:
         near = difflib.get_close_matches(path.name, _json_names(path.parent), n=1, cutoff=0.4)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise ValueError(f"tokenizer.path={name} cannot be read: {error.strerror}{hint}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"tokenizer.path={name} is not JSON: {short(str(error))}") from None
     if not isinstance(content, dict):
         raise ValueError(f"tokenizer.path={name} is not a tokenizer.json")

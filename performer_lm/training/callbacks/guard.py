@@ -43,9 +43,10 @@ class _Noted(NamedTuple):
 class NonFiniteGuard(RunCallback):
     """Stop with `FloatingPointError` (exit code 3) at a loss, gradient, weight or validation that is not finite.
 
-    Of a step's loss or gradient, what it saw goes to `nonfinite/` in the run folder: a readable json, and a file per rank with the step's batch and
-    the norms of all weights and, where they are still there, gradients. With `trainer.precision=16-mixed` gradients
-    overflow now and then, and their scaler skips the update: there only the loss counts.
+    What it saw of a loss or gradient goes to `nonfinite/` in the run folder: a readable json, and a file per rank with
+    the step's batch and the norms of all weights and, where they are still there, gradients. With
+    `trainer.precision=16-mixed` gradients overflow now and then, and their scaler skips the update: there only the loss
+    counts.
     """
 
     def __init__(self) -> None:
@@ -108,8 +109,8 @@ class NonFiniteGuard(RunCallback):
         self._save(folder, noted, task, rank=trainer.global_rank, gradients=noted.arrived is None)
         what = f"gradient norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
         raise FloatingPointError(
-            f"the {what} at step {noted.step} (loss {loss:.4g}, gradient norm {norm:.4g}, {_told(noted.rates)}); its batch and "
-            f"norms lie in {folder}; a lower optimizer.lr may help"
+            f"the {what} at step {noted.step} (loss {loss:.4g}, gradient norm {norm:.4g}, {_told(noted.rates)}); its "
+            f"batch and norms lie in {folder}; a lower optimizer.lr may help"
         )
 
     @torch.no_grad()

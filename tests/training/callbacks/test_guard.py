@@ -65,7 +65,7 @@ def test_a_spoilt_gradient_stops_before_the_update(start: Start, value: float) -
 @pytest.mark.parametrize("more", [[], ["trainer.precision=bf16-true", "callbacks.ema.decay=0.9"]])
 def test_weights_that_are_not_finite_are_never_saved(start: Start, words: list[str], more: list[str]) -> None:
     run = start("optimizer.lr=1e41", "trainer.val_every=6", "trainer.max_steps=6", *words, *more, "run_dir=runs/a")
-    with pytest.raises(FloatingPointError, match=r"(the weights|validation at step 1) (are|is) not finite.*lr 1e\+4[01]"):
+    with pytest.raises(FloatingPointError, match=r"(the weights are|at step 1 is) not finite.*lr 1e\+4[01]"):
         run.fit()
     assert list(Path("runs/a/checkpoints").glob("*")) == []
 
@@ -94,7 +94,7 @@ def test_a_validation_that_is_not_finite_stops_the_run_and_is_no_score(start: St
 def test_a_validation_that_measures_nothing_says_so(start: Start) -> None:
     run = start("run_dir=runs/a")
     run.task.byte_lengths.zero_()
-    with pytest.raises(FloatingPointError, match="not one token of its text stands for text; raise data.validation_b"):
+    with pytest.raises(FloatingPointError, match="not one token of its text stands for text"):
         run.fit()
 
 
