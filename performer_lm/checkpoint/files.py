@@ -8,15 +8,16 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-FORMAT = 1
-AVERAGES = "averages"  # key of a checkpoint: running averages of the model's parameters by name
+from performer_lm.checkpoint.contents import AVERAGES, OtherFormat, check_content, find_spoilt
+from performer_lm.checkpoint.pickles import Foreign
+from performer_lm.checkpoint.reading import read_content
 
 
 class Checkpoint(NamedTuple):
@@ -65,7 +66,8 @@ def read(path: Path) -> Checkpoint:
     """Read a checkpoint on the CPU, executing nothing from it.
 
     Raises:
-        ValueError: for a file that is damaged, foreign, of another format, or holds more than plain data and tensors.
+        ValueError: for a file that is damaged, foreign, of another format, or holds more than plain data and tensors,
+            or weights that are not finite.
     """
     real = _resolve(path)
     sidecar = sidecar_of(real)
@@ -74,7 +76,11 @@ def read(path: Path) -> Checkpoint:
             raise ValueError(f"{path} is damaged: its content does not match {sidecar.name}")
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
-    return _load(path, mmap=False)
+    opened = _load(path, mmap=False)
+    for weights in (opened.content["state_dict"], opened.content.get(AVERAGES, {})):
+        if name := find_spoilt(weights):
+            raise ValueError(f"{path} is not opened: its weights are not finite ({name}), so its run had failed before")
+    return opened
 
 
 def peek(path: Path) -> Checkpoint:
@@ -131,47 +137,21 @@ def sidecar_of(path: Path) -> Path:
 def _load(path: Path, *, mmap: bool) -> Checkpoint:
     real = _resolve(path)
     try:
-        # explicit: the environment (TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD) may turn the default off, but not this
-        content = torch.load(real, map_location="cpu", weights_only=True, mmap=mmap)
+        content = read_content(real, mmap=mmap)
+        check_content(content)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+    except OtherFormat as error:
+        raise ValueError(f"{path} {error}") from error
+    except Foreign as error:
+        raise ValueError(f"{path} is not a checkpoint of performer_lm: {error}") from error
     except Exception as error:  # whatever the unpickler and the zip reader raise on foreign bytes
         raise ValueError(
             f"{path} is not a checkpoint of performer_lm, or is cut short ({_first_line(error)})"
         ) from error
-    section = content.get("performer_lm") if isinstance(content, dict) else None
-    if not isinstance(section, dict) or not isinstance(content.get("state_dict"), dict):
-        raise ValueError(f"{path} is not a checkpoint of performer_lm: it has no `performer_lm` section")
-    if section.get("format") != FORMAT:
-        raise ValueError(f"{path} has checkpoint format {section.get('format')!r}; this version reads format {FORMAT}")
-    _check_plain(section, path)
-    weights = {str(name).removeprefix("model."): value for name, value in content["state_dict"].items()}
-    averages = content.get(AVERAGES, {})
-    return Checkpoint(path, section, weights | (averages if isinstance(averages, dict) else {}), content)
-
-
-def _check_plain(section: Mapping[str, Any], path: Path) -> None:
-    """Refuse a section that could mean more than it says: an interpolation resolves to whatever it names."""
-    if not isinstance(section.get("seed", 0), int):
-        raise ValueError(f"{path} is not a checkpoint of performer_lm: its seed is {section['seed']!r}")
-    config = {name: value for name, value in section.items() if name != "tokenizer"}  # which holds text of the corpus
-    for text in _texts(config, depth=64, path=path):
-        if "${" in text:
-            raise ValueError(f"{path} is not opened: its config holds an interpolation ({text[:60]!r})")
-
-
-def _texts(value: Any, *, depth: int, path: Path) -> Iterator[str]:
-    if not depth:
-        raise ValueError(f"{path} is not opened: its config is nested too deeply")
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for name, item in value.items():
-            yield from _texts(name, depth=depth - 1, path=path)
-            yield from _texts(item, depth=depth - 1, path=path)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _texts(item, depth=depth - 1, path=path)
+    content["state_dict"] = dict(content["state_dict"])  # without the attributes of an ordered one
+    weights = {name.removeprefix("model."): value for name, value in content["state_dict"].items()}
+    return Checkpoint(path, content["performer_lm"], weights | content.get(AVERAGES, {}), content)
 
 
 def _resolve(path: Path) -> Path:
