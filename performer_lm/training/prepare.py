@@ -38,6 +38,7 @@ from performer_lm.training.folder import RunFolder
 from performer_lm.training.loggers.record import MetricsLogger
 from performer_lm.training.optim import check_scaling, parameter_groups
 from performer_lm.training.processes import OneRun, check_sharding, without_samples
+from performer_lm.training.restoring import check_callbacks, check_state
 from performer_lm.training.resume import (
     AUTO,
     best_score,
@@ -85,7 +86,6 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
         resumed, notes = open_newest(section, run_dir=wanted if is_named else None)
     if resumed:
         notes += check_resumed(resumed, section, max_steps=trainer.max_steps, allow=cfg.resume.allow)
-        share_out_anew(resumed.content, accumulation=trainer.accumulate_grad_batches)
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     model: LanguageModel = checkpoint.build(model_section)
     if resumed:
@@ -103,6 +103,9 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
         separator=data.separator,
         counted=data.counted,
     )
+    if resumed:
+        check_state(resumed, trainer, task, optimizer=not cfg.resume.allow)
+        share_out_anew(resumed.content, accumulation=trainer.accumulate_grad_batches)
     room = _open_room(cfg, wanted, resumed, writes=trainer.is_global_zero)
     try:
         return _assemble(cfg, overrides, room, resumed, data, task, trainer, notes)
@@ -177,6 +180,8 @@ def _assemble(
     ]
     if resumed and cfg.resume.allow:
         callbacks.append(NewSettings())
+    if resumed:
+        check_callbacks(resumed, callbacks)
     for callback in callbacks:
         if isinstance(callback, RunCallback):  # a config may add Lightning's own
             callback.join(surroundings)

@@ -57,8 +57,8 @@ class WeightAverage(RunCallback):
             for name, value in self.model.named_parameters()
         }
         if self._saved is not None:
-            for name, average in self.averages.items():
-                average.copy_(self._saved[name])
+            for name in self.averages.keys() & self._saved.keys():  # another backend may own others
+                self.averages[name].copy_(self._saved[name])
             self._saved = None
         elif trainer.ckpt_path:
             log.info("%s holds no average of weights: it starts from the weights themselves", trainer.ckpt_path)
