@@ -197,3 +197,22 @@ def test_a_real_process_without_memory_ends_with_code_4_and_says_what_to_lower(i
     assert "micro-batch 65536 x 64 tokens" in told
     assert "raise trainer.accumulate_grad_batches" in told
     assert not list(Path("runs").rglob("*.ckpt*"))
+
+
+def test_a_run_whose_weights_overflow_ends_before_its_save(invoke: Invoke) -> None:
+    code, out, err = invoke(*TINY, "optimizer.lr=1e41", "trainer.save_every=1", "run_dir=runs/a")
+    told = [line for line in err.splitlines() if not line.startswith("data: ")]
+    assert (code, len(told)) == (3, 1), err
+    assert told[0].startswith("error: the weights are not finite after step 1 (model.")
+    assert "Traceback" not in out + err
+    assert list(Path("runs/a").rglob("*.ckpt")) == []
+
+
+def test_a_model_whose_logits_overflow_samples_nothing(invoke: Invoke) -> None:
+    content = checkpoint.read(ROOT / "tests/golden/backends/exact.ckpt").content
+    content["state_dict"]["model.performer.norm.gain"].fill_(3e38)
+    content["state_dict"]["model.head.weight"].mul_(1e3)
+    checkpoint.save(content, Path("a.ckpt"))
+    code, _, err = invoke("ckpt=a.ckpt", "prompt=line 1", script="generate.py")
+    assert code == 3
+    assert err == "error: the model's logits are not finite, so there is no next token to draw from them\n"

@@ -24,9 +24,9 @@ from performer_lm.training.processes import shard
 
 
 class Sums(NamedTuple):
-    """What is added up over micro-batches and ranks, in full whatever the run's precision.
+    """Sums over micro-batches and ranks, in full whatever the run's precision.
 
-    The sums are no buffers: those take the model's precision, in which 512 + 1 is 512.
+    They are no buffers: those take the model's precision, in which 512 + 1 is 512.
     """
 
     nats: Tensor  # () float64, or float32 where the device has no float64
