@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, final
 
+from performer_lm.data.reading import check_regular
 from performer_lm.data.tokenizer.base import Tokenizer, short
 from performer_lm.data.tokenizer.byte_pairs import train_byte_pairs
 from performer_lm.data.tokenizer.characters import ByteTokenizer, learn_characters
@@ -228,6 +229,8 @@ class Sample:
 def _read_json(name: str) -> dict[str, Any]:
     path = Path(name).expanduser()
     path = path / "tokenizer.json" if path.is_dir() else path
+    if path.exists():
+        check_regular(path)
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
