@@ -2,12 +2,13 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from performer_lm.data.corpora.hub import Hub
+from performer_lm.data.corpora.hub import Hub, import_datasets
 
 STORIES = [f"story {number}" for number in range(12)]
 
@@ -99,3 +100,19 @@ def test_the_cache_s_own_readers_are_no_data_sets(tmp_path, monkeypatch):
         list(hub("someone/storeis").documents())
     with pytest.raises(ValueError, match=r"the hub cannot be reached; data=files reads local files$"):
         list(hub("jsom").documents())
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"hub data need the package 'datasets': pip install datasets"):
+        import_datasets()
+
+
+def test_a_text_may_lie_inside_a_column(tmp_path, monkeypatch):
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"meta": [{"text": "a", "n": 1}, {"text": None, "n": 2}], "id": [1, 2]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows)
+    assert [document.text for document in hub("set", text_column="meta.text").documents()] == [b"a", b""]
+    with pytest.raises(ValueError, match=r"data.name=set has no column 'meta.txt'; did you mean data.text_column=meta"):
+        list(hub("set", text_column="meta.txt").documents())
