@@ -65,8 +65,12 @@ class WindowData(lightning.LightningDataModule):
         self._start_method = start_method
 
     @abstractmethod
-    def prepare(self) -> None:
+    def prepare(self, *, whole: bool = False) -> None:
         """Make tokenizer and windows; a second call changes nothing.
+
+        Args:
+            whole: whether all text is held out, and none is to train on; of corpora that give some for validation, that
+                is all. Then only `tokenizer` and `held_out` are made.
 
         Raises:
             ValueError: in one line, for data that are missing, broken or too few.

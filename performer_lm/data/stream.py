@@ -68,10 +68,12 @@ class StreamData(WindowData):
         self._validation_bytes = validation_bytes
         self._stream: DocumentStream | None = None
 
-    def prepare(self) -> None:
+    def prepare(self, *, whole: bool = False) -> None:
         """Read the head of the stream, make the tokenizer from it and set aside what to validate on."""
         if self._stream:
             return
+        if whole:
+            raise ValueError("data.streaming=true keeps no text to measure; data.streaming=false reads the whole split")
         say("streaming: a resumed run goes on about where it stopped (approximate resume)")
         head, held_out = self._read_head()
         self.tokenizer = self._recipe.build(head, num_bytes=sum(map(len, head)))
