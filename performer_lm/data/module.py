@@ -65,16 +65,25 @@ class WindowData(lightning.LightningDataModule):
         self._start_method = start_method
 
     @abstractmethod
-    def prepare(self, *, whole: bool = False) -> None:
+    def prepare(self) -> None:
         """Make tokenizer and windows; a second call changes nothing.
-
-        Args:
-            whole: whether all text is held out, and none is to train on; of corpora that give some for validation, that
-                is all. Then only `tokenizer` and `held_out` are made.
 
         Raises:
             ValueError: in one line, for data that are missing, broken or too few.
         """
+
+    def prepare_held_out(self, *, whole: bool) -> None:
+        """Make tokenizer and `held_out`, to measure and not to train: there may be no text to train on.
+
+        Args:
+            whole: whether all text is held out, of corpora that give some for validation all of that; else what is
+                held out of a training run.
+
+        Raises:
+            ValueError: in one line, for data that are missing or broken, or that are never held out whole.
+        """
+        del whole
+        self.prepare()
 
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:

@@ -68,12 +68,10 @@ class StreamData(WindowData):
         self._validation_bytes = validation_bytes
         self._stream: DocumentStream | None = None
 
-    def prepare(self, *, whole: bool = False) -> None:
+    def prepare(self) -> None:
         """Read the head of the stream, make the tokenizer from it and set aside what to validate on."""
         if self._stream:
             return
-        if whole:
-            raise ValueError("data.streaming=true keeps no text to measure; data.streaming=false reads the whole split")
         say("streaming: a resumed run goes on about where it stopped (approximate resume)")
         head, held_out = self._read_head()
         self.tokenizer = self._recipe.build(head, num_bytes=sum(map(len, head)))
@@ -87,6 +85,16 @@ class StreamData(WindowData):
             shuffle_buffer=self._shuffle_buffer,
             held_out=frozenset(map(digest_of, held_out)),
         )
+
+    def prepare_held_out(self, *, whole: bool) -> None:
+        """Do what `prepare` does.
+
+        Raises:
+            ValueError: for the whole of a stream.
+        """
+        if whole:
+            raise ValueError("data.streaming=true keeps no text to measure; data.streaming=false reads the whole split")
+        self.prepare()
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what is known of a set that is not read whole."""

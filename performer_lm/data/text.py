@@ -95,14 +95,24 @@ class TextData(WindowData):
         self._device_resident = device_resident
         self._cache: TokenCache | None = None
 
-    def prepare(self, *, whole: bool = False) -> None:
+    def prepare(self) -> None:
         """Open the tokenized corpora, building them on first use, and check that they can fill windows."""
         if self._cache:
             return
+        cache = self._open(self._validation_fraction)
+        self.training = self._lay_out(cache)
+        self.validation = self._first_held_out(cache)
+        self._cache = cache
+
+    def prepare_held_out(self, *, whole: bool) -> None:
+        """Open the tokenized corpora, or what is held out whole of them."""
+        self._cache = self._open(None if whole else self._validation_fraction)
+
+    def _open(self, fraction: float | None) -> TokenCache:
         cache = open_cache(
             self._collection,
             self._recipe,
-            validation_fraction=None if whole else self._validation_fraction,
+            validation_fraction=fraction,
             cache_dir=self._cache_dir,
             threads=self._tokenizing_threads,
         )
@@ -114,12 +124,9 @@ class TextData(WindowData):
             else np.empty(0, dtype=np.int64)
         )
         self.held_out = self._all_held_out(cache)
-        if not whole:
-            self.training = self._lay_out(cache)
-            self.validation = self._first_held_out(cache)
-        self._cache = cache
         if not cache.is_exact:
             say("the tokenizer does not give the text back byte for byte: val/bpb counts the text's own bytes")
+        return cache
 
     def fingerprint(self) -> dict[str, Any]:
         """Return hashes of text and tokenizer, and the options that decide which windows are seen."""

@@ -61,8 +61,7 @@ def card(summary: Mapping[str, Any], *, resume: str, prompt: str | None) -> str:
     if prompt is not None:
         use = f'sample        python generate.py {folder} prompt="{prompt}"'
     else:
-        data = [override for override in summary["overrides"] if override.lstrip("+~").startswith("data")]
-        use = " ".join([f"measure       python evaluate.py {folder}", *map(shlex.quote, data)])
+        use = f"measure       python evaluate.py {folder}"
     return "\n".join(
         (
             "--- done ---",

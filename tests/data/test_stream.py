@@ -159,4 +159,4 @@ def test_a_set_with_nothing_left_to_train_on_is_refused(tmp_path, monkeypatch):
 
 def test_a_stream_keeps_no_whole_text(stream_data):
     with pytest.raises(ValueError, match=r"data\.streaming=true keeps no text to measure; data\.streaming=false reads"):
-        stream_data().prepare(whole=True)
+        stream_data().prepare_held_out(whole=True)

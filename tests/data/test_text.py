@@ -79,7 +79,7 @@ def test_whole_text_is_held_out_however_short(text_data, tmp_path, documents, te
     (tmp_path / "a.txt").write_text(text)
     corpus = Files(path=str(tmp_path / "a.txt"), include=[])
     data = text_data(corpora={"a": corpus}, context=4000, documents=documents)
-    data.prepare(whole=True)
+    data.prepare_held_out(whole=True)
     rows = data.held_out.rows(np.arange(len(data.held_out)))
     assert data.tokenizer.decode_bytes(rows[rows != IGNORE].tolist()) == text.encode()
 
@@ -89,7 +89,7 @@ def test_whole_text_is_that_given_for_validation_where_some_is(text_data, tmp_pa
         (tmp_path / f"{name}.txt").write_text(name * 100)
     corpus = Files(path=str(tmp_path / "a.txt"), include=[], validation_path=str(tmp_path / "b.txt"))
     data = text_data(corpora={"a": corpus})
-    data.prepare(whole=True)
+    data.prepare_held_out(whole=True)
     assert counted_bytes(data.held_out) == 100
     assert data.tokenizer.decode_bytes(data.held_out_ids) == b"b" * 100
 

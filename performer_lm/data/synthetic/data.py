@@ -98,7 +98,7 @@ class SyntheticData(WindowData):
         self._task = task
         self._validation_bytes = validation_bytes
 
-    def prepare(self, *, whole: bool = False) -> None:
+    def prepare(self) -> None:
         """Make tokenizer and windows."""
         self.tokenizer = tokenizer = SymbolTokenizer(names=self._task.names)
         self.training = TaskWindows(self._task, seed=self._seed, context=self.context)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from performer_lm.data.corpora.collection import Collection
 from performer_lm.data.corpora.hub import Hub, import_datasets
 
 STORIES = [f"story {number}" for number in range(12)]
@@ -44,6 +45,14 @@ def test_a_validation_split_is_held_out(stories):
     found = list(hub(stories, validation_split="validation").documents())
     assert [document.text for document in found if document.held_out] == [b"held out", b"held out too"]
     assert [document.text.decode() for document in found if document.held_out is False] == STORIES
+
+
+def test_a_validation_split_without_text_is_refused(stories):
+    Path("stories/validation.jsonl").write_text('{"text": "", "length": 0}\n' * 2)
+    collection = Collection({"": hub(stories, validation_split="validation")}, errors="strict")
+    message = "data.validation_split=validation of data.name=stories has no text: 2 documents, all empty or left out"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        list(collection.documents())
 
 
 @pytest.mark.parametrize(
