@@ -1,6 +1,7 @@
 """Local files: text, read byte for byte by our own code, and tables."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import final
 
 from performer_lm.data.corpora.base import Corpus, Document
@@ -38,6 +39,7 @@ class Files(Corpus):
         self._include = list(include)
         self._text_column = text_column
         self._validation_path = validation_path
+        self._roots: dict[str, Path] = {}
         self._told: set[str] = set()
 
     @property
@@ -66,8 +68,9 @@ class Files(Corpus):
     def place(self, name: str) -> str:
         """Return the file's path, with the row after it for a table."""
         held_out = self._validation_path is not None and name.startswith("validation/")
-        path = self._validation_path if held_out else self._path
-        return str(root_of(path or "") / (name.removeprefix("validation/") if held_out else name))
+        path = (self._validation_path if held_out else self._path) or ""
+        root = self._roots.get(path) or root_of(path)
+        return str(root / (name.removeprefix("validation/") if held_out else name))
 
     def _read(self, found: Found, *, held_out: bool | None) -> Iterator[Document]:
         for name in found.names:
@@ -80,6 +83,7 @@ class Files(Corpus):
     def _find(self, key: str, path: str) -> Found:
         """Return the files, and say what was left out, once."""
         found = find(key, path, self._include)
+        self._roots[path] = found.root  # asked for with every document
         for note in found.notes:
             if note not in self._told:
                 self._told.add(note)
