@@ -19,12 +19,11 @@ from performer_lm.checkpoint.files import (
     point,
     read,
     remove,
-    replace_text,
     save,
     sidecar_of,
     sweep,
 )
-from performer_lm.checkpoint.finding import candidates, find, holder, name_of, named_by_step, newest_runs
+from performer_lm.checkpoint.finding import candidates, find, holder, name_of, named_by_step, newest_runs, step_of
 from performer_lm.checkpoint.opening import check_fit, load_weights, open_model, open_objective
 from performer_lm.checkpoint.section import build, describe
 
@@ -48,8 +47,8 @@ __all__ = [
     "point",
     "read",
     "remove",
-    "replace_text",
     "save",
     "sidecar_of",
+    "step_of",
     "sweep",
 ]

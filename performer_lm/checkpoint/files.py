@@ -7,7 +7,9 @@ A file `step=000500.ckpt` has a sidecar `step=000500.ckpt.sha256`, as `sha256sum
 import errno
 import hashlib
 import os
+import re
 import shutil
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +20,9 @@ from torch import Tensor
 from performer_lm.checkpoint.contents import AVERAGES, OtherFormat, check_content, find_spoilt
 from performer_lm.checkpoint.pickles import Foreign
 from performer_lm.checkpoint.reading import read_content
+from performer_lm.writing import read_start, replace_text, temporary_of
+
+_DIGEST = re.compile(r"[0-9a-f]{64}  .+")
 
 
 class Checkpoint(NamedTuple):
@@ -43,15 +48,16 @@ def save(content: Mapping[str, Any], path: Path) -> None:
         OSError: where the file cannot be written, saying how many bytes it needs; nothing of it is left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
+    temporary = temporary_of(path)
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:
             torch.save(dict(content), file)
             file.flush()
             os.fsync(file.fileno())
         digest = _digest(temporary)
         sidecar = sidecar_of(path)
-        known = sidecar.read_text().splitlines()[:1] if sidecar.exists() else []
+        known = [line for line in _listed(sidecar) if _DIGEST.fullmatch(line)][:1]
         replace_text(sidecar, "".join(f"{line}\n" for line in (f"{digest}  {path.name}", *known)))
         os.replace(temporary, path)
         replace_text(sidecar, f"{digest}  {path.name}\n")
@@ -72,11 +78,14 @@ def read(path: Path) -> Checkpoint:
     real = _resolve(path)
     sidecar = sidecar_of(real)
     try:
-        if sidecar.exists() and _digest(real) not in sidecar.read_text():
+        has_sidecar = os.path.lexists(sidecar)
+        if has_sidecar and _digest(real) not in " ".join(_listed(sidecar)):
             raise ValueError(f"{path} is damaged: its content does not match {sidecar.name}")
+        opened = _load(path, mmap=False)
+        if not has_sidecar:
+            _check_records(path)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
-    opened = _load(path, mmap=False)
     for weights in (opened.content["state_dict"], opened.content.get(AVERAGES, {})):
         if name := find_spoilt(weights):
             raise ValueError(f"{path} is not opened: its weights are not finite ({name}), so its run had failed before")
@@ -106,7 +115,7 @@ def sweep(folder: Path) -> None:
 
 def point(link: Path, target: Path) -> None:
     """Make `link` name `target`, a file beside it, in one move; where links do not exist, it becomes a copy."""
-    temporary = _temporary(link)
+    temporary = temporary_of(link)
     temporary.unlink(missing_ok=True)
     try:
         temporary.symlink_to(target.name)
@@ -114,19 +123,6 @@ def point(link: Path, target: Path) -> None:
         shutil.copyfile(target, temporary)
     os.replace(temporary, link)
     _sync(link.parent)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Put `text` in the place of a file's content in one move: whoever reads it finds the old text or the new."""
-    temporary = _temporary(path)
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def sidecar_of(path: Path) -> Path:
@@ -183,8 +179,31 @@ def _tensors(value: Any) -> list[Tensor]:
     return [tensor for item in items for tensor in _tensors(item)]
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+def _listed(sidecar: Path) -> list[str]:
+    """Return the lines of a sidecar, which has two at most; of a file that is none the first few."""
+    return read_start(sidecar, 1024).decode(errors="replace").splitlines() if os.path.lexists(sidecar) else []
+
+
+def _check_records(path: Path) -> None:
+    """Hold the records of a file that has no sidecar against the checksums in the file itself.
+
+    Raises:
+        ValueError: for a file that is damaged, or none of torch's.
+    """
+    try:
+        with zipfile.ZipFile(path) as records:
+            for record in records.infolist():
+                if record.compress_type != zipfile.ZIP_STORED:
+                    raise zipfile.BadZipFile(f"{record.filename[:60]!r} is compressed")
+                with records.open(record) as file:
+                    while file.read(2**20):
+                        pass
+    except OSError:
+        raise
+    except Exception as error:  # whatever the zip reader raises on foreign bytes
+        raise ValueError(
+            f"{path} is not a checkpoint of performer_lm, or is cut short or damaged ({_first_line(error)})"
+        ) from error
 
 
 def _digest(path: Path) -> str:
