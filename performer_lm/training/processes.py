@@ -82,6 +82,8 @@ class _Sharded(ModelParallelStrategy):
         own = dict(module.named_parameters())
         module.load_state_dict({name: _like(value, own.get(name)) for name, value in content["state_dict"].items()})
         for optimizer, state in zip(self.optimizers, content["optimizer_states"], strict=True):
+            if not state["state"]:  # it starts anew
+                continue
             named = _rekey_optimizer_state_if_needed(state, module)
             set_optimizer_state_dict(
                 module, optimizer, optim_state_dict=named, options=StateDictOptions(full_state_dict=True)
