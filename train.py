@@ -8,7 +8,7 @@ from performer_lm.cli import Sweep, as_typed, main, sweep_folder, usage_errors
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-FREE_TEXT = ("ckpt", "data.path", "run_dir", "tokenizer.path")
+FREE_TEXT = ("ckpt", "init", "data.path", "run_dir", "tokenizer.path")
 
 
 def run(cfg: "DictConfig") -> float:
@@ -16,23 +16,27 @@ def run(cfg: "DictConfig") -> float:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    from performer_lm.training.output import lasting_output
     from performer_lm.training.prepare import prepare
 
     job = HydraConfig.get()
     number = int(job.job.num) if job.mode == RunMode.MULTIRUN else None
     if number is not None:
         cfg.run_dir = sweep_folder() or cfg.run_dir  # the same for every job, wherever and whenever it starts
-    with usage_errors():
-        overrides = as_typed(cfg, job.overrides.task, free_text=FREE_TEXT)
-        ready = prepare(cfg, overrides=overrides, job=number)
-    return ready.fit()
+    with lasting_output():
+        with usage_errors():
+            overrides = as_typed(cfg, job.overrides.task, free_text=FREE_TEXT)
+            ready = prepare(cfg, overrides=overrides, job=number)
+        return ready.fit()
 
 
 def close(folder: Path) -> None:
     """Say what the jobs of a sweep have reached."""
+    from performer_lm.training.output import lasting_output
     from performer_lm.training.sweep import close_sweep
 
-    close_sweep(folder)
+    with lasting_output():
+        close_sweep(folder)
 
 
 if __name__ == "__main__":
@@ -41,7 +45,14 @@ if __name__ == "__main__":
         config_name="train",
         config_path=Path(__file__).parent / "configs",
         free_text=FREE_TEXT,
-        keys={"compile": bool, "seed": int, "ckpt": str | None, "run_dir": str, "resume.allow": list[str]},
+        keys={
+            "compile": bool,
+            "seed": int,
+            "ckpt": str | None,
+            "init": str | None,
+            "run_dir": str,
+            "resume.allow": list[str],
+        },
         supplied={"model": ["vocab_size"]},
         sweep=Sweep(folder_key="run_dir", close=close),
     )

@@ -141,6 +141,31 @@ def test_averages_of_earlier_versions_in_bfloat16_open_and_go_on(start: Start) -
     }
 
 
+@pytest.mark.parametrize("left_out", [[], ["callbacks.ema.decay=null"], ["~callbacks.ema"], ["callbacks=[samples]"],
+                                      ["callbacks.ema.decay=0.9"]], ids=str)  # fmt: skip
+def test_a_resume_without_the_average_or_with_another_is_refused_unless_it_is_allowed(
+    start: Start, left_out: list[str]
+) -> None:
+    start(EMA, "run_dir=runs/a").fit()
+    new = "0.9" if "0.9" in str(left_out) else "None"
+    with pytest.raises(ValueError, match=rf"callbacks\.ema\.decay was 0\.6, is {new} \(resume\.allow="):
+        start(*left_out, "trainer.max_steps=6", "ckpt=runs/a")
+    run = start(*left_out, "trainer.max_steps=6", "ckpt=runs/a", "resume.allow=[callbacks.ema.decay]")
+    assert f"changed since the checkpoint: callbacks.ema.decay was 0.6, is {new}" in run.notes
+    run.room.release()
+
+
+def test_a_file_that_does_not_tell_the_decay_is_not_resumed_without_an_average(start: Start) -> None:
+    start(EMA, "run_dir=runs/a").fit()
+    last = (Path("runs/a") / LAST).resolve()
+    content = checkpoint.read(last).content
+    del content["performer_lm"]["training"]["callbacks"]
+    checkpoint.save(content, last)
+    with pytest.raises(ValueError, match=r"callbacks\.ema\.decay was 'set', is None"):
+        start("trainer.max_steps=6", "ckpt=runs/a")
+    start(EMA, "trainer.max_steps=6", "ckpt=runs/a").room.release()
+
+
 def test_null_is_off_and_other_decays_are_refused() -> None:
     assert average_weights(decay=None) is None
     for decay in (0.0, 1.0, -1.0):
