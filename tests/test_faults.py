@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from performer_lm import checkpoint
+from performer_lm import checkpoint, writing
 from performer_lm.training.loggers.record import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -106,6 +106,32 @@ def test_a_full_disk_costs_the_new_file_alone(invoke: Invoke) -> None:
     assert "it needs about" in err
     assert checkpoint.read(Path("runs/a/checkpoints/last.ckpt")).path.resolve() == last
     assert list(Path("runs/a/checkpoints").glob("*.tmp")) == []
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.txt"])
+def test_a_disk_that_fills_up_is_told_by_the_files_name_and_the_run_goes_on_from_its_last_save(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    append_text = writing.append_text
+
+    def fill_up(path: Path, text: str) -> None:
+        if path.name == name and "4" in text:
+            append_text(path, text[:5])
+            raise writing.unwritable(path, OSError(28, "No space left on device"))
+        append_text(path, text)
+
+    with monkeypatch.context() as patched:
+        for module in ("loggers.record", "callbacks.samples"):
+            patched.setattr(f"performer_lm.training.{module}.append_text", fill_up)
+        code, out, err = invoke(*TINY, "run_dir=runs/a", "optimizer=adamw")
+    told = [line for line in (out + err).splitlines() if "no space left" in line.lower()]
+    assert len(told) == 1
+    assert name in told[0]
+    assert "Traceback" not in err
+    assert code == (1 if name == "metrics.jsonl" else 0)
+    assert invoke(*TINY, "run_dir=runs/a", "optimizer=adamw", "ckpt=auto", "trainer.max_steps=6")[0] == 0
+    steps = [row["step"] for row in read_metrics(Path("runs/a/metrics.jsonl")) if "train/loss" in row]
+    assert steps == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_folder_that_refuses_the_file_is_an_error(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,11 +22,9 @@ def open_given(name: str) -> Checkpoint:
     """Return the checkpoint that `init=name` means: of a run folder the best one, with the averages of its weights.
 
     Raises:
-        ValueError: where there is none, or it is none to generate from.
+        ValueError: where there is none, or it is damaged.
     """
-    given = checkpoint.read(checkpoint.find(name, key="init"))
-    checkpoint.open_model(given)  # which refuses what is not whole, or declares more than it holds
-    return given
+    return checkpoint.read(checkpoint.find(name, key="init"))
 
 
 def describe_given(name: str) -> str:
@@ -43,8 +41,9 @@ def take_model(cfg: DictConfig, source: Checkpoint, *, overrides: Sequence[str])
         overrides: what the user typed. `model=NAME` chooses another model altogether.
 
     Raises:
-        ValueError: for an option of another backend than the checkpoint's.
+        ValueError: for a checkpoint that generate.py would not open; for an option of another backend than its own.
     """
+    checkpoint.open_model(source)  # what declares more than it holds is refused before it is built from elsewhere
     typed = _typed_paths(overrides, "model")
     if "model" not in typed:
         section = {name: value for name, value in source.section["model"].items() if name != "vocab_size"}

@@ -3,7 +3,6 @@
 Nothing is written before everything has succeeded.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,6 @@ from performer_lm.training.processes import OneRun, check_sharding, without_samp
 from performer_lm.training.restoring import check_callbacks, check_state
 from performer_lm.training.resume import (
     best_score,
-    check_complete,
     check_resumed,
     forget_best,
     share_out_anew,
@@ -76,19 +74,15 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
         ValueError: for whatever the user has to put right, in one line.
     """
     trainer: Trainer = instantiate(cfg.trainer)
-    wanted = Path(cfg.run_dir) if job is None else Path(cfg.run_dir) / str(job)
-    is_named = any(override.startswith("run_dir=") for override in overrides)
-    resumed, notes = None, list[str]()
-    if cfg.ckpt == AUTO and is_named:
-        resumed, notes = open_last(wanted)
-    elif cfg.ckpt not in (None, AUTO):
-        resumed = open_named(cfg.ckpt)
-    given = (resumed or open_given(cfg.init)) if cfg.init is not None else None
-    if given:
-        take_model(cfg, given, overrides=overrides)
     objective, optimizer, schedule = (instantiate(cfg[name]) for name in ("objective", "optimizer", "schedule"))
     check_scaling(optimizer(parameter_groups(nn.Linear(1, 1), head=nn.Identity())), precision=str(trainer.precision))
     schedule(trainer.max_steps)
+    wanted = Path(cfg.run_dir) if job is None else Path(cfg.run_dir) / str(job)
+    is_named = any(override.startswith("run_dir=") for override in overrides)
+    resumed, notes = _open_known(cfg, wanted, is_named=is_named)
+    given = (resumed or open_given(cfg.init)) if cfg.init is not None else None
+    if given:
+        take_model(cfg, given, overrides=overrides)
     model_section = plain(cfg.model)
     sketch = _sketch_model(model_section, context=cfg.data.context)
     data = _build_data(cfg, given, overrides)
@@ -105,7 +99,6 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
     if cfg.ckpt == AUTO and not is_named:
         resumed, notes = open_newest(section, cfg)
     if resumed:
-        check_complete(resumed)
         section["init"] = resumed.section.get("init")
         notes += check_resumed(resumed, section, max_steps=trainer.max_steps, allow=cfg.resume.allow)
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -137,6 +130,13 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
     except BaseException:
         room.release()
         raise
+
+
+def _open_known(cfg: DictConfig, wanted: Path, *, is_named: bool) -> tuple[Checkpoint | None, list[str]]:
+    """Return the checkpoint that the command line names, and what there is to say about it."""
+    if cfg.ckpt == AUTO:
+        return open_last(wanted) if is_named else (None, [])
+    return (None, []) if cfg.ckpt is None else (open_named(cfg.ckpt), [])
 
 
 def _build_data(cfg: DictConfig, given: Checkpoint | None, overrides: Sequence[str]) -> WindowData:
@@ -184,7 +184,7 @@ def _assemble(
     cfg.run_dir = str(room.path)
     surroundings = Surroundings(
         folder=room.path,
-        console=Console(file=sys.stdout, highlight=False, quiet=not trainer.is_global_zero),
+        console=Console(highlight=False, quiet=not trainer.is_global_zero),
         tokenizer=data.tokenizer,
         context=cfg.data.context,
         tokens_per_step=cfg.data.batch_size * cfg.data.context,

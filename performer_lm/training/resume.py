@@ -15,6 +15,9 @@ from performer_lm.data.windows import FiniteWindows
 
 EMA = "callbacks.ema.decay"
 
+TRAINING = {"global_step": int, "loops": dict, "callbacks": dict, "optimizer_states": list, "lr_schedulers": list}
+"""What a checkpoint holds beside weights, for training to go on with."""
+
 CHUNK_SIZES = frozenset({"chunk_size", "query_chunk_size", "key_chunk_size"})
 """How much is worked on at once: it moves results by rounding only, so it makes no other run."""
 
@@ -48,7 +51,7 @@ def check_resumed(
         raise ValueError(
             f"{resumed.path} belongs to another run: {'; '.join(refused)} (resume.allow=[...] names what may change)"
         )
-    step = resumed.content["global_step"]
+    step = resumed.content.get("global_step", 0)
     if max_steps < step:
         raise ValueError(f"trainer.max_steps ({max_steps}) must be at least the step of {resumed.path} ({step})")
     return [f"changed since the checkpoint: {key} was {old!r}, is {new!r}" for key, old, new in changes]
@@ -58,21 +61,6 @@ def is_like(saved: Mapping[str, Any], section: Mapping[str, Any]) -> bool:
     """Return True where a checkpoint is of a run that was started as the one at hand."""
     same_start = saved.get("init") == section.get("init")
     return same_start and all(_keeps_results(key) for key, *_ in _differing(saved, section))
-
-
-def check_complete(resumed: Checkpoint) -> None:
-    """Refuse a checkpoint that holds a model and no training to go on with.
-
-    Raises:
-        ValueError: naming what is missing.
-    """
-    wanted = {"global_step": int, "loops": dict, "callbacks": dict, "optimizer_states": list, "lr_schedulers": list}
-    missing = [name for name, kind in wanted.items() if not isinstance(resumed.content.get(name), kind)]
-    if missing:
-        raise ValueError(
-            f"{resumed.path} holds no {missing[0]} to go on with; to start a new run from its weights: "
-            f"init={resumed.path}"
-        )
 
 
 def validation_digest(windows: FiniteWindows, objective: Mapping[str, Any]) -> str:
@@ -96,14 +84,31 @@ def forget_best(resumed: Checkpoint, section: Mapping[str, Any]) -> list[str]:
     return ["the best score starts anew: what the run validates on is not what the checkpoint was measured on"]
 
 
-def share_out_anew(content: dict[str, Any], *, accumulation: int) -> None:
-    """Count the micro-batches of a checkpoint as if each of its steps had had `accumulation` of them."""
-    steps = content["global_step"]
-    loops = content["loops"]["fit_loop"]
-    for counts in (loops["epoch_loop.batch_progress"][name] for name in ("total", "current")):
-        counts.update(dict.fromkeys(counts, steps * accumulation))
-    for loader in loops["state_dict"].get("combined_loader", []):
-        loader.update(done=steps * accumulation, accumulation=accumulation)
+def share_out_anew(resumed: Checkpoint, *, accumulation: int) -> None:
+    """Count the micro-batches of a checkpoint as if each of its steps had had `accumulation` of them.
+
+    Raises:
+        ValueError: for a checkpoint that holds weights and no training.
+    """
+    content = resumed.content
+    for name, kind in TRAINING.items():
+        if not isinstance(content.get(name), kind):
+            raise _no_training(resumed, name)
+    done = content["global_step"] * accumulation
+    try:
+        loops = content["loops"]["fit_loop"]
+        for counts in (loops["epoch_loop.batch_progress"][name] for name in ("total", "current")):
+            counts.update(dict.fromkeys(counts, done))
+        for loader in loops["state_dict"].get("combined_loader", []):
+            loader.update(done=done, accumulation=accumulation)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _no_training(resumed, "count of batches") from error
+
+
+def _no_training(resumed: Checkpoint, missing: str) -> ValueError:
+    return ValueError(
+        f"{resumed.path} holds no {missing} to go on with; to start a new run from its weights: init={resumed.path}"
+    )
 
 
 def _differing(saved: Mapping[str, Any], section: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
