@@ -115,7 +115,7 @@ def test_a_disk_that_fills_up_is_told_by_the_files_name_and_the_run_goes_on_from
     append_text = writing.append_text
 
     def fill_up(path: Path, text: str) -> None:
-        if path.name == name and "4" in text:
+        if path.name == name and ('"step": 4' in text or "step 4" in text):
             append_text(path, text[:5])
             raise writing.unwritable(path, OSError(28, "No space left on device"))
         append_text(path, text)
@@ -141,7 +141,8 @@ def test_a_folder_that_refuses_the_file_is_an_error(invoke: Invoke, monkeypatch:
     monkeypatch.setattr("performer_lm.checkpoint.files.os.replace", refuse)
     code, _, err = invoke(*TINY, "run_dir=runs/a")
     assert code == 1
-    assert "Permission denied" in err
+    assert "permission denied" in err.splitlines()[-1]
+    assert "Traceback" not in err
 
 
 def test_two_runs_in_one_folder_are_refused(invoke: Invoke) -> None:

@@ -4,7 +4,7 @@ Weights stay, but for what a backend owns: that is left out or drawn anew. Of an
 parameters that stay; another optimizer begins with none.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -115,16 +115,26 @@ def _parts(state: Mapping[str, Any]) -> list[dict[str, Any]]:
     return list(state.get("parts", [state]))
 
 
+def keyed_by_name(state: Mapping[str, Any], model: LanguageModel) -> dict[str, Any]:
+    """Return an optimizer's state with parameters by their names in a `LanguageModelTask`, not by their numbers."""
+    groups = [{**group, "params": [f"{PREFIX}{name}" for name in names]} for group, names in _groups(state, model)]
+    known = {f"{PREFIX}{name}": found for name, found in _named(state, model).items() if found}
+    return {"state": known, "param_groups": groups}
+
+
 def _named(state: Mapping[str, Any], model: LanguageModel) -> dict[str, dict[str, Any]]:
     """Return the state of each parameter by its name, in the optimizer's order."""
+    pairs = [pair for group, names in _groups(state, model) for pair in zip(names, group["params"], strict=True)]
+    return {name: state["state"].get(number, {}) for name, number in pairs}
+
+
+def _groups(state: Mapping[str, Any], model: LanguageModel) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """Yield an optimizer's groups of parameters, and the parameters' names."""
     groups = {(group[DECAYS], group[MATRICES]): group for group in parameter_groups(model, head=model.head)}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found = {}
     for group in state["param_groups"]:
-        parameters = groups[group[DECAYS], group[MATRICES]]["params"] if MATRICES in group else []
-        for index, parameter in zip(group["params"], parameters, strict=MATRICES in group):
-            found[names[id(parameter)]] = state["state"].get(index, {})
-    return found
+        if MATRICES in group:  # one without is a stand-in for parameters that the model has not
+            yield group, [names[id(parameter)] for parameter in groups[group[DECAYS], group[MATRICES]]["params"]]
 
 
 def _for_groups(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:

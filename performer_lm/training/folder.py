@@ -95,7 +95,10 @@ class RunFolder:
                 folder.rmdir()
 
     def _try_out(self) -> None:
-        """Write where the run will, so that a full disk or a folder without leave is found before it trains."""
+        """Delete what killed writes have left, and write where the run will: no disk is found full hours later."""
+        for stale in self.path.glob("*.tmp"):
+            if re.fullmatch(r".+\.\d+\.tmp", stale.name):  # as `temporary_of` names them
+                stale.unlink(missing_ok=True)
         if not self.checkpoints.is_dir():
             self.checkpoints.mkdir()
             self._made.append(self.checkpoints)

@@ -52,11 +52,13 @@ def test_the_folder_that_was_named_is_taken_whatever_lies_there_but_for_a_file(t
     (tmp_path / "a" / "notes.txt").write_text("mine")
     (tmp_path / "a" / "probe").write_text("mine too")
     (tmp_path / "a" / "link").symlink_to("/")
+    (tmp_path / "a" / "config.yaml.123.tmp").write_text("of a killed write")
+    (tmp_path / "a" / "my.tmp").write_text("mine three")
     for _ in range(2):
         room = RunFolder.take(tmp_path / "a", writes=True)
         assert room.path == tmp_path / "a"
         room.release()
-    assert {path.name for path in room.path.iterdir()} >= {"notes.txt", "probe", "link"}
+    assert {path.name for path in room.path.iterdir()} - {"checkpoints"} == {"notes.txt", "probe", "link", "my.tmp"}
     with pytest.raises(FileExistsError, match="notes"):
         RunFolder.take(tmp_path / "a" / "notes.txt", writes=True)
 
