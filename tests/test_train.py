@@ -156,7 +156,7 @@ def test_a_run_without_memory_says_what_for(
     assert sum("accumulate_grad_batches" in line or "recompute" in line or "data.context" in line for line in told) == 3
 
 
-@pytest.mark.parametrize("name", ["$a$^$b$", b"\xff\xfe".decode(errors="surrogateescape"), "[/x] {y} 日本"])
+@pytest.mark.parametrize("name", ["x$^$y", b"\xff\xfe".decode(errors="surrogateescape"), "[/x] {y} 日本"])
 def test_any_name_of_a_folder_trains_to_its_end(invoke: Invoke, name: str) -> None:
     code, _, err = invoke(*TINY, f"run_dir=runs/{name}")
     assert code == 0, err
