@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from performer_lm import checkpoint
 from performer_lm.checkpoint import AVERAGES, Checkpoint
-from performer_lm.checkpoint.section import BACKEND
+from performer_lm.checkpoint.opening import BACKEND
 from performer_lm.language_model import LanguageModel
 from performer_lm.training.optim import DECAYS, MATRICES, parameter_groups
 

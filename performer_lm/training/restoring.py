@@ -71,7 +71,10 @@ def check_callbacks(resumed: Checkpoint, callbacks: Iterable[Callback]) -> None:
 
 def _refusal(resumed: Checkpoint, error: Exception) -> ValueError:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return ValueError(f"{resumed.path} holds no training state to go on from: {reason[:300]}")
+    return ValueError(
+        f"{resumed.path} holds no training state to go on from: {reason[:300]}; "
+        f"to start a new run from its weights: init={resumed.path}"
+    )
 
 
 def _check_parts(content: Mapping[str, Any], trainer: Trainer) -> None:

@@ -15,9 +15,6 @@ from performer_lm.data.windows import FiniteWindows
 
 EMA = "callbacks.ema.decay"
 
-TRAINING = {"global_step": int, "loops": dict, "callbacks": dict, "optimizer_states": list, "lr_schedulers": list}
-"""What a checkpoint holds beside weights, for training to go on with."""
-
 CHUNK_SIZES = frozenset({"chunk_size", "query_chunk_size", "key_chunk_size"})
 """How much is worked on at once: it moves results by rounding only, so it makes no other run."""
 
@@ -84,31 +81,14 @@ def forget_best(resumed: Checkpoint, section: Mapping[str, Any]) -> list[str]:
     return ["the best score starts anew: what the run validates on is not what the checkpoint was measured on"]
 
 
-def share_out_anew(resumed: Checkpoint, *, accumulation: int) -> None:
-    """Count the micro-batches of a checkpoint as if each of its steps had had `accumulation` of them.
-
-    Raises:
-        ValueError: for a checkpoint that holds weights and no training.
-    """
-    content = resumed.content
-    for name, kind in TRAINING.items():
-        if not isinstance(content.get(name), kind):
-            raise _no_training(resumed, name)
+def share_out_anew(content: dict[str, Any], *, accumulation: int) -> None:
+    """Count the micro-batches of a checkpoint as if each of its steps had had `accumulation` of them."""
     done = content["global_step"] * accumulation
-    try:
-        loops = content["loops"]["fit_loop"]
-        for counts in (loops["epoch_loop.batch_progress"][name] for name in ("total", "current")):
-            counts.update(dict.fromkeys(counts, done))
-        for loader in loops["state_dict"].get("combined_loader", []):
-            loader.update(done=done, accumulation=accumulation)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _no_training(resumed, "count of batches") from error
-
-
-def _no_training(resumed: Checkpoint, missing: str) -> ValueError:
-    return ValueError(
-        f"{resumed.path} holds no {missing} to go on with; to start a new run from its weights: init={resumed.path}"
-    )
+    loops = content["loops"]["fit_loop"]
+    for counts in (loops["epoch_loop.batch_progress"][name] for name in ("total", "current")):
+        counts.update(dict.fromkeys(counts, done))
+    for loader in loops["state_dict"].get("combined_loader", []):
+        loader.update(done=done, accumulation=accumulation)
 
 
 def _differing(saved: Mapping[str, Any], section: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
