@@ -1,4 +1,4 @@
-"""Measure a trained model on held-out text: `python evaluate.py ckpt=runs/latest [task=approximation] [attn=exact]`."""
+"""Measure a trained model on text: `python evaluate.py ckpt=runs/latest [task=approximation] [attn=exact]`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,11 +20,12 @@ def run(cfg: "DictConfig") -> float:
 
     with usage_errors():
         task = build(OmegaConf.to_container(cfg.task, resolve=True), key="task")
-        model, tokenizer, opened = open_from(cfg)
-        folder = checkpoint.holder(opened.path)
+        opened = open_from(cfg)
+        model, tokenizer, file = opened
+        folder = checkpoint.holder(file.path)
         task.check(model, folder=folder)
-        objective = checkpoint.open_objective(opened, model, tokenizer)
-        data = open_data(cfg, tokenizer)
+        objective = checkpoint.open_objective(file, model, tokenizer)
+        data = open_data(cfg, opened)
         objective.check(model, packed=data.is_packed, answers=data.has_answers)
         return float(task(Subject(model, objective, data, folder)))
 
@@ -34,6 +35,14 @@ if __name__ == "__main__":
         run,
         config_name="evaluate",
         config_path=Path(__file__).parent / "configs",
-        keys={"ckpt": str, "seed": int, "device": str, "task": Section, "data": Section, "tokenizer": Section},
+        keys={
+            "ckpt": str,
+            "seed": int,
+            "device": str,
+            "task": Section,
+            "tokenizer": Section,
+            "data.context": int | None,  # of a run's own text; with data= they are the data's own
+            "data.batch_size": int | None,
+        },
         supplied={"tokenizer": ["plain"]},
     )

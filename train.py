@@ -17,23 +17,27 @@ def run(cfg: "DictConfig") -> float:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    from performer_lm.training.output import lasting_output
     from performer_lm.training.prepare import prepare
 
     job = HydraConfig.get()
     number = int(job.job.num) if job.mode == RunMode.MULTIRUN else None
     if number is not None:
         cfg.run_dir = sweep_folder() or cfg.run_dir  # the same for every job, wherever and whenever it starts
-    with usage_errors():
-        overrides = as_typed(job.overrides.task)
-        ready = prepare(cfg, overrides=overrides, job=number)
-    return ready.fit()
+    with lasting_output():
+        with usage_errors():
+            overrides = as_typed(job.overrides.task)
+            ready = prepare(cfg, overrides=overrides, job=number)
+        return ready.fit()
 
 
 def close(folder: Path) -> None:
     """Say what the jobs of a sweep have reached."""
+    from performer_lm.training.output import lasting_output
     from performer_lm.training.sweep import close_sweep
 
-    close_sweep(folder)
+    with lasting_output():
+        close_sweep(folder)
 
 
 if __name__ == "__main__":
@@ -45,6 +49,7 @@ if __name__ == "__main__":
             "compile": bool,
             "seed": Annotated[int, Ge(0), Le(2**32 - 1)],
             "ckpt": str | None,
+            "init": str | None,
             "run_dir": str,
             "resume.allow": list[str],
             **dict.fromkeys(("model", "data", "objective", "trainer"), Section),

@@ -32,6 +32,7 @@ import torch
 
 import performer_lm.training.prepare  # so that forked runs start at once
 from performer_lm import checkpoint
+from performer_lm.data.tokenizer import ByteTokenizer
 from performer_lm.training.loggers.record import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -170,8 +171,8 @@ def kill_saves(count: int, *, chance: random.Random) -> int:
 def save_for_ever(folder: Path, reports: int) -> None:
     """Save one checkpoint after the other, keeping two, and report each that is done."""
     existing = checkpoint.named_by_step(folder)
+    section = checkpoint.describe(model={}, tokenizer=ByteTokenizer(), fingerprint={}, seed=0)
     for step in itertools.count(int(existing[0].name[5:11]) + 1 if existing else 1):
-        section = {"format": checkpoint.FORMAT, "model": {}}
         content = {"performer_lm": section, "state_dict": {}, "step": step, "numbers": torch.rand(1_000_000)}
         path = folder / checkpoint.name_of(step)
         checkpoint.save(content, path)

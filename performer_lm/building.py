@@ -68,13 +68,20 @@ class Factory:
         return self.target(*args, **given)
 
 
-def build(section: Any, *, key: str = "", find: Callable[[str], Callable[..., Any]] | None = None) -> Any:
+def build(
+    section: Any,
+    *,
+    key: str = "",
+    find: Callable[[str], Callable[..., Any]] | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> Any:
     """Return what a plain section builds; lists and other dicts item by item, plain values as they are.
 
     Args:
         section: dicts, lists and scalars, without interpolations.
         key: where it stands in the config: what is refused is told with it.
         find: returns the class or function of a name; `resolve`, where none is given.
+        more: arguments of the section itself beside its own, taken as they are.
 
     Raises:
         ValueError: for a name that may not be built, or values that its constructor refuses.
@@ -87,7 +94,7 @@ def build(section: Any, *, key: str = "", find: Callable[[str], Callable[..., An
         name: build(value, key=f"{key}.{name}" if key else "", find=find)
         for name, value in section.items()
         if name not in (TARGET, PARTIAL)
-    }
+    } | dict(more or {})
     if TARGET not in section:
         return values
     factory = Factory((find or resolve)(section[TARGET]), values, key=key)

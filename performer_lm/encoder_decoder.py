@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from performer_lm.language_model import LanguageModel, initialise_vocabulary
 from performer_lm.nn.problems import Problems
+from performer_lm.ops.checks import check_mask
 from performer_lm.performer import Performer, PerformerState
 from performer_lm.ranges import Count, Whole, ranged
 
@@ -83,8 +84,8 @@ class PerformerEncoderDecoder(LanguageModel):
         Args:
             source: `(b, j)` ids.
             target: `(b, n)` ids, from `start_id` on.
-            mask: `(b, n)` bool, False at the target's padding.
-            source_mask: `(b, j)` bool, False at the source's.
+            mask: `(b, n)` bool or integer, False or 0 at the target's padding.
+            source_mask: `(b, j)` like mask, at the source's.
         """
         return self.head(self.hidden(source, target, mask=mask, source_mask=source_mask))
 
@@ -92,6 +93,7 @@ class PerformerEncoderDecoder(LanguageModel):
         self, source: Tensor, target: Tensor, *, mask: Tensor | None = None, source_mask: Tensor | None = None
     ) -> Tensor:
         """Return what the output layer reads, `(b, n, dim)`."""
+        source_mask = check_mask(source_mask, source.shape, name="source_mask")
         context = self.encode(source, mask=source_mask)
         return self.decoder(self.embedding(target), mask=mask, context=context, context_mask=source_mask)
 
@@ -113,6 +115,10 @@ class PerformerEncoderDecoder(LanguageModel):
         """Return how many tokens of a target its positions can tell apart; None: without end."""
         del tokens
         return self.decoder.max_len
+
+    def check_prompt(self, prompt: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Check the mask of sources, whose padding may stand anywhere; see `LanguageModel.check_prompt`."""
+        return check_mask(mask, prompt.shape)
 
     def start(self, prompt: Tensor, *, mask: Tensor | None = None, max_len: int = 0) -> tuple[Tensor, PerformerState]:
         """Read prompts as sources; targets start with `start_id`. See `LanguageModel.start`."""

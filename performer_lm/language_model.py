@@ -26,16 +26,24 @@ class LanguageModel(nn.Module, ABC):
         """Return how many new tokens a prompt of so many leaves room for; None: without end."""
 
     @abstractmethod
+    def check_prompt(self, prompt: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Check that prompts `(b, n)` can be continued, and return their mask as bool; this looks at the mask's values.
+
+        Raises:
+            ValueError: for a mask of another shape or dtype, or padding that would be read as text.
+        """
+
+    @abstractmethod
     def start(self, prompt: Tensor, *, mask: Tensor | None = None, max_len: int = 0) -> tuple[Tensor, PerformerState]:
         """Read prompts: ids `(b, n)` to the logits of the first new token, `(b, 1, vocab)`, and the state.
 
         Args:
-            prompt: `(b, n)` ids, n at least 1.
-            mask: `(b, n)` bool, False at the padding that stands left of shorter prompts.
+            prompt: `(b, n)` ids.
+            mask: `(b, n)` bool or integer, False or 0 at the padding that stands left of shorter prompts.
             max_len: how many tokens are to be decoded, prompt included; sizes caches and is no limit.
 
         Raises:
-            ValueError: for a model that does not decode.
+            ValueError: for a model that does not decode, or prompts that `check_prompt` refuses.
         """
 
     @abstractmethod
@@ -47,10 +55,13 @@ class LanguageModel(nn.Module, ABC):
         Any split of a sequence gives the logits that a forward gives for the whole. May consume `state`.
 
         Args:
-            tokens: `(b, n)` ids, for any n.
+            tokens: `(b, n)` ids, for any n, 0 among them.
             state: of `start`, `init_state` or an earlier call.
-            mask: `(b, n)` bool, False at padding on the left.
+            mask: `(b, n)` bool or integer, of these tokens alone: False or 0 at padding on the left.
             last_only: return the logits of the last token alone, `(b, 1, vocab)`.
+
+        Raises:
+            ValueError: for a mask that is not of these tokens, or a state of another batch.
         """
 
     @abstractmethod

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from performer_lm.language_model import LanguageModel, initialise_vocabulary
 from performer_lm.nn.problems import Problems
+from performer_lm.ops.checks import check_mask
 from performer_lm.performer import Performer, PerformerState
 from performer_lm.ranges import Count, ranged
 
@@ -75,10 +76,10 @@ class PerformerLM(LanguageModel):
 
         Args:
             tokens: `(b, n)` ids.
-            mask: `(b, n)` bool, False at padding.
+            mask: `(b, n)` bool or integer, False or 0 at padding.
             segments: `(b, n)` ids of packed documents, which do not see one another.
             context: `(b, j, dim)` vectors that cross-attention looks at, where the model has it.
-            context_mask: `(b, j)` bool, False at padding of the context.
+            context_mask: `(b, j)` like mask, False at padding of the context.
         """
         return self.head(self.hidden(tokens, mask=mask, segments=segments, context=context, context_mask=context_mask))
 
@@ -116,8 +117,23 @@ class PerformerLM(LanguageModel):
         last = self.performer.max_len
         return None if last is None else max(0, last - tokens + 1)  # the last new token is never read
 
+    def check_prompt(self, prompt: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Check prompts and their mask; see `LanguageModel.check_prompt`.
+
+        Raises:
+            ValueError: for a row without tokens or padded on the right, whose last logits would be a pad's; or padded
+                between tokens, where a convolution or token shift would see zeros.
+        """
+        mask = check_mask(mask, prompt.shape)
+        if not prompt.shape[1]:
+            raise ValueError("a prompt needs at least 1 token, such as the one that begins a document; got none")
+        if mask is not None and not mask.is_meta:
+            _check_padding(mask, may_have_gaps=not self.performer.mixes_neighbours)
+        return mask
+
     def start(self, prompt: Tensor, *, mask: Tensor | None = None, max_len: int = 0) -> tuple[Tensor, PerformerState]:
         """Read prompts that are to be continued; see `LanguageModel.start`."""
+        mask = self.check_prompt(prompt, mask)
         return self.extend(prompt, self.init_state(prompt.shape[0], max_len=max_len), mask=mask, last_only=True)
 
     def extend(
@@ -138,3 +154,18 @@ class PerformerLM(LanguageModel):
     def fix_projections(self) -> None:
         """Keep every random projection as it is from now on, checkpoints included."""
         self.performer.fix_projections()
+
+
+def _check_padding(mask: Tensor, *, may_have_gaps: bool) -> None:
+    """Raise ValueError unless the padding of prompts, False in the mask `(b, n)`, stands on their left."""
+    if not bool(mask.any(1).all()):
+        raise ValueError(
+            "a prompt is all padding: each row needs at least 1 token, such as the one that begins a document"
+        )
+    if not bool(mask[:, -1].all()):
+        raise ValueError("a prompt ends in padding, which would be continued as if it were text: pad on the left")
+    if not may_have_gaps and bool((mask[:, :-1] & ~mask[:, 1:]).any()):
+        raise ValueError(
+            "a prompt has padding between its tokens, where the convolution or token shift would see zeros: "
+            "pad on the left"
+        )

@@ -21,6 +21,7 @@ from performer_lm.nn.mixing import TokenShift
 from performer_lm.nn.positions import AbsolutePositions, NoAbsolutePositions, Positions
 from performer_lm.nn.problems import Problems
 from performer_lm.nn.residual import Plain, Recomputed, Residual, Reversible
+from performer_lm.ops.checks import check_batch, check_mask, check_segments
 from performer_lm.ranges import Positive, Share, Size, Whole, ranged
 
 
@@ -150,6 +151,7 @@ class Performer(nn.Module):
             self.norm = (final_norm or norm)(dim)
         problems.raise_any()
         self.dim, self.causal, self.cross_attend = dim, causal, cross_attend
+        self.mixes_neighbours = convolution > 1 or token_shift
         self.residual: Residual = Reversible() if reversible else Recomputed() if recompute else Plain()
         initialise(self)
 
@@ -166,19 +168,22 @@ class Performer(nn.Module):
 
         Args:
             x: `(b, n, dim)`.
-            mask: `(b, n)` bool, False at padding.
+            mask: `(b, n)` bool or integer, False or 0 at padding.
             segments: `(b, n)` ids of packed documents, which do not see one another.
             context: `(b, j, dim)`, what cross-attention looks at; given exactly where the stack has it.
-            context_mask: `(b, j)` bool, False at padding of the context.
+            context_mask: `(b, j)` like mask, False at padding of the context.
 
         Raises:
-            ValueError: for a context missing or without use, or more tokens than learned positions.
+            ValueError: for a mask or segments of another shape or dtype, a context missing or without use, or more
+                tokens than learned positions.
         """
+        mask = check_mask(mask, x.shape[:2])
+        check_segments(segments, x.shape[:2])
         if self.max_len is not None and x.shape[1] > self.max_len:
             raise ValueError(f"{x.shape[1]} tokens are more than the {self.max_len} learned positions")
         if segments is not None and self.cross_attend:
             raise ValueError("segments: packed documents have one context for all; give each a row of its own")
-        layout = Layout(find_places(x, mask, segments), mask, segments, self._context(context, context_mask))
+        layout = Layout(find_places(x, mask, segments), mask, segments, self._context(len(x), context, context_mask))
         x = self.dropout(self.absolute(x, layout.places))
         return self.norm(self.residual.run(self.branches, x, layout))
 
@@ -190,12 +195,12 @@ class Performer(nn.Module):
         `max_len` sizes caches and is no limit.
 
         Raises:
-            ValueError: for a bidirectional stack, or a context missing or without use.
+            ValueError: for a bidirectional stack, a context missing or without use, or a context of another batch.
         """
         if not self.causal:
             raise ValueError("a bidirectional model (causal=False) does not decode token by token")
         weight = next(self.parameters())
-        found = self._context(context, context_mask)
+        found = self._context(batch, context, context_mask)
         states = [
             branch.init_state(batch, max_len=max_len, device=weight.device, dtype=weight.dtype, context=found)
             for branch in self.branches
@@ -205,9 +210,14 @@ class Performer(nn.Module):
     def extend(self, x: Tensor, state: PerformerState, *, mask: Tensor | None = None) -> tuple[Tensor, PerformerState]:
         """Append tokens `(b, n, dim)` to the streams: `(b, n, dim)` and the next state.
 
-        Any split of a sequence gives what `forward` gives for the whole. May consume `state`. `mask` `(b, n)` is False
-        at the padding that stands left of shorter prompts.
+        Any split of a sequence gives what `forward` gives for the whole, no tokens among them. May consume `state`.
+        `mask` `(b, n)`, of the new tokens alone, is False or 0 at the padding that stands left of shorter prompts.
+
+        Raises:
+            ValueError: for a mask that is not of these tokens, or a state of another batch.
         """
+        check_batch(x, state.length)
+        mask = check_mask(mask, x.shape[:2])
         layout = Layout(state.length[:, None] + find_places(x, mask, None), mask)
         streams = self.residual.open(self.absolute(x, layout.places))
         states = []
@@ -244,12 +254,18 @@ class Performer(nn.Module):
         """Return the branches of all layers, in the order they run."""
         return [cast(Branch, branch) for parts in self.layers for branch in cast(nn.ModuleDict, parts).values()]
 
-    def _context(self, vectors: Tensor | None, mask: Tensor | None) -> Context | None:
+    def _context(self, batch: int, vectors: Tensor | None, mask: Tensor | None) -> Context | None:
         if self.cross_attend and vectors is None:
             raise ValueError("a model with cross-attention needs a context: pass context=, the sequence to look at")
         if not self.cross_attend and vectors is not None:
             raise ValueError("a context was given, but the model has no cross-attention (cross_attend=True)")
-        return None if vectors is None else Context(vectors, mask)
+        if vectors is None:
+            if mask is not None:
+                raise ValueError("a context_mask was given without a context")
+            return None
+        if len(vectors) != batch:
+            raise ValueError(f"the context must have the batch of the tokens ({batch}), got {len(vectors)}")
+        return Context(vectors, check_mask(mask, vectors.shape[:2], name="context_mask"))
 
 
 def _check_sizes(problems: Problems, *, dim: int, heads: int, dim_head: int | None) -> int:

@@ -10,6 +10,7 @@ import torch
 from performer_lm import checkpoint
 from performer_lm.attention.base import Attention
 from performer_lm.attention.favor import FavorAttention
+from performer_lm.checkpoint import files
 from performer_lm.data.tokenizer import ByteTokenizer, Tokenizer
 from performer_lm.model import PerformerLM
 from performer_lm.objectives import MaskedTokens, NextToken, Objective
@@ -87,6 +88,59 @@ def test_one_flipped_bit_is_found(saved: Path) -> None:
     saved.write_bytes(content)
     with pytest.raises(ValueError, match="is damaged"):
         checkpoint.read(saved)
+
+
+def test_one_flipped_bit_without_a_checksum_is_found_or_changes_nothing(saved: Path) -> None:
+    checkpoint.sidecar_of(saved).unlink()
+    whole, content = checkpoint.read(saved).content, saved.read_bytes()
+    places = {*range(0, len(content), len(content) // 40), *range(len(content) - 400, len(content))}
+    refused = 0
+    for place in places:
+        saved.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :])
+        try:
+            found = checkpoint.read(saved).content
+        except ValueError:
+            refused += 1
+            continue
+        assert found.keys() == whole.keys()
+        assert all(torch.equal(value, found["state_dict"][name]) for name, value in whole["state_dict"].items())
+        assert found["performer_lm"] == whole["performer_lm"]
+    assert refused > 40
+
+
+def test_a_checksum_that_is_none_is_no_reason_to_wait_or_to_believe(saved: Path) -> None:
+    sidecar = checkpoint.sidecar_of(saved)
+    for make in (
+        os.mkfifo,
+        Path.mkdir,
+        lambda path: path.symlink_to("/dev/zero"),
+        Path.touch,
+        lambda path: path.symlink_to("x"),
+    ):
+        sidecar.unlink()
+        make(sidecar)
+        with pytest.raises(ValueError, match=r"last\.ckpt (is damaged|cannot be read)"):
+            checkpoint.read(saved)
+        if sidecar.is_dir():
+            sidecar.rmdir()
+            sidecar.touch()
+
+
+def test_saving_keeps_nothing_of_a_foreign_sidecar_and_follows_no_link(saved: Path) -> None:
+    secret = saved.parent / "secret"
+    secret.write_text("a line of theirs\n")
+    content = checkpoint.read(saved).content
+    sidecar = checkpoint.sidecar_of(saved)
+    sidecar.unlink()
+    sidecar.symlink_to(secret)
+    written: list[str] = []
+    replace_text = files.replace_text
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(files, "replace_text", lambda path, text: (written.append(text), replace_text(path, text)))
+        checkpoint.save(content, saved)
+    assert secret.read_text() == "a line of theirs\n"
+    assert not any("theirs" in text for text in written)
+    assert checkpoint.read(saved).path == saved
 
 
 def test_foreign_files_are_refused(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Every kind of data through the real scripts: what trains, and how what cannot is told."""
 
 import json
+import os
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +28,13 @@ def folder(text: None) -> None:
     Path("empty.txt").touch()
     Path("byte.txt").write_text("x")
     Path("short.txt").write_text("line of text\n" * 4)
+    Path("blank").mkdir()
+    for name, content in {"a.txt": "", "b.md": "\N{BYTE ORDER MARK}", "c.jsonl": '{"text": ""}\n'}.items():
+        Path("blank", name).write_text(content)
+    Path("rows0.jsonl").write_text("\n")
+    os.mkfifo("pipe")
+    with tarfile.open("notes.tar.gz", "w:gz") as archive:
+        archive.add("notes")
     Path("same").mkdir()
     for name in ("one", "two"):
         Path(f"same/{name}.txt").write_text("the same text\n" * 50)
@@ -54,11 +63,18 @@ def test_every_choice_trains_and_is_evaluated(invoke: Invoke, folder: None, choi
     code, out, err = invoke(*SHORT, "tokenizer=bytes", *choice)
     assert code == 0, err
     assert "best val bpb" in out
+    code, own, err = invoke(script="evaluate.py")
+    assert code == 0, err
+    assert "bits per byte" in own
+    assert "data: " not in err  # the ids that training made are found again
     asked = [item for item in choice if item.partition("=")[0] != "attn"]
+    code, part, err = invoke("data.context=64", "data.validation_fraction=0.05", *asked, script="evaluate.py")
+    assert (code, part) == (0, own), err  # what was held out is asked for by the same options
     code, out, err = invoke("data.context=64", *asked, script="evaluate.py")
     assert code == 0, err
-    assert "bits per byte" in out
-    assert "data: " not in err  # the ids that training made are found again
+    is_given = any("validation" in item for item in choice)
+    assert is_given or "data: " in err
+    assert is_given == (out == own)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -72,9 +88,14 @@ def test_a_stream_trains_and_goes_on(invoke: Invoke, folder: None, workers: int)
     assert code == 0, err
     assert "data: going on at row" in err
     assert "step 4" in out
+    code, out, err = invoke("ckpt=runs/a", script="evaluate.py")
+    assert code == 0, err
+    assert "bits per byte" in out
+    code, _, err = invoke("ckpt=runs/a", *common[4:7], script="evaluate.py")
+    assert (code, err.splitlines()[-1][:40]) == (2, "error: data.streaming=true keeps no text"), err
 
 
-def test_a_task_is_trained_scored_and_resumed(invoke: Invoke) -> None:
+def test_a_task_is_trained_scored_and_resumed(invoke: Invoke, text: None) -> None:
     tiny = ["model.dim=32", "model.depth=1", "model.heads=2", "data.context=32", "data.batch_size=16"]
     task = [
         "data=synthetic",
@@ -94,10 +115,11 @@ def test_a_task_is_trained_scored_and_resumed(invoke: Invoke) -> None:
     assert continued.startswith(prompt)
     logged = [json.loads(line) for line in Path("runs/a/metrics.jsonl").read_text().splitlines()]
     assert any(0 <= line.get("val/accuracy", -1) <= 1 for line in logged)
-    code, out, err = invoke(*task, "data.context=32", script="evaluate.py")
-    assert code == 0, err
-    assert "accuracy 0." in out
-    code, out, err = invoke(script="evaluate.py")
+    found = [invoke(*options, script="evaluate.py")[:2] for options in ([], [*task, "data.context=32"])]
+    assert found[0] == found[1]
+    assert found[0][0] == 0
+    assert "accuracy 0." in found[0][1]
+    code, _, err = invoke("data=files", "data.path=text.txt", script="evaluate.py")
     assert code == 2
     code, _, err = invoke(*task[:-1], "data.task.pairs=3", "data.task.vocab_size=20", script="evaluate.py")
     assert (code, err.splitlines()[-1]) == (
@@ -155,6 +177,14 @@ def test_every_tokenizer_trains_and_generates(invoke: Invoke, folder: None, toke
         (["data.path=empty.txt"], "data.path=empty.txt has no text: 1 document, all empty or left out"),
         (["data.path=byte.txt"], "data.path=byte.txt has 3 tokens for training; one window needs 65 (data.context=64)"),
         (["data.path=short.txt"], "data.path=short.txt has 51 tokens for training; one window needs 65"),
+        (["data.validation_path=empty.txt"], "data.validation_path=empty.txt has no text: 1 document, all empty or"),
+        (["data.validation_path=blank"], "data.validation_path=blank has no text: 3 documents, all empty or left out"),
+        (["data.validation_path=rows0.jsonl"], "data.validation_path=rows0.jsonl has no text: 0 documents"),
+        (["data.validation_path=text.txt"], "nothing is left to validate on: the text of all 1 documents held out"),
+        (["data.path=notes.tar.gz"], "notes.tar.gz is a tar archive: unpack it first"),
+        (["data.path=/dev/zero"], "/dev/zero is a device; only regular files are read"),
+        (["data.path=pipe"], "pipe is a named pipe; only regular files are read"),
+        (["tokenizer=json", "tokenizer.path=pipe"], "pipe is a named pipe; only regular files are read"),
         (["data.path=same"], "nothing is left to validate on: the text of all"),
         (["data.path=broken.txt", "data.errors=skip"], "data.path=broken.txt has no text: 1 document"),
         (["data.errors=ignore"], "data.errors: wanted 'strict' or 'replace' or 'skip' or 'bytes', got 'ignore'"),

@@ -69,6 +69,31 @@ def test_padding_of_source_and_target_changes_nothing(model: PerformerEncoderDec
 
 
 @torch.no_grad()
+def test_integer_masks_are_the_bool_masks(model: PerformerEncoderDecoder) -> None:
+    source, target = tokens(2, 7), tokens(2, 5)
+    source_mask, mask = torch.rand(2, 7) < 0.6, torch.arange(5)[None] >= torch.tensor([[2], [0]])
+    wanted = model(source, target, mask=mask, source_mask=source_mask)
+    assert torch.equal(model(source, target, mask=mask.long(), source_mask=source_mask.long()), wanted)
+    out, _ = model.extend(target, model.init_state(source, mask=source_mask.int()), mask=mask.int())
+    torch.testing.assert_close(out[:, -1:], wanted[:, -1:], **CLOSE)
+    nothing, _ = model.extend(target[:, :0], model.init_state(source))
+    assert nothing.shape == (2, 0, 40)
+
+
+def test_masks_that_are_not_of_source_and_target_are_refused(model: PerformerEncoderDecoder) -> None:
+    source, target, kept = tokens(2, 7), tokens(2, 5), torch.ones(2, 7, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"^source_mask must be .* of shape \(2, 7\); got bool of shape \(1, 7\)$"):
+        model(source, target, source_mask=kept[:1])
+    with pytest.raises(ValueError, match=r"^mask must be .* of shape \(2, 5\); got bool of shape \(2, 7\)$"):
+        model(source, target, mask=kept)
+    for read in (model.init_state, model.start):
+        with pytest.raises(ValueError, match=r"^mask must be .* of shape \(2, 7\); got float32 of shape \(2, 7\)$"):
+            read(source, mask=kept.float())
+    with pytest.raises(ValueError, match=r"^the state holds a batch of 2, got a batch of 1$"):
+        model.extend(target[:1], model.init_state(source))
+
+
+@torch.no_grad()
 def test_it_sees_all_of_the_source_and_none_of_the_future(model: PerformerEncoderDecoder) -> None:
     source, target = tokens(1, 7), tokens(1, 9)
     logits = model(source, target)

@@ -1,6 +1,7 @@
 """The commands of evaluate.py, as a user types them."""
 
 import csv
+import json
 import math
 import re
 from collections import Counter
@@ -8,6 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+from performer_lm import checkpoint
 
 Invoke = Callable[..., tuple[int, str, str]]
 DATA = ["data=files", "data.path=text.txt", "data.context=64"]
@@ -29,15 +33,119 @@ def test_a_model_is_measured_by_what_it_was_trained_to_predict(
     code, trained, err = invoke(*SHORT, *options, "run_dir=runs/a")
     assert code == 0, err
     assert ("generate.py" in trained) == (name != "masked token")
-    assert ("python evaluate.py ckpt=runs/a data=files data.path=text.txt" in trained) == (name == "masked token")
+    assert ("python evaluate.py ckpt=runs/a\n" in trained) == (name == "masked token")
     for attn in ([], ["attn=exact"]):
-        code, out, err = invoke("ckpt=runs/a", *DATA, *attn, script="evaluate.py")
+        code, out, err = invoke("ckpt=runs/a", *attn, script="evaluate.py")
         assert code == 0, err
         bits = re.search(r"([\d.]+) bits per byte\n", out)
         assert f" {name}s, " in out
         assert bits
         if not attn:  # a short text's held-out part is what the run validated on
             assert f"best val bpb  {bits[1]}" in trained
+
+
+def measured(out: str) -> tuple[int, float]:
+    """Return the bytes of text and the bits per byte that were told."""
+    found = re.search(r" ([\d,]+) bytes of text\n.* ([\d.]+) bits per byte\n", out)
+    assert found
+    return int(found[1].replace(",", "")), float(found[2])
+
+
+def run_of(invoke: Invoke, *options: str) -> Path:
+    code, _, err = invoke(*SHORT, *options, "run_dir=runs/a")
+    assert code == 0, err
+    return Path("runs/a/config.yaml")
+
+
+def test_all_of_the_text_that_is_given_is_measured_however_short(invoke: Invoke, text: None) -> None:
+    run_of(invoke)
+    lines = "".join(f"line {number}\n" for number in range(40))
+    for content, context in (("x", 512), (lines, 8)):
+        Path("tiny.txt").write_text(content)
+        code, out, err = invoke(
+            "ckpt=runs/a", "data=files", "data.path=tiny.txt", f"data.context={context}", script="evaluate.py"
+        )
+        assert code == 0, err
+        assert measured(out)[0] == len(content)
+    _, out, _ = invoke("ckpt=runs/a", *DATA, "data.validation_path=tiny.txt", script="evaluate.py")
+    assert measured(out)[0] == len(lines)
+    Path("tiny.txt").write_text("")
+    code, _, err = invoke("ckpt=runs/a", "data=files", "data.path=tiny.txt", script="evaluate.py")
+    assert (code, err) == (2, "error: data.path=tiny.txt has no text: 1 document, all empty or left out\n")
+
+
+def test_without_data_it_is_what_the_run_held_out(invoke: Invoke, text: None) -> None:
+    run_of(invoke, "data.validation_fraction=0.3", "callbacks.samples.prompt=line", "data.validation_bytes=500")
+    code, own, err = invoke("ckpt=runs/a", script="evaluate.py")
+    assert (code, err) == (0, "")
+    part = measured(invoke("ckpt=runs/a", *DATA, "data.validation_fraction=0.3", script="evaluate.py")[1])
+    assert measured(own) == part
+    assert part[0] == pytest.approx(0.3 * Path("text.txt").stat().st_size, rel=0.01)
+    code, out, err = invoke("ckpt=runs/a", "data.context=100000", "data.batch_size=1", script="evaluate.py")
+    assert (code, err) == (0, "")  # though there is no such window to train on
+    assert measured(out)[0] == part[0]
+    assert measured(out) != part
+
+
+def test_a_path_is_taken_from_the_run_as_it_was_typed(invoke: Invoke, text: None) -> None:
+    config = run_of(invoke)
+    name = "a ${oc.env:HOME} 'b' \\${x}.txt"
+    Path("text.txt").rename(name)
+    config.write_text(config.read_text().replace("path: text.txt", f"path: {json.dumps(name)}"))
+    code, _, err = invoke("ckpt=runs/a", script="evaluate.py")
+    assert code == 2  # the name is part of what was trained on
+    assert "is no longer what the run was trained on" in err
+    code, out, err = invoke("ckpt=runs/a", "data=files", f"data.path={name}", script="evaluate.py")
+    assert code == 0, err
+    assert measured(out)[0] == Path(name).stat().st_size
+
+
+ANOTHER = "; data=files data.path=FILE measures another text\n"
+
+
+def test_a_run_s_text_that_is_not_at_hand_is_one_line(invoke: Invoke, text: None, lines: str) -> None:
+    config = run_of(invoke)
+    folder = config.parent.resolve()
+
+    def refused(*options: str) -> str:
+        code, out, err = invoke("ckpt=runs/a", *options, script="evaluate.py")
+        assert (code, out, len(err.splitlines())) == (2, "", 1), err
+        return err
+
+    Path("text.txt").rename("moved.txt")
+    assert (
+        refused() == f"error: the text of {folder}: data.path=text.txt does not exist; did you mean moved.txt?{ANOTHER}"
+    )
+    assert refused("task=approximation").startswith(f"error: the text of {folder}: data.path=text.txt")
+    Path("text.txt").write_text(lines + "more")
+    changed = f"error: the text of {folder} is no longer what the run was trained on{ANOTHER}"
+    code, _, err = invoke("ckpt=runs/a", script="evaluate.py")
+    assert (code, err.splitlines(keepends=True)[-1]) == (2, changed)
+    Path("moved.txt").rename("text.txt")
+    assert invoke("ckpt=runs/a", script="evaluate.py")[0] == 0
+    config.rename("config.yaml.away")
+    alone = Path("runs/a/checkpoints/best.ckpt")
+    assert f"{alone} lies in no run folder, whose config.yaml names its text{ANOTHER}" in refused()
+    assert invoke("ckpt=runs/a", *DATA, script="evaluate.py")[0] == 0
+    assert "data.cache_dir: unknown key" in refused("data.cache_dir=elsewhere")
+
+
+def test_a_run_s_config_is_read_as_a_stranger_s(invoke: Invoke, text: None) -> None:
+    config = run_of(invoke)
+    config.write_text(config.read_text().replace("performer_lm.data.sources.files", "os.system"))
+    code, out, err = invoke("ckpt=runs/a", script="evaluate.py")
+    assert (code, out, err) == (2, "", f"error: {config.resolve()} does not say what text the run had\n")
+
+
+def test_a_model_that_gives_no_number_is_told_by_its_exit_code(invoke: Invoke, text: None) -> None:
+    run_of(invoke)
+    for path in Path("runs/a/checkpoints").glob("step=*.ckpt"):
+        content = torch.load(path, weights_only=True)
+        content["state_dict"]["model.head.weight"][0] = float("nan")
+        checkpoint.save(content, path)
+    code, _, err = invoke("ckpt=runs/a", script="evaluate.py")
+    assert code in (2, 3)  # opened or not, a number that is none is not printed
+    assert "not finite" in err
 
 
 SMALL = ["task=approximation", "task.num_features=[4,8]", "task.redraws=2", "task.queries=8", "task.tokens=12"]

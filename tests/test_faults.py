@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from performer_lm import checkpoint
+from performer_lm import checkpoint, writing
 from performer_lm.training.loggers.record import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -108,6 +108,32 @@ def test_a_full_disk_costs_the_new_file_alone(invoke: Invoke) -> None:
     assert list(Path("runs/a/checkpoints").glob("*.tmp")) == []
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.txt"])
+def test_a_disk_that_fills_up_is_told_by_the_files_name_and_the_run_goes_on_from_its_last_save(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    append_text = writing.append_text
+
+    def fill_up(path: Path, text: str) -> None:
+        if path.name == name and ('"step": 4' in text or "step 4" in text):
+            append_text(path, text[:5])
+            raise writing.unwritable(path, OSError(28, "No space left on device"))
+        append_text(path, text)
+
+    with monkeypatch.context() as patched:
+        for module in ("loggers.record", "callbacks.samples"):
+            patched.setattr(f"performer_lm.training.{module}.append_text", fill_up)
+        code, out, err = invoke(*TINY, "run_dir=runs/a", "optimizer=adamw")
+    told = [line for line in (out + err).splitlines() if "no space left" in line.lower()]
+    assert len(told) == 1
+    assert name in told[0]
+    assert "Traceback" not in err
+    assert code == (1 if name == "metrics.jsonl" else 0)
+    assert invoke(*TINY, "run_dir=runs/a", "optimizer=adamw", "ckpt=auto", "trainer.max_steps=6")[0] == 0
+    steps = [row["step"] for row in read_metrics(Path("runs/a/metrics.jsonl")) if "train/loss" in row]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_folder_that_refuses_the_file_is_an_error(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object) -> None:
         raise PermissionError(13, "Permission denied")
@@ -115,7 +141,8 @@ def test_a_folder_that_refuses_the_file_is_an_error(invoke: Invoke, monkeypatch:
     monkeypatch.setattr("performer_lm.checkpoint.files.os.replace", refuse)
     code, _, err = invoke(*TINY, "run_dir=runs/a")
     assert code == 1
-    assert "Permission denied" in err
+    assert "permission denied" in err.splitlines()[-1]
+    assert "Traceback" not in err
 
 
 def test_two_runs_in_one_folder_are_refused(invoke: Invoke) -> None:
@@ -197,3 +224,22 @@ def test_a_real_process_without_memory_ends_with_code_4_and_says_what_to_lower(i
     assert "micro-batch 65536 x 64 tokens" in told
     assert "raise trainer.accumulate_grad_batches" in told
     assert not list(Path("runs").rglob("*.ckpt*"))
+
+
+def test_a_run_whose_weights_overflow_ends_before_its_save(invoke: Invoke) -> None:
+    code, out, err = invoke(*TINY, "optimizer.lr=1e41", "trainer.save_every=1", "run_dir=runs/a")
+    told = [line for line in err.splitlines() if not line.startswith("data: ")]
+    assert (code, len(told)) == (3, 1), err
+    assert told[0].startswith("error: the weights are not finite after step 1 (model.")
+    assert "Traceback" not in out + err
+    assert list(Path("runs/a").rglob("*.ckpt")) == []
+
+
+def test_a_model_whose_logits_overflow_samples_nothing(invoke: Invoke) -> None:
+    content = checkpoint.read(ROOT / "tests/golden/backends/exact.ckpt").content
+    content["state_dict"]["model.performer.norm.gain"].fill_(3e38)
+    content["state_dict"]["model.head.weight"].mul_(1e3)
+    checkpoint.save(content, Path("a.ckpt"))
+    code, _, err = invoke("ckpt=a.ckpt", "prompt=line 1", script="generate.py")
+    assert code == 3
+    assert err == "error: the model's logits are not finite, so there is no next token to draw from them\n"

@@ -89,6 +89,34 @@ def test_left_padding_changes_nothing(model: PerformerLM, pieces: list[int]) -> 
 
 
 @torch.no_grad()
+def test_an_integer_mask_is_the_bool_mask(model: PerformerLM) -> None:
+    ids, mask = tokens(2, 9), torch.arange(9)[None] >= torch.tensor([[4], [0]])
+    assert torch.equal(model(ids, mask=mask.long()), model(ids, mask=mask))
+    found, wanted = (decode_in_pieces(model, ids, [5, 0, 4], given) for given in (mask.int(), mask))
+    assert torch.equal(found, wanted)
+    torch.testing.assert_close(wanted[0, 4:], model(ids[:1, 4:])[0], **CLOSE)
+
+
+@torch.no_grad()
+def test_no_tokens_give_no_logits_and_leave_the_state_as_it_was(model: PerformerLM) -> None:
+    ids = tokens(2, 6)
+    _, state = model.extend(ids[:, :4], model.init_state(2))
+    for last_only in (False, True):
+        nothing, state = model.extend(ids[:, :0], state, last_only=last_only)
+        assert nothing.shape == (2, 0, 40)
+    torch.testing.assert_close(model.extend(ids[:, 4:], state)[0], model(ids)[:, 4:], **CLOSE)
+
+
+def test_a_mask_that_is_not_of_the_new_tokens_is_refused(model: PerformerLM) -> None:
+    ids, seen = tokens(2, 6), torch.ones(2, 6, dtype=torch.bool)
+    _, state = model.extend(ids[:, :5], model.init_state(2))
+    with pytest.raises(ValueError, match=r"^mask must be .* of shape \(2, 1\); got bool of shape \(2, 6\)$"):
+        model.extend(ids[:, 5:], state, mask=seen)
+    with pytest.raises(ValueError, match=r"^mask must be .* of shape \(2, 6\); got bool of shape \(1, 6\)$"):
+        model(ids, mask=seen[:1])
+
+
+@torch.no_grad()
 def test_packed_documents_equal_separate_ones(model: PerformerLM) -> None:
     documents = [tokens(1, n) for n in (9, 1, 11)]
     segments = torch.cat([torch.full_like(ids, index) for index, ids in enumerate(documents)], 1)

@@ -99,6 +99,7 @@ causal_options = {
     "decay": st.booleans(),
 }
 causal_mix = st.fixed_dictionaries(shared_options | causal_options)
+plain_mix = causal_mix.map(lambda mix: mix | {"convolution": 0, "token_shift": False})  # those see zeros at pads
 bidirectional_mix = st.fixed_dictionaries(shared_options | {"attn": st.sampled_from(sorted(BACKENDS))})
 crossing_mix = st.fixed_dictionaries(shared_options | {"attn": st.sampled_from(ACROSS), "decay": st.booleans()})
 
@@ -142,7 +143,7 @@ def decode(stack: Performer, x: Tensor, pieces: list[int], mask: Tensor | None =
 
 
 @torch.no_grad()
-@given(mix=causal_mix, pieces=st.lists(st.integers(1, 7), min_size=1, max_size=5))
+@given(mix=causal_mix, pieces=st.lists(st.integers(0, 7), min_size=1, max_size=5).filter(any))
 def test_any_split_of_a_sequence_gives_its_forward(mix: dict[str, Any], pieces: list[int]) -> None:
     stack, x = build(mix), vectors(2, sum(pieces))
     whole = stack(x)
@@ -163,6 +164,39 @@ def test_left_padding_changes_nothing(mix: dict[str, Any], pads: int, n: int, pi
     for out in (decode(stack, x, pieces, mask), stack(x, mask=mask)):
         torch.testing.assert_close(out[:1, pads:], stack(short), **CLOSE)
         torch.testing.assert_close(out[1:], stack(long), **CLOSE)
+
+
+@torch.no_grad()
+@given(mix=plain_mix, pieces=st.sampled_from([[9], [4, 5]]))
+def test_tokens_masked_by_bools_or_integers_are_as_if_absent(mix: dict[str, Any], pieces: list[int]) -> None:
+    stack, x = build(mix), vectors(1, 9)
+    kept = torch.tensor([False, True, True, False, False, True, False, True, True])
+    alone = stack(x[:, kept])
+    for mask in (kept[None], kept[None].long(), kept[None].to(torch.uint8)):
+        for out in (stack(x, mask=mask), decode(stack, x, pieces, mask)):
+            torch.testing.assert_close(out[:, kept], alone, **CLOSE)
+
+
+@torch.no_grad()
+@given(mix=causal_mix | bidirectional_mix, n=st.integers(0, 6))
+def test_an_integer_mask_is_the_bool_mask_whatever_the_options(mix: dict[str, Any], n: int) -> None:
+    causal = "decay" in mix
+    stack, x, mask = build(mix, causal=causal), vectors(2, n), torch.rand(2, n) < 0.6
+    assert torch.equal(stack(x, mask=mask.long()), stack(x, mask=mask))
+    if causal:
+        one, state = stack.extend(x, stack.init_state(2), mask=mask.int())
+        other, other_state = stack.extend(x, stack.init_state(2), mask=mask)
+        assert torch.equal(one, other)
+        assert torch.equal(state.length, other_state.length)
+
+
+@given(mix=causal_mix | bidirectional_mix, packed=st.booleans())
+def test_a_sequence_of_no_tokens_trains(mix: dict[str, Any], packed: bool) -> None:
+    stack, x = build(mix, causal="decay" in mix).train(), vectors(2, 0).requires_grad_()
+    out = stack(x, mask=torch.ones(2, 0).bool(), segments=torch.zeros(2, 0).long() if packed else None)
+    assert out.shape == (2, 0, DIM)
+    out.sum().backward()
+    assert not any(p.grad.any() for p in stack.parameters() if p.grad is not None)
 
 
 @torch.no_grad()
@@ -205,7 +239,8 @@ def test_a_stack_that_looks_at_a_context_decodes_as_it_trains(
     whole = stack(x, context=context)
     assert not torch.allclose(whole, stack(x, context=2 * context))
     torch.testing.assert_close(stack(x, context=padded, context_mask=mask), whole, **CLOSE)
-    torch.testing.assert_close(decode(stack, x, pieces, context=padded, context_mask=mask), whole, **CLOSE)
+    torch.testing.assert_close(stack(x, context=padded, context_mask=mask.long()), whole, **CLOSE)
+    torch.testing.assert_close(decode(stack, x, [0, *pieces], context=padded, context_mask=mask.int()), whole, **CLOSE)
 
 
 @given(mix=causal_mix | crossing_mix)
@@ -300,6 +335,55 @@ def test_a_context_is_wanted_exactly_where_it_is_looked_at() -> None:
     with pytest.raises(ValueError, match="LocalAttention does not attend across sequences"):
         build({"attn": "local", "residual": {}, "norms": {"norm": RMSNorm}}, cross_attend=True, positions=NoPositions,
               feed_forward=partial(FeedForward, mult=1, activation="gelu"))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mask": torch.ones(2, 4)}, r"^mask must be bool or integer, .* \(2, 4\); got float32 of shape \(2, 4\)$"),
+        ({"mask": torch.ones(1, 4).bool()}, r"^mask must be .* \(2, 4\); got bool of shape \(1, 4\)$"),
+        ({"mask": torch.ones(2, 5).long()}, r"^mask must be .* \(2, 4\); got int64 of shape \(2, 5\)$"),
+        ({"segments": torch.zeros(1, 4).long()}, r"^segments must be .* \(2, 4\); got int64 of shape \(1, 4\)$"),
+        ({"segments": torch.zeros(2, 4)}, r"^segments must be integer, .* got float32 of shape \(2, 4\)$"),
+        ({"context_mask": torch.ones(2, 4).bool()}, "^a context_mask was given without a context$"),
+    ],
+)
+def test_what_is_not_of_the_tokens_given_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plain()(vectors(2, 4), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"context": (2, 3), "context_mask": (1, 3)},
+            r"^context_mask must be .* \(2, 3\); got bool of shape \(1, 3\)$",
+        ),
+        (
+            {"context": (2, 3), "context_mask": (2, 4)},
+            r"^context_mask must be .* \(2, 3\); got bool of shape \(2, 4\)$",
+        ),
+        ({"context": (1, 3)}, r"^the context must have the batch of the tokens \(2\), got 1$"),
+    ],
+)
+def test_a_context_that_does_not_fit_is_refused(options: dict[str, Any], message: str) -> None:
+    stack, context = plain(cross_attend=True), vectors(*options["context"])
+    mask = torch.ones(options["context_mask"]).bool() if "context_mask" in options else None
+    for call in (lambda **more: stack(vectors(2, 4), **more), lambda **more: stack.init_state(2, **more)):
+        with pytest.raises(ValueError, match=message):
+            call(context=context, context_mask=mask)
+
+
+def test_extend_takes_a_mask_and_a_state_of_its_own_tokens_only() -> None:
+    stack, x, seen = plain(decay=True, convolution=3), vectors(2, 5), torch.ones(2, 5).bool()
+    _, state = stack.extend(x[:, :4], stack.init_state(2), mask=seen[:, :4])
+    with pytest.raises(ValueError, match=r"^mask must be .*, of shape \(2, 1\); got bool of shape \(2, 5\)$"):
+        stack.extend(x[:, 4:], state, mask=seen)
+    for batch in (1, 3):
+        with pytest.raises(ValueError, match=f"^the state holds a batch of 2, got a batch of {batch}$"):
+            stack.extend(vectors(batch, 1), state)
+    torch.testing.assert_close(stack.extend(x[:, 4:], state)[0], stack(x)[:, 4:], **CLOSE)  # refusals leave no trace
 
 
 def test_a_bidirectional_stack_does_not_decode() -> None:

@@ -72,6 +72,31 @@ def test_two_processes_go_on_exactly_as_two(place: Path, strategy: str) -> None:
     assert record(place / "runs" / f"{strategy}-again") == record(place / "runs" / strategy)
 
 
+@pytest.mark.parametrize(("before", "after"), [("one", "fsdp"), ("one", "ddp"), ("ddp", "fsdp"), ("fsdp", "one")])
+def test_weights_and_optimizer_states_go_on_alike_on_other_processes(place: Path, before: str, after: str) -> None:
+    folder = f"runs/{before}-{after}"
+    shutil.copytree(place / "runs" / before, place / folder, symlinks=True)
+    [middle] = (place / folder / "checkpoints").glob("step=000004*.ckpt")
+    options = [] if after == "one" else [f"trainer={after}", *TWO]
+    run(place, *TINY, *options, "trainer.max_steps=6", f"ckpt={middle}", "resume.allow=[fingerprint.ranks]")
+    for ours, theirs in zip(record(place / "runs" / "one"), record(place / folder), strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-4)
+
+
+@pytest.mark.parametrize("typed", ["attn=flash", "attn/features=learned"])
+def test_another_backend_goes_on_with_what_the_optimizer_knows_where_weights_are_shared_out(
+    place: Path, typed: str
+) -> None:
+    folder = f"runs/{typed.replace('/', '-')}"
+    shutil.copytree(place / "runs" / "fsdp", place / folder, symlinks=True)
+    words = [word for word in TINY if not word.startswith("attn")]
+    told = run(place, *words, typed, "trainer=fsdp", *TWO, "trainer.max_steps=8", f"ckpt={folder}",
+               "resume.allow=[model.attn]")  # fmt: skip
+    assert "the attention backend changed" in told
+    assert ("the optimizer starts anew on 2 of" in told) == ("learned" in typed)
+    assert record(place / folder)[-1]["step"] == 8
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_what_two_processes_save_one_opens_and_goes_on_from(place: Path, strategy: str) -> None:
     saved = checkpoint.read(place / "runs" / strategy / "checkpoints" / "last.ckpt")

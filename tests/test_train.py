@@ -1,5 +1,7 @@
 """The training script as its users meet it: right and wrong command lines."""
 
+import io
+import os
 import re
 import shlex
 import subprocess
@@ -209,6 +211,62 @@ def test_a_run_without_memory_says_what_for(
     assert told[0].startswith("error: out of memory: ")
     assert "micro-batch 2 x 64 tokens x width 32, vocabulary 257; at most" in told[1]
     assert sum("accumulate_grad_batches" in line or "recompute" in line or "data.context" in line for line in told) == 3
+
+
+@pytest.mark.parametrize("name", ["x$^$y", b"\xff\xfe".decode(errors="surrogateescape"), "[/x] {y} 日本"])
+def test_any_name_of_a_folder_trains_to_its_end(invoke: Invoke, name: str) -> None:
+    code, _, err = invoke(*TINY, f"run_dir=runs/{name}")
+    assert code == 0, err
+    assert {"summary.json", "metrics.png", "metrics.csv", "config.yaml"} <= {*os.listdir(f"runs/{name}")}
+    assert not any("could not be" in line for line in Path(f"runs/{name}/train.log").read_text().splitlines())
+    code, _, err = invoke(*TINY, f"ckpt=runs/{name}", "trainer.max_steps=6")
+    assert code == 0, err
+
+
+def test_a_picture_that_fails_costs_one_warning_and_no_run(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[bool] = []
+
+    def fail(*arguments: object, **options: object) -> None:
+        found.append(Path("runs/a/summary.json").exists())
+        raise RuntimeError("no picture\ntoday")
+
+    monkeypatch.setattr("performer_lm.training.loggers.record.draw_metrics", fail)
+    monkeypatch.setattr("performer_lm.training.run.card", fail)
+    code, out, err = invoke(*TINY, "run_dir=runs/a")
+    assert (code, found) == (0, [True, True])
+    told = [line for line in (out + err).splitlines() if line.startswith("warning: ")]
+    assert [line.rpartition(": ")[2] for line in told] == ["no picture"] * 2
+
+
+def test_a_terminal_that_knows_no_such_characters_costs_nothing(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
+    code, _, err = invoke(*TINY, "run_dir=runs/a", "callbacks.samples.prompt='\u2014 '")
+    assert code == 0, err
+    assert b"\\u2014" in written.getvalue()
+    assert "\u2014 " in Path("runs/a/samples.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_reader_that_goes_costs_nothing(invoke: Invoke) -> None:
+    train = shlex.join([sys.executable, str(ROOT / "train.py"), *TINY, "run_dir=runs/a"])
+    done = subprocess.run(f"{{ {train}; echo $? > code; }} 2>&1 | head -1", shell=True, capture_output=True, text=True)
+    assert len(done.stdout.splitlines()) == 1
+    assert Path("code").read_text() == "0\n"
+    assert "--- done ---" in Path("runs/a/train.log").read_text()
+    assert (Path("runs/a/checkpoints/last.ckpt")).exists()
+
+
+@pytest.mark.slow
+def test_a_disk_without_room_for_what_is_printed_costs_nothing(invoke: Invoke) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "train.py"), *TINY, "run_dir=runs/a"], stdout=full, stderr=full
+        )
+    assert done.returncode == 0
+    assert "--- done ---" in Path("runs/a/train.log").read_text()
 
 
 def test_a_sweep_numbers_its_jobs(invoke: Invoke) -> None:

@@ -91,7 +91,8 @@ class Attention(nn.Module, ABC, Generic[State]):
             k: `(b, g, j, d)`.
             v: `(b, g, j, e)`.
             causal: end-aligned: the last query stands at the last key.
-            mask: `(b, j)` bool, True keeps. A masked key is as if absent; a row with no key left gives zeros.
+            mask: `(b, j)` bool, True keeps; or integer, 1 keeps. A masked key is as if absent; a row with no key left
+                gives zeros.
             segments: `(b, n)` int, contiguous and non-decreasing document ids; a token sees its own document only.
             log_decay: `(b, g, n)`, at most 0: key j weighs exp(sum of log_decay over j+1..i) at query i. Causal only.
 
@@ -99,7 +100,8 @@ class Attention(nn.Module, ABC, Generic[State]):
             `(b, h, i, e)` in the inputs' dtype.
 
         Raises:
-            ValueError: for what this backend cannot do, naming one that can.
+            ValueError: for what this backend cannot do, naming one that can; for a mask, segments or log_decay of
+                another shape or dtype.
         """
 
     @abstractmethod
@@ -119,8 +121,11 @@ class Attention(nn.Module, ABC, Generic[State]):
     ) -> tuple[Tensor, State]:
         """Append n tokens causally: `(b, h, n, d), (b, g, n, d), (b, g, n, e)` -> `(b, h, n, e)` and the next state.
 
-        `mask` is `(b, n)` and `log_decay` `(b, g, n)`, both of the new tokens. May consume `state`: `fork` it first to
-        continue one prefix in two ways.
+        `mask` is `(b, n)` and `log_decay` `(b, g, n)`, both of the new tokens alone; n may be 0. May consume `state`:
+        `fork` it first to continue one prefix in two ways.
+
+        Raises:
+            ValueError: for a mask or decay that is not of the new tokens, or a state of another batch.
         """
 
     @abstractmethod

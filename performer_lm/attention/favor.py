@@ -5,13 +5,15 @@ Letters: `b` batch, `h` heads, `g` key heads, `i` queries, `j` keys, `n` tokens,
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from performer_lm.attention.base import Attention
-from performer_lm.attention.feature_maps import AttentionFeatures
+from performer_lm.attention.feature_maps import AttentionFeatures, SoftmaxFeatures
+from performer_lm.ops.checks import check_per_key
 from performer_lm.ops.linear import (
     LinearState,
     absorb_keys,
@@ -91,14 +93,16 @@ class FavorAttention(Attention[LinearState]):
         log_decay: Tensor | None = None,
     ) -> Tensor:
         """Attend over a whole sequence, as `Attention.forward` says."""
+        mask = check_per_key(k, mask=mask, segments=segments, log_decay=log_decay)
         if self.training:
             self.features.observe(q, k, mask)
         state = self.init_state(k.shape[0], max_len=k.shape[-2], device=k.device, dtype=k.dtype)
         if causal:
             queries, keys = q.shape[-2], k.shape[-2]
-            q = pad(q, (0, 0, max(0, keys - queries), 0))[:, :, -keys:] if queries != keys else q
+            missing, early = max(0, keys - queries), max(0, queries - keys)  # the last query stands at the last key
+            q = pad(q, (0, 0, missing, 0))[:, :, early:] if queries != keys else q
             out, _ = self._append(q, k, v, state, mask, segments, log_decay)
-            return pad(out[:, :, -queries:], (0, 0, max(0, queries - keys), 0)) if queries != keys else out
+            return pad(out[:, :, missing:], (0, 0, early, 0)) if queries != keys else out
         if log_decay is not None:
             raise ValueError("log_decay needs causal attention: without an order keys have no age")
         q, k, log_gain = self.features.prepare(q, k)
@@ -219,3 +223,32 @@ class FavorAttention(Attention[LinearState]):
     def fix_projections(self) -> None:
         """Keep the projections as they are from now on, checkpoints included."""
         self.features.fix()
+
+
+def favor(*, num_features: int | None, seed: int) -> partial[FavorAttention]:
+    """Return the factory of plain FAVOR+ (2009.14794): softmax by positive orthogonal features, drawn once.
+
+    This is the backend that `attn=favor` builds; `partial(favor(...), chunk_size=128)` changes an option of it.
+
+    Args:
+        num_features: `m`, per key head; None for d ln d.
+        seed: of the projections.
+    """
+    features = partial(
+        SoftmaxFeatures,
+        coupling="orthogonal",
+        regularized=False,
+        antithetic=False,
+        learned=False,
+        centred=False,
+        momentum=None,
+    )
+    return partial(
+        FavorAttention,
+        features=features,
+        num_features=num_features,
+        seed=seed,
+        redraw_interval=None,
+        redraw_until=None,
+        chunk_size=None,
+    )

@@ -7,7 +7,8 @@ Letters: `b` batch, `h` heads, `g` key heads, `n` tokens, `d` head width, `m` fe
 """
 
 from abc import ABC, abstractmethod
-from typing import Annotated, Any, NamedTuple
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple, Self
 
 import torch
 from annotated_types import Gt, Le
@@ -197,6 +198,16 @@ class SoftmaxFeatures(RandomFeatures):
         if momentum is not None:
             self.register_buffer("mean_square", torch.zeros(key_heads))
             self.register_buffer("pending", torch.zeros(2, key_heads), persistent=False)  # sum, count
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Keep the running average in float32 at least: in bfloat16 small steps of it round away."""
+        super()._apply(fn, recurse)
+        if self.momentum is not None:
+            self.mean_square, self.pending = (
+                buffer.to(torch.promote_types(buffer.dtype, torch.float32))
+                for buffer in (self.mean_square, self.pending)
+            )
+        return self
 
     def maps(self) -> tuple[FeatureMap, FeatureMap]:
         """Return the maps. What cancels in a query is left out; but for that both are one."""

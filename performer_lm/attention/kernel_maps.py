@@ -153,10 +153,10 @@ class TaylorFeatures(AttentionFeatures):
         self.num_features = _count_taylor(width)
         self.projection = None
         if width < dim_head:
-            generator = torch.Generator(device="cpu").manual_seed(mix_seed(seed, layer))
-            rotation = haar(key_heads, dim_head, generator=generator)[:, :width] * (dim_head / width) ** 0.5
             self.projection = nn.Parameter(torch.empty(key_heads, width, dim_head))
             if not self.projection.is_meta:
+                generator = torch.Generator(device="cpu").manual_seed(mix_seed(seed, layer))
+                rotation = haar(key_heads, dim_head, generator=generator)[:, :width] * (dim_head / width) ** 0.5
                 self.projection.data.copy_(rotation)
 
     def maps(self) -> tuple[FeatureMap, FeatureMap]:

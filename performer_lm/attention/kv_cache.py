@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from performer_lm.attention.base import Attention
+from performer_lm.ops.checks import check_batch, check_per_key
 
 
 class KVCache(NamedTuple):
@@ -27,6 +28,8 @@ class KVCache(NamedTuple):
 
     def append(self, k: Tensor, v: Tensor, *, mask: Tensor | None, log_decay: Tensor | None) -> "KVCache":
         """Write n tokens behind the last one, in place where there is room, and return the longer cache."""
+        check_batch(k, self.k)
+        mask = check_per_key(k, mask=mask, segments=None, log_decay=log_decay)
         length = self.length + k.shape[-2]
         room = max(self.k.shape[-2], 1)
         while room < length:
@@ -120,8 +123,8 @@ class CachedAttention(Attention[KVCache]):
     def read(self, q: Tensor, state: KVCache) -> Tensor:
         """Attend to all that is cached; where it decays, every query stands at the last key."""
         keys, values, kept, decay = state.filled()
-        if decay is None:
+        if decay is None or not q.shape[2]:
             return self.forward(q, keys, values, causal=False, mask=kept)
-        alone = rearrange(q, "b (g r) i d -> b (g r i) 1 d", g=self.key_heads)
+        alone = rearrange(q, "b h i d -> b (h i) 1 d")
         out = self.forward(alone, keys, values, causal=True, mask=kept, log_decay=decay)
-        return rearrange(out, "b (g r i) 1 e -> b (g r) i e", g=self.key_heads, i=q.shape[2])
+        return rearrange(out, "b (h i) 1 e -> b h i e", h=self.heads)

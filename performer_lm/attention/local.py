@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from performer_lm.attention.base import Attention
+from performer_lm.ops.checks import check_batch, check_per_key
 from performer_lm.ops.local import kept_last, local_attention, take_tokens
 from performer_lm.ops.softmax import exact_attention
 from performer_lm.ranges import Count, Share, ranged
@@ -98,9 +99,9 @@ class LocalAttention(Attention[LocalCache]):
 
     def read(self, q: Tensor, state: LocalCache) -> Tensor:
         """Attend to the held keys, every query standing at the last of them."""
-        alone = rearrange(q, "b (g r) i d -> b (g r i) 1 d", g=self.key_heads)
+        alone = rearrange(q, "b h i d -> b (h i) 1 d")
         out = exact_attention(alone, state.k, state.v, causal=True, key_mask=state.mask, log_decay=state.log_decay)
-        return rearrange(out, "b (g r i) 1 e -> b (g r) i e", g=self.key_heads, i=q.shape[2])
+        return rearrange(out, "b (h i) 1 e -> b h i e", h=self.heads)
 
     def _hold(self, seen: LocalCache) -> LocalCache:
         """Keep what the next query may see."""
@@ -112,6 +113,8 @@ class LocalAttention(Attention[LocalCache]):
     @staticmethod
     def _append(state: LocalCache, k: Tensor, v: Tensor, mask: Tensor | None, log_decay: Tensor | None) -> LocalCache:
         """Return held and new tokens together."""
+        check_batch(k, state.k)
+        mask = check_per_key(k, mask=mask, segments=None, log_decay=log_decay)
         batch, groups, tokens, _ = k.shape
         mask = state.mask.new_ones(batch, tokens) if mask is None else mask
         decay = state.log_decay

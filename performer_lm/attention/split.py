@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from performer_lm.attention.base import Attention, AttentionFactory
+from performer_lm.ops.checks import check_log_decay
 
 
 class SplitState(NamedTuple):
@@ -126,6 +127,7 @@ class SplitAttention(Attention[SplitState]):
     def _split(
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None
     ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+        check_log_decay(log_decay, k.shape[:-1])
         q_first, q_last = q.split(self.heads_each, dim=1)
         k_first, k_last = k.split(self.keys_each, dim=1)
         v_first, v_last = v.split(self.keys_each, dim=1)

@@ -7,16 +7,22 @@ A file `step=000500.ckpt` has a sidecar `step=000500.ckpt.sha256`, as `sha256sum
 import errno
 import hashlib
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-FORMAT = 1
-AVERAGES = "averages"  # key of a checkpoint: running averages of the model's parameters by name
+from performer_lm.checkpoint.contents import AVERAGES, OtherFormat, check_content, find_spoilt
+from performer_lm.checkpoint.pickles import Foreign
+from performer_lm.checkpoint.reading import read_content
+from performer_lm.writing import read_start, replace_text, temporary_of
+
+_DIGEST = re.compile(r"[0-9a-f]{64}  .+")
 
 
 class Checkpoint(NamedTuple):
@@ -42,15 +48,16 @@ def save(content: Mapping[str, Any], path: Path) -> None:
         OSError: where the file cannot be written, saying how many bytes it needs; nothing of it is left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
+    temporary = temporary_of(path)
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:
             torch.save(dict(content), file)
             file.flush()
             os.fsync(file.fileno())
         digest = _digest(temporary)
         sidecar = sidecar_of(path)
-        known = sidecar.read_text().splitlines()[:1] if sidecar.exists() else []
+        known = [line for line in _listed(sidecar) if _DIGEST.fullmatch(line)][:1]
         replace_text(sidecar, "".join(f"{line}\n" for line in (f"{digest}  {path.name}", *known)))
         os.replace(temporary, path)
         replace_text(sidecar, f"{digest}  {path.name}\n")
@@ -65,16 +72,24 @@ def read(path: Path) -> Checkpoint:
     """Read a checkpoint on the CPU, executing nothing from it.
 
     Raises:
-        ValueError: for a file that is damaged, foreign, of another format, or holds more than plain data and tensors.
+        ValueError: for a file that is damaged, foreign, of another format, or holds more than plain data and tensors,
+            or weights that are not finite.
     """
     real = _resolve(path)
     sidecar = sidecar_of(real)
     try:
-        if sidecar.exists() and _digest(real) not in sidecar.read_text():
+        has_sidecar = os.path.lexists(sidecar)
+        if has_sidecar and _digest(real) not in " ".join(_listed(sidecar)):
             raise ValueError(f"{path} is damaged: its content does not match {sidecar.name}")
+        opened = _load(path, mmap=False)
+        if not has_sidecar:
+            _check_records(path)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
-    return _load(path, mmap=False)
+    for weights in (opened.content["state_dict"], opened.content.get(AVERAGES, {})):
+        if name := find_spoilt(weights):
+            raise ValueError(f"{path} is not opened: its weights are not finite ({name}), so its run had failed before")
+    return opened
 
 
 def peek(path: Path) -> Checkpoint:
@@ -100,7 +115,7 @@ def sweep(folder: Path) -> None:
 
 def point(link: Path, target: Path) -> None:
     """Make `link` name `target`, a file beside it, in one move; where links do not exist, it becomes a copy."""
-    temporary = _temporary(link)
+    temporary = temporary_of(link)
     temporary.unlink(missing_ok=True)
     try:
         temporary.symlink_to(target.name)
@@ -108,19 +123,6 @@ def point(link: Path, target: Path) -> None:
         shutil.copyfile(target, temporary)
     os.replace(temporary, link)
     _sync(link.parent)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Put `text` in the place of a file's content in one move: whoever reads it finds the old text or the new."""
-    temporary = _temporary(path)
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def sidecar_of(path: Path) -> Path:
@@ -131,47 +133,21 @@ def sidecar_of(path: Path) -> Path:
 def _load(path: Path, *, mmap: bool) -> Checkpoint:
     real = _resolve(path)
     try:
-        # explicit: the environment (TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD) may turn the default off, but not this
-        content = torch.load(real, map_location="cpu", weights_only=True, mmap=mmap)
+        content = read_content(real, mmap=mmap)
+        check_content(content)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+    except OtherFormat as error:
+        raise ValueError(f"{path} {error}") from error
+    except Foreign as error:
+        raise ValueError(f"{path} is not a checkpoint of performer_lm: {error}") from error
     except Exception as error:  # whatever the unpickler and the zip reader raise on foreign bytes
         raise ValueError(
             f"{path} is not a checkpoint of performer_lm, or is cut short ({_first_line(error)})"
         ) from error
-    section = content.get("performer_lm") if isinstance(content, dict) else None
-    if not isinstance(section, dict) or not isinstance(content.get("state_dict"), dict):
-        raise ValueError(f"{path} is not a checkpoint of performer_lm: it has no `performer_lm` section")
-    if section.get("format") != FORMAT:
-        raise ValueError(f"{path} has checkpoint format {section.get('format')!r}; this version reads format {FORMAT}")
-    _check_plain(section, path)
-    weights = {str(name).removeprefix("model."): value for name, value in content["state_dict"].items()}
-    averages = content.get(AVERAGES, {})
-    return Checkpoint(path, section, weights | (averages if isinstance(averages, dict) else {}), content)
-
-
-def _check_plain(section: Mapping[str, Any], path: Path) -> None:
-    """Refuse a section that could mean more than it says: an interpolation resolves to whatever it names."""
-    if not isinstance(section.get("seed", 0), int):
-        raise ValueError(f"{path} is not a checkpoint of performer_lm: its seed is {section['seed']!r}")
-    config = {name: value for name, value in section.items() if name != "tokenizer"}  # which holds text of the corpus
-    for text in _texts(config, depth=64, path=path):
-        if "${" in text:
-            raise ValueError(f"{path} is not opened: its config holds an interpolation ({text[:60]!r})")
-
-
-def _texts(value: Any, *, depth: int, path: Path) -> Iterator[str]:
-    if not depth:
-        raise ValueError(f"{path} is not opened: its config is nested too deeply")
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for name, item in value.items():
-            yield from _texts(name, depth=depth - 1, path=path)
-            yield from _texts(item, depth=depth - 1, path=path)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _texts(item, depth=depth - 1, path=path)
+    content["state_dict"] = dict(content["state_dict"])  # without the attributes of an ordered one
+    weights = {name.removeprefix("model."): value for name, value in content["state_dict"].items()}
+    return Checkpoint(path, content["performer_lm"], weights | content.get(AVERAGES, {}), content)
 
 
 def _resolve(path: Path) -> Path:
@@ -203,8 +179,31 @@ def _tensors(value: Any) -> list[Tensor]:
     return [tensor for item in items for tensor in _tensors(item)]
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+def _listed(sidecar: Path) -> list[str]:
+    """Return the lines of a sidecar, which has two at most; of a file that is none the first few."""
+    return read_start(sidecar, 1024).decode(errors="replace").splitlines() if os.path.lexists(sidecar) else []
+
+
+def _check_records(path: Path) -> None:
+    """Hold the records of a file that has no sidecar against the checksums in the file itself.
+
+    Raises:
+        ValueError: for a file that is damaged, or none of torch's.
+    """
+    try:
+        with zipfile.ZipFile(path) as records:
+            for record in records.infolist():
+                if record.compress_type != zipfile.ZIP_STORED:
+                    raise zipfile.BadZipFile(f"{record.filename[:60]!r} is compressed")
+                with records.open(record) as file:
+                    while file.read(2**20):
+                        pass
+    except OSError:
+        raise
+    except Exception as error:  # whatever the zip reader raises on foreign bytes
+        raise ValueError(
+            f"{path} is not a checkpoint of performer_lm, or is cut short or damaged ({_first_line(error)})"
+        ) from error
 
 
 def _digest(path: Path) -> str:

@@ -1,8 +1,11 @@
 """Open what a config names: a trained model, perhaps with another `attn`, on a `device`, and text for it."""
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+
+from performer_lm.cli.run_data import TOKENIZER, read_data_section
 
 if TYPE_CHECKING:
     import torch
@@ -11,6 +14,10 @@ if TYPE_CHECKING:
     from performer_lm.data.module import WindowData
     from performer_lm.data.tokenizer import Tokenizer
     from performer_lm.language_model import LanguageModel
+
+TEXT_HASHES: Final = ("corpus", "head")  # of a fingerprint
+PART: Final = "data.validation_fraction="
+ANOTHER: Final = "data=files data.path=FILE measures another text"
 
 
 class Opened(NamedTuple):
@@ -39,19 +46,46 @@ def open_from(cfg: DictConfig) -> Opened:
     return Opened(model.to(find_device(cfg.device)), tokenizer, opened)
 
 
-def open_data(cfg: DictConfig, tokenizer: "Tokenizer") -> "WindowData":
-    """Return the data of the config, prepared with a checkpoint's tokenizer.
+def open_data(cfg: DictConfig, opened: Opened) -> "WindowData":
+    """Return the text to measure, prepared with a checkpoint's tokenizer.
+
+    With `data=`, that is all of the text given; where `data.validation_fraction` was typed, the part that a run would
+    hold out. Without, it is what the checkpoint's run held out.
 
     Raises:
-        ValueError: for data that are not there, or that bring a vocabulary of their own.
+        ValueError: for text that is not there, that brings a vocabulary of its own, or that is no longer what the run
+            was trained on.
     """
-    from performer_lm.building import build
+    from performer_lm import checkpoint
 
-    section: Any = OmegaConf.to_container(cfg.data, resolve=True)
-    if "tokenizer" in section:
-        section["tokenizer"]["plain"] = tokenizer.to_dict()
-    data: WindowData = build(section, key="data")
-    data.prepare()
+    given: Any = OmegaConf.to_container(cfg.data, resolve=True)
+    if "_target_" in given:
+        typed: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+        return _prepare(given, opened.tokenizer, whole=not any(PART in override for override in typed))
+    run = checkpoint.holder(opened.checkpoint.path)
+    if not (run / "config.yaml").exists():
+        raise ValueError(f"{opened.checkpoint.path} lies in no run folder, whose config.yaml names its text; {ANOTHER}")
+    own = read_data_section(run / "config.yaml")
+    changed = {key: value for key, value in given.items() if value is not None}
+    try:
+        data = _prepare({**own, **changed}, opened.tokenizer, whole=False)
+    except ValueError as error:
+        raise ValueError(f"the text of {run}: {error}; {ANOTHER}") from error
+    trained_on = opened.checkpoint.section.get("fingerprint") or {}
+    measured = data.fingerprint()
+    if any(measured.get(name) != trained_on[name] for name in TEXT_HASHES if name in trained_on):
+        raise ValueError(f"the text of {run} is no longer what the run was trained on; {ANOTHER}")
+    return data
+
+
+def _prepare(section: dict[str, Any], tokenizer: "Tokenizer", *, whole: bool) -> "WindowData":
+    from performer_lm.building import build
+    from performer_lm.data.tokenizer.recipes import Restored
+
+    own = {key: value for key, value in section.items() if key != TOKENIZER}
+    more = {TOKENIZER: Restored(plain=tokenizer.to_dict())} if TOKENIZER in section else {}
+    data: WindowData = build(own, key="data", more=more)
+    data.prepare_held_out(whole=whole)
     if data.tokenizer.to_dict() != tokenizer.to_dict():
         raise ValueError(
             f"the data have a vocabulary of their own, of {data.tokenizer.vocab_size} ids, and not the "

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from performer_lm.writing import append_text
+
 FOLDER = "PERFORMER_LM_SWEEP"
 FAILURES = "failures.jsonl"
 
@@ -63,5 +65,4 @@ def note_failure(job: int, overrides: Sequence[str], *, code: int, error: str) -
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
     line = {"job": job, "overrides": list(overrides), "code": code, "error": error}
-    with (Path(folder) / FAILURES).open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    append_text(Path(folder) / FAILURES, json.dumps(line) + "\n")

@@ -50,7 +50,7 @@ class Built(NamedTuple):
     """Documents that the tokenizer does not give back byte for byte."""
 
 
-def pieces(collection: Collection, survey: Survey, split: Split, *, fraction: float) -> Iterator[Piece]:
+def pieces(collection: Collection, survey: Survey, split: Split, *, fraction: float | None) -> Iterator[Piece]:
     """Yield all texts with their sides, and make sure that they are those surveyed.
 
     Raises:
@@ -62,6 +62,7 @@ def pieces(collection: Collection, survey: Survey, split: Split, *, fraction: fl
         if digest is None or digest.tobytes() != digest_of(part.document.text):
             raise ValueError(CHANGED)
         if side == BOTH:
+            assert fraction is not None, "nothing is cut where all is held out"
             first, last = split_text(part.document.text, fraction=fraction)
             yield Piece(part, place, first, False)
             yield Piece(part, place, last, True)

@@ -23,12 +23,14 @@ from performer_lm.data.build import pieces, sync, write_arrays
 from performer_lm.data.corpora.collection import Collection
 from performer_lm.data.ids import Ids
 from performer_lm.data.progress import PreparationProgress, say
-from performer_lm.data.split import Split, split_documents
+from performer_lm.data.reading import check_regular
+from performer_lm.data.split import Split, hold_out_all, split_documents
 from performer_lm.data.survey import Survey, read_through
 from performer_lm.data.tokenizer import Tokenizer, TokenizerRecipe, tokenizer_from_dict
 
 FORMAT: Final = 2
 MANIFEST: Final = "manifest.json"
+CHECKSUM: Final = "sha256"
 
 
 class TokenCache(NamedTuple):
@@ -52,14 +54,14 @@ class _Source(NamedTuple):
     collection: Collection
     survey: Survey
     split: Split
-    fraction: float
+    fraction: float | None
 
 
 def open_cache(
     collection: Collection,
     recipe: TokenizerRecipe,
     *,
-    validation_fraction: float,
+    validation_fraction: float | None,
     cache_dir: str,
     threads: int | None = None,
 ) -> TokenCache:
@@ -68,7 +70,8 @@ def open_cache(
     Args:
         collection: read once to know it; building reads it once more, and training a tokenizer does, too.
         recipe: of the tokenizer; built from the training documents only.
-        validation_fraction: share of the documents held out (`split_documents`); of a single one, its last part.
+        validation_fraction: share of the documents held out (`split_documents`); of a single one, its last part. None
+            holds out all (`hold_out_all`).
         cache_dir: where caches live; relative to the working directory.
         threads: that tokenize; None for as many as torch uses, one a core. Their number changes nothing but the time.
 
@@ -78,11 +81,13 @@ def open_cache(
     with PreparationProgress() as progress:
         progress.begin("reading")
         survey = read_through(collection)
-        source = _Source(collection, survey, split_documents(survey, fraction=validation_fraction), validation_fraction)
+        fraction = validation_fraction
+        split = hold_out_all(survey) if fraction is None else split_documents(survey, fraction=fraction)
+        source = _Source(collection, survey, split, fraction)
         try:
             tokenizer = _open_tokenizer(source, recipe, Path(cache_dir), progress)
             plain = tokenizer.to_dict()
-            key = {"format": FORMAT, "content": survey.content_hash, "fraction": validation_fraction, "ids": plain}
+            key = {"format": FORMAT, "content": survey.content_hash, "fraction": fraction, "ids": plain}
             folder = Path(cache_dir) / _digest(key)[:24]
             return _open_or_build(
                 folder,
@@ -140,15 +145,17 @@ def _open_tokenizer(
 
 def _read_tokenizer(path: Path) -> Tokenizer | None:
     try:
-        return tokenizer_from_dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError):
+        check_regular(path)
+        kept = json.loads(path.read_bytes())
+        return tokenizer_from_dict(kept["tokenizer"]) if _digest(kept["tokenizer"]) == kept[CHECKSUM] else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # not what `_write_tokenizer` writes
         return None
 
 
 def _write_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
-    partial = path.with_suffix(".partial")
+    partial, plain = path.with_suffix(".partial"), tokenizer.to_dict()
     with partial.open("wb") as file:
-        file.write(json.dumps(tokenizer.to_dict()).encode())
+        file.write(json.dumps({"tokenizer": plain, CHECKSUM: _digest(plain)}).encode())
         sync(file)
     partial.replace(path)
 
@@ -164,12 +171,12 @@ def _build(folder: Path, source: _Source, tokenizer: Tokenizer, threads: int, pr
     collection, survey, split, fraction = source
     start, num_bytes = time.monotonic(), int(survey.sizes.sum())
     progress.begin("tokenizing", num_bytes=num_bytes)
-    dtype = np.min_scalar_type(tokenizer.end_id)
+    dtype = _dtype_of(tokenizer)
     texts = pieces(collection, survey, split, fraction=fraction)
     built = write_arrays(
         partial, texts, tokenizer, collection=collection, dtype=dtype, threads=threads, progress=progress
     )
-    manifest = {
+    manifest: dict[str, Any] = {
         "format": FORMAT,
         "dtype": dtype.name,
         "train": built.train_bounds,
@@ -177,14 +184,15 @@ def _build(folder: Path, source: _Source, tokenizer: Tokenizer, threads: int, pr
         "documents": built.num_documents,
         "inexact": built.num_inexact,
     }
+    manifest[CHECKSUM] = _checksum(manifest, *_map_all(partial, manifest))
     with (partial / MANIFEST).open("wb") as file:
         file.write(json.dumps(manifest).encode())
         sync(file)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-    train, held_out = built.train_bounds[-1] + 1, built.held_out_bounds[-1] + 1
-    seconds = time.monotonic() - start
-    say(f"{num_bytes / 1e6:.1f} MB of text in {seconds:.1f} s: {train:,} train + {held_out:,} validation tokens")
+    train, held_out = (f"{bounds[-1] + 1:,}" for bounds in (built.train_bounds, built.held_out_bounds))
+    tokens = f"{held_out} tokens" if fraction is None else f"{train} train + {held_out} validation tokens"
+    say(f"{num_bytes / 1e6:.1f} MB of text in {time.monotonic() - start:.1f} s: {tokens}")
     if split.num_moved:
         say(f"{split.num_moved:,} documents were not held out, for their text also stands in training")
 
@@ -192,27 +200,47 @@ def _build(folder: Path, source: _Source, tokenizer: Tokenizer, threads: int, pr
 def _read(folder: Path, tokenizer: Tokenizer, content_hash: str) -> TokenCache | None:
     """Open a cache if it is there and whole."""
     try:
+        check_regular(folder / MANIFEST)
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        dtype, bounds = np.dtype(manifest["dtype"]), (manifest["train"], manifest["validation"])
-        arrays = [
-            _map(folder / name, kind, length)
-            for name, kind, length in (
-                ("train.bin", dtype, bounds[0][-1] + 1),
-                ("validation.bin", dtype, bounds[1][-1] + 1),
-                ("validation_sizes.bin", np.dtype(np.int64), manifest["documents"][1]),
-            )
-        ]
-        exact = manifest["inexact"] == 0
-    except (OSError, ValueError, KeyError, TypeError, IndexError):  # absent, or not what `_build` writes
+        arrays = train, validation, sizes = _map_all(folder, manifest)
+        is_whole = manifest.pop(CHECKSUM) == _checksum(manifest, *arrays)
+        bounds, exact = (manifest["train"], manifest["validation"]), manifest["inexact"] == 0
+        is_sound = all(each == sorted(each) and each[0] == 0 for each in bounds)
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):  # not what `_build` writes
         return None
-    train, validation, sizes = arrays
+    is_sound = is_sound and train.dtype == _dtype_of(tokenizer)
+    if not (is_whole and is_sound and max(train.max(), validation.max()) < tokenizer.vocab_size):
+        return None
     return TokenCache(tokenizer, train, validation, *bounds, sizes, exact, content_hash, _digest(tokenizer.to_dict()))
 
 
+def _dtype_of(tokenizer: Tokenizer) -> np.dtype[Any]:
+    return np.min_scalar_type(tokenizer.end_id)
+
+
+def _map_all(folder: Path, manifest: dict[str, Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Return training ids, held-out ids and the sizes of held-out documents."""
+    dtype = np.dtype(manifest["dtype"])
+    return (
+        _map(folder / "train.bin", dtype, manifest["train"][-1] + 1),
+        _map(folder / "validation.bin", dtype, manifest["validation"][-1] + 1),
+        _map(folder / "validation_sizes.bin", np.dtype(np.int64), manifest["documents"][1]),
+    )
+
+
 def _map(path: Path, dtype: np.dtype[Any], length: int) -> NDArray[Any]:
+    check_regular(path)
     if path.stat().st_size != length * dtype.itemsize:
         raise ValueError(f"{path} is not whole")
     return np.memmap(path, dtype=dtype, mode="r", shape=(length,)) if length else np.empty(0, dtype=dtype)
+
+
+def _checksum(manifest: dict[str, Any], *arrays: NDArray[Any]) -> str:
+    """Return a hash of all that a cache holds."""
+    found = sha256(json.dumps(manifest, sort_keys=True).encode())
+    for array in arrays:
+        found.update(array.data)
+    return found.hexdigest()
 
 
 def _digest(plain: dict[str, Any]) -> str:

@@ -74,6 +74,19 @@ class WindowData(lightning.LightningDataModule):
             ValueError: in one line, for data that are missing, broken or too few.
         """
 
+    def prepare_held_out(self, *, whole: bool) -> None:
+        """Make tokenizer and `held_out`, to measure and not to train: there may be no text to train on.
+
+        Args:
+            whole: whether all text is held out, of corpora that give some for validation all of that; else what is
+                held out of a training run.
+
+        Raises:
+            ValueError: in one line, for data that are missing or broken, or that are never held out whole.
+        """
+        del whole
+        self.prepare()
+
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
         """Return plain data that two runs share exactly when they see the same batches."""

@@ -17,7 +17,7 @@ from performer_lm.ranges import ranged
 TRAIN: Final = 0
 HELD_OUT: Final = 1
 BOTH: Final = 2  # the only document of a corpus: its last part is held out
-NEITHER: Final = 3  # given for validation, and its text stands in training
+NEITHER: Final = 3  # given for validation, and its text stands in training; or not asked for
 
 Mask = NDArray[np.bool_]
 HeldOut = Annotated[float, Gt(0), Lt(1)]  # a share that leaves neither side nothing
@@ -55,6 +55,13 @@ def split_documents(survey: Survey, *, fraction: HeldOut) -> Split:
         else:
             sides[mine] = _choose(texts[mine], places[texts[mine]], survey.sizes[mine], fraction)
     return _without_copies(sides, texts, survey.given)
+
+
+def hold_out_all(survey: Survey) -> Split:
+    """Hold out all documents; of a corpus that gives some for validation, those."""
+    corpora_that_give = np.unique(survey.corpora[survey.given == 1])
+    is_wanted = (survey.given == 1) | ~np.isin(survey.corpora, corpora_that_give)
+    return Split(np.where(is_wanted, HELD_OUT, NEITHER), 0)
 
 
 @ranged

@@ -86,6 +86,16 @@ class StreamData(WindowData):
             held_out=frozenset(map(digest_of, held_out)),
         )
 
+    def prepare_held_out(self, *, whole: bool) -> None:
+        """Do what `prepare` does.
+
+        Raises:
+            ValueError: for the whole of a stream.
+        """
+        if whole:
+            raise ValueError("data.streaming=true keeps no text to measure; data.streaming=false reads the whole split")
+        self.prepare()
+
     def fingerprint(self) -> dict[str, Any]:
         """Return what is known of a set that is not read whole."""
         self.prepare()

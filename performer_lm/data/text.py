@@ -101,10 +101,20 @@ class TextData(WindowData):
         """Open the tokenized corpora, building them on first use, and check that they can fill windows."""
         if self._cache:
             return
+        cache = self._open(self._validation_fraction)
+        self.training = self._lay_out(cache)
+        self.validation = self._first_held_out(cache)
+        self._cache = cache
+
+    def prepare_held_out(self, *, whole: bool) -> None:
+        """Open the tokenized corpora, or what is held out whole of them."""
+        self._cache = self._open(None if whole else self._validation_fraction)
+
+    def _open(self, fraction: float | None) -> TokenCache:
         cache = open_cache(
             self._collection,
             self._recipe,
-            validation_fraction=self._validation_fraction,
+            validation_fraction=fraction,
             cache_dir=self._cache_dir,
             threads=self._tokenizing_threads,
         )
@@ -115,12 +125,10 @@ class TextData(WindowData):
             if self._documents == "cropped" or not cache.is_exact
             else np.empty(0, dtype=np.int64)
         )
-        self.training = self._lay_out(cache)
         self.held_out = self._all_held_out(cache)
-        self.validation = self._first_held_out(cache)
-        self._cache = cache
         if not cache.is_exact:
             say("the tokenizer does not give the text back byte for byte: val/bpb counts the text's own bytes")
+        return cache
 
     def fingerprint(self) -> dict[str, Any]:
         """Return hashes of text and tokenizer, and the options that decide which windows are seen."""
@@ -188,20 +196,25 @@ class TextData(WindowData):
         ranges = []
         weights = self._weights or np.maximum(np.diff(cache.train_bounds), 1).tolist()
         limits = [self._validation_bytes * weight / sum(weights) for weight in weights]
-        for limit, (first, stop) in zip(limits, pairwise(cache.validation_bounds), strict=True):
-            if stop > first:
+        corpora = self._collection.corpora.values()
+        for corpus, limit, (first, stop) in zip(corpora, limits, pairwise(cache.validation_bounds), strict=True):
+            if stop > first:  # else all that was held out of it stands in training too
+                if (cache.validation[first : stop + 1] == cache.tokenizer.end_id).all():
+                    raise self._nothing_held_out(corpus.label, stop + 1 - first)
                 layout, end = self._first_of(cache, first, stop, limit=max(int(limit), 1))
                 layouts.append(layout)
                 ranges.append((first, end))
         windows = self._held_out_windows(cache, Concatenation(layouts), ranges)
         lengths = cache.tokenizer.byte_lengths()
         if not any(lengths[cache.validation[first : end + 1]].any() for first, end in ranges):
-            raise ValueError(
-                f"{self._collection.label} has no token for validation "
-                f"(data.validation_fraction={self._validation_fraction}, "
-                f"data.validation_bytes={self._validation_bytes}, {len(cache.validation)} tokens held out)"
-            )
+            raise self._nothing_held_out(self._collection.label, len(cache.validation))
         return windows
+
+    def _nothing_held_out(self, label: str, num_tokens: int) -> ValueError:
+        return ValueError(
+            f"{label} has no token for validation (data.validation_fraction={self._validation_fraction}, "
+            f"data.validation_bytes={self._validation_bytes}, {num_tokens} tokens held out)"
+        )
 
     def _first_of(self, cache: TokenCache, first: int, stop: int, *, limit: int) -> tuple[FiniteLayout, int]:
         """Return the first windows of a corpus's held-out ids, and the place of the last id they reach."""

@@ -1,4 +1,4 @@
-"""What every evaluation is: something that measures a trained model on held-out text and tells what it found."""
+"""What every evaluation is: something that measures a trained model on a text and tells what it found."""
 
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -17,7 +17,7 @@ class Subject(NamedTuple):
     objective: Objective
     """What it was trained to predict."""
     data: WindowData
-    """Prepared; of the model's own vocabulary."""
+    """`held_out` is prepared; of the model's own vocabulary."""
     folder: Path
     """Of the run it comes from, for files that belong to it."""
 

@@ -1,4 +1,4 @@
-"""Loss and bits per byte over held-out text, every byte of it counted once.
+"""Loss and bits per byte over a text, every byte of it counted once.
 
 Letters: `b` batch, `n` tokens.
 """
@@ -56,6 +56,7 @@ def measure_bits_per_byte(
 
     Raises:
         ValueError: where there is nothing to predict.
+        FloatingPointError: where the loss is not finite.
     """
     device = model.head.weight.device
     nats = torch.zeros((), dtype=torch.float64)
@@ -67,11 +68,13 @@ def measure_bits_per_byte(
         asked = targets != IGNORE
         wanted = targets[asked]
         for logits, expected in _logits(model, hidden[asked], wanted):
-            nats += F.cross_entropy(logits, expected, reduction="sum").double().cpu()
+            nats += F.cross_entropy(logits, expected, reduction="sum").cpu().double()
             right += (logits.argmax(-1) == expected).sum().cpu()
         tokens, text = tokens + len(wanted), text + windows.byte_lengths[wanted.cpu().numpy()].sum(dtype=np.float64)
     if not text:
-        raise ValueError(f"the held-out text is too short: not one {objective.predicted} in it stands for text")
+        raise ValueError(f"the text is too short: not one {objective.predicted} in it stands for text")
+    if not nats.isfinite():
+        raise FloatingPointError(f"the loss is not finite: {float(nats)} nats over {tokens:,} {objective.predicted}s")
     return BitsPerByte(
         float(nats) / tokens, float(nats) / (math.log(2) * text), tokens, round(text), int(right) / tokens
     )
@@ -86,7 +89,7 @@ def _logits(model: LanguageModel, hidden: Tensor, targets: Tensor) -> Iterator[t
 
 @final
 class MeasureBitsPerByte(Evaluation):
-    """Print loss, bits per byte and accuracy over the whole held-out split."""
+    """Print loss, bits per byte and accuracy over a text."""
 
     def check(self, model: LanguageModel, *, folder: Path) -> None:
         """Take any model: each is measured by what it was trained to predict."""
@@ -98,7 +101,7 @@ class MeasureBitsPerByte(Evaluation):
             model, data.held_out, objective=objective, batch_size=data.batch_size, separator=data.separator
         )
         name = objective.predicted
-        print(f"{found.tokens:,} {name}s, {found.bytes:,} bytes of held-out text")
+        print(f"{found.tokens:,} {name}s, {found.bytes:,} bytes of text")
         per_token = f", {found.bits_per_token:.4f} bits per {name}" if name != "token" else ""
         print(f"loss {found.loss:.4f} nats per {name}{per_token}, {found.bits_per_byte:.4f} bits per byte")
         print(f"accuracy {found.accuracy:.4f}")

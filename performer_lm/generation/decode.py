@@ -28,15 +28,16 @@ def decode(
 
     Args:
         model: in evaluation mode.
-        prompt: `(b, n)` ids, n at least 1, on the model's device; shorter rows are padded on the left.
+        prompt: `(b, n)` ids, on the model's device; shorter rows are padded on the left.
         max_new_tokens: how many to yield at most.
         sampler: how a token is chosen.
-        mask: `(b, n)` bool, False at the padding.
+        mask: `(b, n)` bool or integer, False or 0 at the padding.
         end_id: the token that ends a row, which from then on yields only it; None: rows do not end.
         generator: source of randomness, on the model's device.
 
     Raises:
-        ValueError: at once, for a model that does not decode, or whose positions end before the last token.
+        ValueError: at once, for a model that does not decode, or whose positions end before the last token, and for
+            prompts padded elsewhere (`LanguageModel.check_prompt`).
     """
     if not model.decodes:
         raise ValueError("this model sees both sides of a token (objective=mlm): it does not continue text")
@@ -46,6 +47,7 @@ def decode(
             f"max_new_tokens ({max_new_tokens}) must be at most {room} after a prompt of {prompt.shape[1]} tokens: "
             "the model's learned positions end there"
         )
+    mask = model.check_prompt(prompt, mask)
     return _steps(model, prompt, mask, max_new_tokens, sampler, end_id, generator)
 
 
@@ -60,7 +62,7 @@ def _steps(
     generator: torch.Generator | None,
 ) -> Iterator[Tensor]:
     logits, state = model.start(prompt, mask=mask, max_len=prompt.shape[1] + max_new_tokens)
-    ended = torch.zeros_like(prompt[:, 0], dtype=torch.bool)
+    ended = prompt.new_zeros(len(prompt), dtype=torch.bool)
     seen, kept = prompt, torch.ones_like(prompt, dtype=torch.bool) if mask is None else mask
     for index in range(max_new_tokens):
         ids = sampler(logits[:, -1], generator, seen=seen, mask=kept)

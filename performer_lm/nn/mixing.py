@@ -61,7 +61,7 @@ def _from_before(x: Tensor, tail: Tensor, segments: Tensor | None) -> Tensor:
 
 def _from_after(x: Tensor, segments: Tensor | None) -> Tensor:
     """Give each token the values `(b, n, c)` of the one after it in its document."""
-    shifted = F.pad(x[:, 1:], (0, 0, 0, 1))
+    shifted = F.pad(x, (0, 0, 0, 1))[:, 1:]
     if segments is None:
         return shifted
     leads = F.pad(segments[:, 1:] == segments[:, :-1], (0, 1), value=False)

@@ -21,7 +21,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(..., dim)` to `(..., dim)` in x's dtype."""
-        return F.rms_norm(_widen(x), self.gain.shape, self.gain, self.eps).to(x.dtype)
+        return F.rms_norm(_widen(x), self.gain.shape, _widen(self.gain), self.eps).to(x.dtype)
 
 
 @ranged
@@ -36,7 +36,8 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(..., dim)` to `(..., dim)` in x's dtype."""
-        return F.layer_norm(_widen(x), self.gain.shape, self.gain, self.offset, self.eps).to(x.dtype)
+        gain, offset = _widen(self.gain), _widen(self.offset)
+        return F.layer_norm(_widen(x), self.gain.shape, gain, offset, self.eps).to(x.dtype)
 
 
 @ranged

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from performer_lm.ops.options import check_shapes
+from performer_lm.ops.checks import check_per_key, check_shapes
 from performer_lm.ops.softmax import exact_attention
+from performer_lm.ops.terms import fold_batch
 
 
 def local_attention(
@@ -34,17 +35,17 @@ def local_attention(
     Outputs at masked tokens mean nothing.
 
     Args:
-        q: `(b, h, i, d)`; causal: the last i of the j tokens; else i = j.
-        k: `(b, g, j, d)`.
-        v: `(b, g, j, e)`.
+        q: `(..., h, i, d)`; causal: the last i of the j tokens; else i = j.
+        k: `(..., g, j, d)`.
+        v: `(..., g, j, e)`.
         window: a query sees keys less than `window` kept keys away.
         causal, key_mask, segments, log_decay, scale: as in `exact_attention`.
 
     Returns:
-        `(b, h, i, e)` in q's dtype.
+        `(..., h, i, e)` in q's dtype.
 
     Raises:
-        ValueError: for a window below 1, or lengths that do not fit.
+        ValueError: as `exact_attention`, for a window below 1, or lengths that do not fit.
 
     Example:
         >>> import torch
@@ -64,8 +65,13 @@ def local_attention(
         return exact_attention(
             q, k, v, causal=True, window=window, key_mask=key_mask, segments=segments, log_decay=log_decay, scale=scale
         )
+    key_mask = check_per_key(k, mask=key_mask, segments=segments, log_decay=log_decay, name="key_mask")
+    shape = (*q.shape[:-1], v.shape[-1])
+    q, k, v = (fold_batch(x, 3) for x in (q, k, v))
+    key_mask, segments = (None if x is None else fold_batch(x, 1) for x in (key_mask, segments))
+    log_decay = None if log_decay is None else fold_batch(log_decay, 2)
     if key_mask is None:
-        return _attend_in_blocks(q, k, v, window, causal, None, segments, log_decay, scale)
+        return _attend_in_blocks(q, k, v, window, causal, None, segments, log_decay, scale).reshape(shape)
 
     order = kept_last(key_mask)
     back = order.argsort(-1)
@@ -74,7 +80,7 @@ def local_attention(
     segments = None if segments is None else take_tokens(segments, order)
     log_decay = None if log_decay is None else take_tokens(log_decay, order)
     out = _attend_in_blocks(q, k, v, window, causal, key_mask, segments, log_decay, scale)
-    return take_tokens(out, back)[..., keys - queries :, :]
+    return take_tokens(out, back)[..., keys - queries :, :].reshape(shape)
 
 
 def kept_last(mask: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ from typing import TypedDict
 
 from torch import Tensor
 
+from performer_lm.ops.checks import check_bias, check_pair_mask, check_per_key, check_shapes
 from performer_lm.ops.dropout import check_dropout
-from performer_lm.ops.terms import Block, Terms, fold
+from performer_lm.ops.terms import Block, Terms, fold, fold_batch
 
 
 class Options(TypedDict, total=False):
@@ -50,15 +51,13 @@ def gather_terms(
         raise ValueError(f"window must be at least 1, got {window}")
     if log_decay is not None and not causal:
         raise ValueError("log_decay needs causal=True: a key fades as it grows older")
-    per_key = {"key_mask": (key_mask, ()), "segments": (segments, ()), "log_decay": (log_decay, (groups,))}
-    for name, (tensor, middle) in per_key.items():
-        if tensor is not None and tensor.shape != (*batch, *middle, keys):
-            raise ValueError(f"{name} must have shape {(*batch, *middle, keys)}, got {tuple(tensor.shape)}")
+    key_mask = check_per_key(k, mask=key_mask, segments=segments, log_decay=log_decay, name="key_mask")
+    pairs = (*q.shape[:-1], keys)
     counts_places = segments is not None or log_decay is not None or (window is not None and key_mask is not None)
     if counts_places and queries > keys:
         raise ValueError(f"segments, log_decay and window need each query among the keys: {queries} > {keys}")
 
-    key_mask = None if key_mask is None else key_mask.reshape(-1, keys)
+    key_mask = None if key_mask is None else fold_batch(key_mask, 1)
     return Terms(
         batch=batch,
         heads=q.shape[-3],
@@ -67,29 +66,16 @@ def gather_terms(
         keys=keys,
         causal=causal,
         window=window,
-        mask=fold(mask, batch) if isinstance(mask, Tensor) else mask,
-        bias=fold(bias, batch) if isinstance(bias, Tensor) else bias,
+        mask=fold(check_pair_mask(mask, pairs), batch) if isinstance(mask, Tensor) else mask,
+        bias=fold(check_bias(bias, pairs), batch) if isinstance(bias, Tensor) else bias,
         key_mask=key_mask,
-        segments=None if segments is None else segments.reshape(-1, keys),
-        decay=None if log_decay is None else sum_of_newer(log_decay.reshape(-1, groups, keys), key_mask),
+        segments=None if segments is None else fold_batch(segments, 1),
+        decay=None if log_decay is None else sum_of_newer(fold_batch(log_decay, 2), key_mask),
         positions=None if window is None or key_mask is None else key_mask.cumsum(-1),
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         dropout=dropout,
         seed=0 if seed is None else seed,
     )
-
-
-def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise ValueError unless `q (..., h, i, d)`, `k (..., g, j, d)` and `v (..., g, j, e)` fit together."""
-    if min(q.ndim, k.ndim, v.ndim) < 3 or not q.shape[:-3] == k.shape[:-3] == v.shape[:-3]:
-        wanted = "q (..., h, i, d), k (..., g, j, d), v (..., g, j, e) with equal leading dimensions"
-        raise ValueError(f"wanted {wanted}, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
-    if k.shape[-3:-1] != v.shape[-3:-1] or q.shape[-1] != k.shape[-1]:
-        raise ValueError(
-            f"k {tuple(k.shape)} must have v's heads and keys {tuple(v.shape)} and q's width {q.shape[-1]}"
-        )
-    if q.shape[-3] % k.shape[-3]:
-        raise ValueError(f"heads ({q.shape[-3]}) must be a multiple of key heads ({k.shape[-3]})")
 
 
 def sum_of_newer(log_decay: Tensor, key_mask: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from performer_lm.ops.checks import check_bias
 from performer_lm.ops.options import Options, gather_terms
 from performer_lm.ops.softmax import fold_heads, sum_dtype
 from performer_lm.ops.terms import ALL, Terms
@@ -101,7 +102,7 @@ def _run_kernel(q: Tensor, k: Tensor, v: Tensor, matrix: Tensor | None, *, causa
     width = -(-max(k.shape[-1], v.shape[-1]) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
     q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q, k, v))
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # all that the kernels take
-    heads, groups, queries = q.shape[1], k.shape[1], q.shape[2]
+    heads, groups = q.shape[1], k.shape[1]
     rows_alike = not causal and (matrix is None or (matrix.shape[1] <= groups and matrix.shape[2] == 1))
     fold = heads != groups and rows_alike
     if fold:  # queries that see the same keys may stand in one head, whatever the kernel
@@ -114,7 +115,7 @@ def _run_kernel(q: Tensor, k: Tensor, v: Tensor, matrix: Tensor | None, *, causa
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=matrix, is_causal=causal, scale=scale, enable_gqa=grouped
         )
-    return rearrange(out, "b g (r i) e -> b (g r) i e", i=queries) if fold else out
+    return rearrange(out, "b g (r i) e -> b (g r) i e", r=heads // groups) if fold else out
 
 
 def _told_matrix(terms: Terms, q: Tensor) -> Tensor | None:
@@ -125,7 +126,7 @@ def _told_matrix(terms: Terms, q: Tensor) -> Tensor | None:
         return None
     matrix = q.new_zeros(1, 1, terms.queries, terms.keys)
     if terms.bias is not None:
-        matrix = matrix + terms.block(terms.bias, ALL, ALL).to(q.dtype)
+        matrix = matrix + terms.block(terms.bias, ALL, ALL, check=check_bias).to(q.dtype)
     hidden = replace(terms, key_mask=None).hidden(ALL, ALL, q.device)
     return matrix if hidden is None else matrix.masked_fill(hidden, -torch.inf)
 

@@ -11,7 +11,7 @@ from einops import einsum, rearrange
 from torch import Tensor
 
 from performer_lm.ops.options import gather_terms
-from performer_lm.ops.terms import ALL, Block, Terms
+from performer_lm.ops.terms import ALL, Block, Terms, fold_batch
 
 
 def exact_attention(
@@ -40,8 +40,9 @@ def exact_attention(
         v: `(..., g, j, e)`.
         causal: a query sees the keys up to its own place; the last query stands at the last key.
         window: see only keys less than `window` places away (kept keys, with a `key_mask`).
-        mask: bool that broadcasts to `(..., h, i, j)`, True keeps; or a function of (query slice, key slice) to one.
-        key_mask: `(..., j)` bool, True keeps: the others are as if absent, whatever (finite)
+        mask: bool or integer that broadcasts to `(..., h, i, j)`, True or 1 keeps; or a function of (query slice, key
+            slice) to one.
+        key_mask: `(..., j)` bool or integer, True or 1 keeps: the others are as if absent, whatever (finite)
             numbers they hold.
         bias: added to the scores, broadcasts to `(..., h, i, j)`; or a function of (query slice, key slice).
         segments: `(..., j)` int document ids of the keys; the queries are the last i of them. Tokens see their own
@@ -55,7 +56,7 @@ def exact_attention(
         `(..., h, i, e)` in q's dtype.
 
     Raises:
-        ValueError: for shapes that do not fit, log_decay without causal, dropout without a seed.
+        ValueError: for shapes or dtypes that do not fit, log_decay without causal, dropout without a seed.
 
     Example:
         >>> import torch
@@ -101,7 +102,7 @@ def no_autocast(device: torch.device) -> AbstractContextManager[None]:
 
 def fold_heads(q: Tensor, k: Tensor, v: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Fold the leading dimensions into one `b` and widen to `dtype`."""
-    q, k, v = (x.reshape(-1, *x.shape[-3:]).to(dtype) for x in (q, k, v))
+    q, k, v = (fold_batch(x, 3).to(dtype) for x in (q, k, v))
     return q, k, v
 
 

@@ -14,6 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from performer_lm.ops.checks import Shape, check_bias, check_pair_mask
 from performer_lm.ops.dropout import keep_mask
 
 Block = Callable[[slice, slice], Tensor]
@@ -77,7 +78,7 @@ class Terms:
             queries = self._at_rows(self.segments, self.rows_at(rows))[..., None]
             parts.append(queries != self.segments[:, None, None, cols])
         if self.mask is not None:
-            parts.append(~self.block(self.mask, rows, cols))
+            parts.append(~self.block(self.mask, rows, cols, check=check_pair_mask))
         return reduce(torch.logical_or, parts) if parts else None
 
     def _hidden_by_place(self, rows: slice, cols: slice, device: torch.device) -> list[Tensor]:
@@ -96,7 +97,7 @@ class Terms:
     def add_to(self, scores: Tensor, rows: slice, cols: slice, *, unit: float = 1.0) -> Tensor:
         """Add `unit` times the block's bias and decay to `scores` `(b, h, rows, cols)` in place; hidden become -inf."""
         if self.bias is not None:
-            scores.add_(self.block(self.bias, rows, cols), alpha=unit)
+            scores.add_(self.block(self.bias, rows, cols, check=check_bias), alpha=unit)
         if self.decay is not None:
             older, newer = self.decay[:, :, None, cols], self._at_rows(self.decay, self.rows_at(rows))[..., None]
             grouped = rearrange(scores, "b (g r) i j -> b g r i j", g=self.decay.shape[1])
@@ -104,6 +105,8 @@ class Terms:
                 _high_low(older, scores.dtype), _high_low(newer, scores.dtype), strict=True
             ):
                 grouped.add_((key_part - query_part)[:, :, None], alpha=unit)
+            # the same memory: autograd does not follow writes through one view of what needed no gradient to another
+            scores = rearrange(grouped, "b g r i j -> b (g r) i j")
         hidden = self.hidden(rows, cols, scores.device)
         return scores if hidden is None else scores.masked_fill_(hidden, -torch.inf)
 
@@ -119,11 +122,17 @@ class Terms:
         taken = per_key[..., at]
         return taken if per_key.ndim == 3 else taken[:, None]
 
-    def block(self, whole: Tensor | Block, rows: slice, cols: slice) -> Tensor:
-        """Return one block of a mask or bias with batch folded: `(b | 1, h | 1, rows | 1, cols | 1)`."""
-        if not isinstance(whole, Tensor):
-            return fold(whole(rows, cols), self.batch)
-        return slice_block(whole, rows, cols)
+    def block(
+        self, whole: Tensor | Block, rows: slice, cols: slice, *, check: Callable[[Tensor, Shape], Tensor]
+    ) -> Tensor:
+        """Return one block of a mask or bias with batch folded: `(b | 1, h | 1, rows | 1, cols | 1)`.
+
+        `check` is `check_pair_mask` or `check_bias`, for what a function returns; a tensor has been checked as a whole.
+        """
+        if isinstance(whole, Tensor):
+            return slice_block(whole, rows, cols)
+        sizes = (len(range(*part.indices(size))) for part, size in ((rows, self.queries), (cols, self.keys)))
+        return fold(check(whole(rows, cols), (*self.batch, self.heads, *sizes)), self.batch)
 
 
 def slice_block(whole: Tensor, rows: slice, cols: slice) -> Tensor:
@@ -148,6 +157,11 @@ def fold(block: Tensor, batch: tuple[int, ...]) -> Tensor:
     if block.ndim < 4:
         return block[(None,) * (4 - block.ndim)]
     return block if len(batch) == 1 else block.expand(*batch, *block.shape[-3:]).flatten(0, len(batch) - 1)
+
+
+def fold_batch(x: Tensor, last: int) -> Tensor:
+    """Fold all dimensions but the `last` ones into one; there may be none, and any may be empty."""
+    return x[None].flatten(0, x.ndim - last)
 
 
 def _high_low(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,8 @@ import os
 import socket
 from pathlib import Path
 
+from performer_lm.writing import open_plain
+
 
 class RunLock:
     """Hold a run's folder until `release`.
@@ -18,12 +20,13 @@ class RunLock:
 
     Raises:
         ValueError: where another process has it, naming process and host.
+        OSError: where the file cannot be made.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "run.lock"
         while True:
-            self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            self._handle = open_plain(self.path, os.O_RDWR | os.O_CREAT)
             try:
                 fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -45,6 +48,6 @@ class RunLock:
 
     def _stands(self) -> bool:
         try:
-            return os.stat(self.path).st_ino == os.fstat(self._handle).st_ino
+            return os.lstat(self.path).st_ino == os.fstat(self._handle).st_ino
         except FileNotFoundError:
             return False

@@ -1,12 +1,14 @@
 """A run at a glance: loss, bits per byte, learning rates and throughput over its steps, in one picture."""
 
-import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+from performer_lm.writing import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,10 +42,15 @@ def draw_metrics(rows: Sequence[Row], path: Path, *, title: str) -> None:
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=9)
     figure.supxlabel("step", fontsize=10)
-    figure.suptitle(title, fontsize=11)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    FigureCanvasAgg(figure).print_png(str(temporary))
-    os.replace(temporary, path)
+    figure.suptitle(printable(title), fontsize=11, parse_math=False)
+    with replacing(path) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a box stands for what the font lacks
+        FigureCanvasAgg(figure).print_png(file)
+
+
+def printable(text: str) -> str:
+    """Return text that fonts can set: names of files may hold bytes that are no characters."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _loss(axes: "Axes", rows: Sequence[Row]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch import Callback, Trainer
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import nn
 
@@ -19,6 +19,7 @@ from performer_lm.attention.local import LocalAttention
 from performer_lm.building import build, escape
 from performer_lm.checkpoint import Checkpoint
 from performer_lm.data.module import WindowData
+from performer_lm.data.tokenizer.recipes import Restored
 from performer_lm.encoder_decoder import PerformerEncoderDecoder
 from performer_lm.language_model import LanguageModel
 from performer_lm.nn.attention import MultiHeadAttention
@@ -35,18 +36,28 @@ from performer_lm.training.callbacks.saving import Checkpoints, StepBoundary
 from performer_lm.training.callbacks.stopping import StopOnSignal
 from performer_lm.training.callbacks.summary import ModelSummary
 from performer_lm.training.callbacks.throughput import Throughput
+from performer_lm.training.carrying import carry_over
+from performer_lm.training.choosing import AUTO, open_last, open_named, open_newest
 from performer_lm.training.compile import compile_stacks
 from performer_lm.training.folder import RunFolder
+from performer_lm.training.given import (
+    check_tokenizer,
+    describe_given,
+    load_given,
+    open_given,
+    take_model,
+    take_tokenizer,
+)
 from performer_lm.training.loggers.record import MetricsLogger
 from performer_lm.training.optim import check_scaling, parameter_groups
 from performer_lm.training.processes import OneRun, check_sharding, without_samples
+from performer_lm.training.restoring import check_callbacks, check_state
 from performer_lm.training.resume import (
-    AUTO,
     best_score,
     check_resumed,
-    open_named,
-    open_newest,
+    forget_best,
     share_out_anew,
+    validation_digest,
 )
 from performer_lm.training.run import Run, plain
 from performer_lm.training.task import LanguageModelTask
@@ -70,30 +81,36 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
     )
     check_scaling(optimizer(parameter_groups(nn.Linear(1, 1), head=nn.Identity())), precision=str(trainer.precision))
     schedule(trainer.max_steps)
+    wanted = Path(cfg.run_dir) if job is None else Path(cfg.run_dir) / str(job)
+    is_named = any(override.startswith("run_dir=") for override in overrides)
+    resumed, notes = _open_known(cfg, wanted, is_named=is_named)
+    given = (resumed or open_given(cfg.init)) if cfg.init is not None else None
+    if given:
+        take_model(cfg, given, overrides=overrides)
     model_section = plain(cfg.model)
     sketch = _sketch_model(model_section, context=cfg.data.context)
-    data: WindowData = build(plain(cfg.data), key="data")
+    data = _build_data(cfg, given, overrides)
     objective.check(sketch, packed=data.is_packed, answers=data.has_answers)
     _check_backends(sketch, packed=data.is_packed)
     data.share(trainer)
-    resumed = open_named(cfg.ckpt) if cfg.ckpt not in (None, AUTO) else None
 
     data.prepare()
+    if given:
+        check_tokenizer(data, given)
     objective.adopt(data.tokenizer)
     model_section["vocab_size"] = data.tokenizer.vocab_size
     section = _describe(cfg, model_section, data, trainer)
-    wanted = Path(cfg.run_dir) if job is None else Path(cfg.run_dir) / str(job)
-    notes: list[str] = []
-    if cfg.ckpt == AUTO:
-        is_named = any(override.startswith("run_dir=") for override in overrides)
-        resumed, notes = open_newest(section, run_dir=wanted if is_named else None)
+    if cfg.ckpt == AUTO and not is_named:
+        resumed, notes = open_newest(section, cfg)
     if resumed:
+        section["init"] = resumed.section.get("init")
         notes += check_resumed(resumed, section, max_steps=trainer.max_steps, allow=cfg.resume.allow)
-        share_out_anew(resumed.content, accumulation=trainer.accumulate_grad_batches)
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     model: LanguageModel = checkpoint.build(model_section)
     if resumed:
-        checkpoint.check_fit(model, resumed.weights, source=str(resumed.path))
+        notes += carry_over(resumed, model, optimizer, section, is_allowed=bool(cfg.resume.allow))
+    elif given:
+        notes += load_given(model, given)
     if cfg.compile:
         compile_stacks(model, device=trainer.strategy.root_device)
     task = LanguageModelTask(
@@ -107,17 +124,37 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
         separator=data.separator,
         counted=data.counted,
     )
-    room = _open_room(cfg, wanted, resumed, writes=trainer.is_global_zero)
+    if resumed:
+        check_state(resumed, trainer, task, optimizer=not cfg.resume.allow)
+        notes += forget_best(resumed, section)
+        share_out_anew(resumed.content, accumulation=trainer.accumulate_grad_batches)
+    room = _open_room(cfg, wanted, resumed, is_named=is_named, writes=trainer.is_global_zero)
     try:
         return _assemble(cfg, overrides, room, resumed, data, task, trainer, notes)
     except BaseException:
-        room.abandon()
+        room.release()
         raise
+
+
+def _open_known(cfg: DictConfig, wanted: Path, *, is_named: bool) -> tuple[Checkpoint | None, list[str]]:
+    """Return the checkpoint that the command line names, and what there is to say about it."""
+    if cfg.ckpt == AUTO:
+        return open_last(wanted) if is_named else (None, [])
+    return (None, []) if cfg.ckpt is None else (open_named(cfg.ckpt), [])
+
+
+def _build_data(cfg: DictConfig, given: Checkpoint | None, overrides: Sequence[str]) -> WindowData:
+    """Build the data, with the tokenizer of given weights, if there are any and the data are text."""
+    tokenizer = take_tokenizer(given, overrides=overrides) if given else None
+    if tokenizer is None or "tokenizer" not in cfg.data:
+        return build(plain(cfg.data), key="data")
+    section = {name: value for name, value in plain(cfg.data).items() if name != "tokenizer"}
+    return build(section, key="data", more={"tokenizer": Restored(plain=tokenizer.to_dict())})
 
 
 def _describe(cfg: DictConfig, model: dict[str, Any], data: WindowData, trainer: Trainer) -> dict[str, Any]:
     """Return what the run's checkpoints say of it, and what must be alike where it goes on."""
-    return checkpoint.describe(
+    section = checkpoint.describe(
         model=model,
         tokenizer=data.tokenizer,
         fingerprint={
@@ -130,8 +167,12 @@ def _describe(cfg: DictConfig, model: dict[str, Any], data: WindowData, trainer:
             **{name: plain(cfg[name]) for name in ("objective", "optimizer", "schedule")},
             "compile": cfg.compile,
             "trainer": {"precision": trainer.precision, "gradient_clip_val": trainer.gradient_clip_val},
+            "callbacks": {"ema": {"decay": OmegaConf.select(cfg, "callbacks.ema.decay")}},
         },
     )
+    section["validation"] = validation_digest(data.validation, plain(cfg.objective))
+    section["init"] = None if cfg.init is None else describe_given(cfg.init)
+    return section
 
 
 def _assemble(
@@ -181,23 +222,24 @@ def _assemble(
     ]
     if resumed and cfg.resume.allow:
         callbacks.append(NewSettings())
+    if resumed:
+        check_callbacks(resumed, callbacks)
     for callback in callbacks:
         if isinstance(callback, RunCallback):  # a config may add Lightning's own
             callback.join(surroundings)
     added = build(plain(cfg.logger), key="logger").values() if cfg.get("logger") else ()
-    loggers = [MetricsLogger(folder=room.path), *added]
-    attach(trainer, callbacks=callbacks, loggers=loggers, resumed=resumed)
-    return Run(
-        cfg, overrides, room, resumed, data, task, trainer, throughput, saving, stop, surroundings.console, notes
-    )
+    record = MetricsLogger(folder=room.path)
+    attach(trainer, callbacks=callbacks, loggers=[record, *added], resumed=resumed)
+    console = surroundings.console
+    return Run(cfg, overrides, room, resumed, data, task, trainer, throughput, saving, stop, record, console, notes)
 
 
-def _open_room(cfg: DictConfig, wanted: Path, resumed: Checkpoint | None, *, writes: bool) -> RunFolder:
-    """Return the folder to resume in, or a new one; `ckpt=auto` also takes one that was left before its first save."""
+def _open_room(cfg: DictConfig, wanted: Path, resumed: Checkpoint | None, *, is_named: bool, writes: bool) -> RunFolder:
+    """Return the folder to resume in, or a new one; `ckpt=auto` always takes the one that is named."""
     if resumed:
         return RunFolder(checkpoint.holder(resumed.path), writes=writes)
-    if cfg.ckpt == AUTO and (wanted / "config.yaml").exists():
-        return RunFolder(wanted, writes=writes)
+    if cfg.ckpt == AUTO and is_named:
+        return RunFolder.take(wanted, writes=writes)
     return RunFolder.create(wanted, writes=writes)
 
 

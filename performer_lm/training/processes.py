@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from lightning.fabric.strategies.model_parallel import _rekey_optimizer_state_if_needed
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
@@ -30,10 +29,12 @@ from performer_lm.training.callbacks.base import RunCallback
 from performer_lm.training.callbacks.ema import WeightAverage
 from performer_lm.training.callbacks.samples import Samples
 from performer_lm.training.callbacks.saving import Checkpoints
+from performer_lm.training.carrying import keyed_by_name
 from performer_lm.training.optim import Together
 
 if TYPE_CHECKING:
     from performer_lm.training.folder import RunFolder
+    from performer_lm.training.task import LanguageModelTask
 
 log = logging.getLogger("performer_lm")
 
@@ -80,10 +81,10 @@ class _Sharded(ModelParallelStrategy):
         own = dict(module.named_parameters())
         module.load_state_dict({name: _like(value, own.get(name)) for name, value in content["state_dict"].items()})
         for optimizer, state in zip(self.optimizers, content["optimizer_states"], strict=True):
-            named = _rekey_optimizer_state_if_needed(state, module)
-            set_optimizer_state_dict(
-                module, optimizer, optim_state_dict=named, options=StateDictOptions(full_state_dict=True)
-            )
+            # strict=False: what a checkpoint has no state of begins with none
+            options = StateDictOptions(full_state_dict=True, strict=False)
+            named = keyed_by_name(state, cast("LanguageModelTask", module).model)
+            set_optimizer_state_dict(module, optimizer, optim_state_dict=named, options=options)
         return content
 
 

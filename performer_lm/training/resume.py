@@ -1,72 +1,22 @@
-"""Which checkpoint a run goes on from, when it may, and the command that makes it."""
+"""When a run may go on from a checkpoint, what it takes from it, and the command that makes it go on."""
 
+import json
 import math
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from performer_lm import checkpoint
-from performer_lm.checkpoint import Checkpoint
+import numpy as np
 
-AUTO = "auto"
+from performer_lm.checkpoint import AVERAGES, Checkpoint
+from performer_lm.data.windows import FiniteWindows
+
+EMA = "callbacks.ema.decay"
 
 CHUNK_SIZES = frozenset({"chunk_size", "query_chunk_size", "key_chunk_size"})
 """How much is worked on at once: it moves results by rounding only, so it makes no other run."""
-
-
-def open_named(name: str) -> Checkpoint:
-    """Return the checkpoint that `ckpt=name` means.
-
-    Raises:
-        ValueError: where there is none, or it is damaged: then it names the one before it.
-    """
-    path = checkpoint.find(name, prefer=("last", "best"))
-    try:
-        return checkpoint.read(path)
-    except ValueError as error:
-        others = [
-            other for other in checkpoint.candidates(checkpoint.holder(path)) if other.resolve() != path.resolve()
-        ]
-        whole = next((other for other in others if _is_whole(other)), None)
-        hint = f"; to go on from the one before it: ckpt={whole}" if whole else ""
-        raise ValueError(f"{error}{hint}") from error
-
-
-def open_newest(
-    section: Mapping[str, Any], *, run_dir: Path | None, runs: Path = Path("runs")
-) -> tuple[Checkpoint | None, list[str]]:
-    """Return what `ckpt=auto` goes on from, and what there is to say about it.
-
-    Of a run it is the last checkpoint, or, where that is damaged, the newest that is whole.
-
-    Args:
-        section: what the run would save.
-        run_dir: the folder that the user has named; then only what lies there counts. None for the newest run below
-            `runs` with this very section.
-        runs: where runs lie.
-
-    Returns:
-        The checkpoint, None to start from the beginning; and lines for the log.
-
-    Raises:
-        ValueError: where all checkpoints of `run_dir` are damaged.
-    """
-    for run in checkpoint.newest_runs(runs) if run_dir is None else [run_dir]:
-        problems: list[str] = []
-        for path in checkpoint.candidates(run):
-            try:
-                differing = _differing(checkpoint.peek(path).section, section) if run_dir is None else []
-                if not all(_keeps_results(key) for key, *_ in differing):
-                    break
-                found = checkpoint.read(path)
-            except ValueError as error:
-                problems.append(str(error))
-                continue
-            return found, [f"warning: {problem}; going on from {path} instead" for problem in problems]
-        if run_dir is not None and problems:
-            raise ValueError(f"no checkpoint of {run} is whole: {'; '.join(problems)}")
-    return None, []
 
 
 def check_resumed(
@@ -86,7 +36,9 @@ def check_resumed(
     Raises:
         ValueError: with the old and the new value of everything else that changed.
     """
-    changes = _differing(resumed.section, section)
+    changes = [change for change in _differing(resumed.section, section) if not _begins_to_average(change)]
+    if AVERAGES in resumed.content and "callbacks" not in _training(resumed.section):
+        changes += _differences(EMA, "set", "set" if _decay(section) else None)  # by an earlier version
     refused = [
         f"{key} was {old!r}, is {new!r}"
         for key, old, new in changes
@@ -96,26 +48,53 @@ def check_resumed(
         raise ValueError(
             f"{resumed.path} belongs to another run: {'; '.join(refused)} (resume.allow=[...] names what may change)"
         )
-    step = resumed.content["global_step"]
+    step = resumed.content.get("global_step", 0)
     if max_steps < step:
         raise ValueError(f"trainer.max_steps ({max_steps}) must be at least the step of {resumed.path} ({step})")
     return [f"changed since the checkpoint: {key} was {old!r}, is {new!r}" for key, old, new in changes]
 
 
+def is_like(saved: Mapping[str, Any], section: Mapping[str, Any]) -> bool:
+    """Return True where a checkpoint is of a run that was started as the one at hand."""
+    same_start = saved.get("init") == section.get("init")
+    return same_start and all(_keeps_results(key) for key, *_ in _differing(saved, section))
+
+
+def validation_digest(windows: FiniteWindows, objective: Mapping[str, Any]) -> str:
+    """Return a digest of what a run validates on: scores of two runs compare where it is the same."""
+    what = {name: value for name, value in objective.items() if name not in CHUNK_SIZES}
+    digest = sha256(json.dumps(what, sort_keys=True).encode())
+    digest.update(np.ascontiguousarray(windows.byte_lengths).tobytes())
+    for first in range(0, len(windows), 256):
+        places = np.arange(first, min(first + 256, len(windows)))
+        digest.update(windows.rows(places).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def forget_best(resumed: Checkpoint, section: Mapping[str, Any]) -> list[str]:
+    """Forget the best score where the run validates on something else from now on, and return a line that says so."""
+    if resumed.section.get("validation") in (None, section["validation"]):  # None: of an earlier version
+        return []
+    callbacks = resumed.content["callbacks"]
+    for name in [name for name, state in callbacks.items() if _scores(state)]:
+        del callbacks[name]
+    return ["the best score starts anew: what the run validates on is not what the checkpoint was measured on"]
+
+
 def share_out_anew(content: dict[str, Any], *, accumulation: int) -> None:
     """Count the micro-batches of a checkpoint as if each of its steps had had `accumulation` of them."""
-    steps = content["global_step"]
+    done = content["global_step"] * accumulation
     loops = content["loops"]["fit_loop"]
     for counts in (loops["epoch_loop.batch_progress"][name] for name in ("total", "current")):
-        counts.update(dict.fromkeys(counts, steps * accumulation))
+        counts.update(dict.fromkeys(counts, done))
     for loader in loops["state_dict"].get("combined_loader", []):
-        loader.update(done=steps * accumulation, accumulation=accumulation)
+        loader.update(done=done, accumulation=accumulation)
 
 
 def _differing(saved: Mapping[str, Any], section: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Return keys, old and new values of what makes two runs different ones."""
     pairs = [(name, saved.get(name), section[name]) for name in ("model", "fingerprint", "seed")]
-    known = saved.get("training", {})
+    known = _training(saved)
     pairs += [(name, known[name], new) for name, new in section.get("training", {}).items() if name in known]
     return [found for pair in pairs for found in _differences(*pair)]
 
@@ -129,8 +108,22 @@ def _differences(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]
         yield key, old, new
 
 
+def _training(section: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = section.get("training")
+    return found if isinstance(found, Mapping) else {}
+
+
+def _decay(section: Mapping[str, Any]) -> float | None:
+    return _training(section).get("callbacks", {}).get("ema", {}).get("decay")
+
+
+def _begins_to_average(change: tuple[str, Any, Any]) -> bool:
+    """Return True for the one change that needs no leave, for the run's callback tells of it."""
+    return change[0] == EMA and change[1] is None
+
+
 def _keeps_results(key: str) -> bool:
-    """Tell whether an option trades speed and memory alone."""
+    """Return True for an option that trades speed and memory alone."""
     return key.rpartition(".")[-1] in CHUNK_SIZES
 
 
@@ -138,19 +131,16 @@ def _is_allowed(key: str, allow: Collection[str]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in allow)
 
 
-def _is_whole(path: Path) -> bool:
-    try:
-        checkpoint.read(path)
-    except ValueError:
-        return False
-    return True
-
-
 def best_score(resumed: Checkpoint) -> float:
     """Return the best validation bits per byte of the run so far; nan where it has not validated yet."""
     states = [state for state in resumed.content["callbacks"].values() if isinstance(state, dict)]
     scores = [state["best_model_score"] for state in states if state.get("best_model_score") is not None]
     return min(map(float, scores), default=math.nan)
+
+
+def _scores(state: Any) -> bool:
+    """Return True for the state of a callback that holds scores against each other."""
+    return isinstance(state, dict) and not state.keys().isdisjoint({"best_model_score", "best_score"})
 
 
 def resume_command(overrides: Sequence[str], *, folder: Path, step: int, max_steps: int) -> str:

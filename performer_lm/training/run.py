@@ -22,14 +22,13 @@ from performer_lm.training.callbacks.stopping import StopOnSignal, requeue
 from performer_lm.training.callbacks.throughput import Throughput
 from performer_lm.training.folder import RunFolder
 from performer_lm.training.loggers.base import RunLogger
+from performer_lm.training.loggers.record import MetricsLogger
 from performer_lm.training.memory import peak_memory, reset_peak_memory, sizes_told
 from performer_lm.training.processes import started_processes
-from performer_lm.training.report import card, open_log
-from performer_lm.training.resume import (
-    best_score,
-    resume_command,
-)
+from performer_lm.training.report import card, open_log, point_latest, spared
+from performer_lm.training.resume import best_score, resume_command
 from performer_lm.training.task import LanguageModelTask
+from performer_lm.writing import replace_text
 
 log = logging.getLogger("performer_lm")
 
@@ -48,6 +47,7 @@ class Run:
     throughput: Throughput
     saving: Checkpoints
     stop: StopOnSignal
+    record: MetricsLogger
     console: Console
     notes: list[str] = field(default_factory=list)  # what there is to say about going on
 
@@ -69,6 +69,7 @@ class Run:
                 return self.saving.best
             self._open_folder()
             with open_log(self.folder / "train.log", self.console):
+                point_latest(self.folder)
                 return self._fit_and_tell()
         finally:
             self.room.release()
@@ -83,9 +84,19 @@ class Run:
         log.info("run folder %s%s", self.folder, f", resumed at step {start}" if start else "")
         for logger in self.trainer.loggers:
             logger.log_hyperparams(plain(self.cfg))
-        self._train()
+        summary: dict[str, Any] = {}
+        try:
+            self._train()
+            if self.stop.stopped is None:
+                summary = self._summarize()
+                replace_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        finally:
+            self.record.derive()
         if self.stop.stopped is None:
-            return self._close()
+            with spared("the card that closes a run"):
+                prompt = self.data.prompt if self.task.model.decodes else None
+                log.info("%s", card(summary, resume=self._resume_command(), prompt=prompt))
+            return self.saving.best
         log.info("stopped by %s; saved %s", signal.Signals(self.stop.stopped).name, self.saving.last)
         log.info("resume with: %s", self._resume_command())
         if self.stop.stopped == signal.SIGUSR1:
@@ -116,10 +127,10 @@ class Run:
             if isinstance(logger, RunLogger):  # a config may add Lightning's own
                 logger.begin(self.folder, step=step)
 
-    def _close(self) -> float:
-        """Write `summary.json` and print the card that closes a run."""
+    def _summarize(self) -> dict[str, Any]:
+        """Return what `summary.json` says."""
         steps, metrics = self.trainer.global_step, self.trainer.callback_metrics
-        summary: dict[str, Any] = {
+        return {
             "steps": steps,
             "tokens": steps * self.throughput.run.tokens_per_step,
             "tokens_per_second": round(self.throughput.tokens_per_second, 1),
@@ -131,10 +142,6 @@ class Run:
             "folder": str(self.folder),
             "overrides": list(self.overrides),
         }
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        prompt = self.data.prompt if self.task.model.decodes else None
-        log.info("%s", card(summary, resume=self._resume_command(), prompt=prompt))
-        return self.saving.best
 
     def _resume_command(self) -> str:
         step = max(self.trainer.global_step, self.resumed.content["global_step"] if self.resumed else 0)

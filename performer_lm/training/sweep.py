@@ -5,13 +5,20 @@ folders; one that was killed has neither.
 """
 
 import csv
+import io
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from performer_lm.training.plot import printable
+from performer_lm.training.report import spared
+from performer_lm.writing import replace_text, replacing
 
 FAILURES = "failures.jsonl"
 MEASURES = {  # of a summary: what it is called here, and in which unit
@@ -27,33 +34,41 @@ Row = dict[str, Any]
 
 def close_sweep(folder: Path) -> None:
     """Print the table of the sweep in `folder`, and write `sweep.csv` and `sweep.png`."""
-    rows = collect(folder)
-    if not rows:
-        return
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with (folder / "sweep.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
+    rows: list[Row] = []
+    with spared("sweep.csv"):
+        rows = collect(folder)
+        if not rows:
+            return
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns)
         writer.writeheader()
         writer.writerows(rows)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 160  # a file has no edge to wrap at
-    console.print(table(rows, title=str(folder)))
-    draw(rows, folder / "sweep.png")
+        replace_text(folder / "sweep.csv", text.getvalue())
+    with spared("the table of the sweep"):
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console.width = 160  # a file has no edge to wrap at
+        console.print(table(rows, title=str(folder)))
+    with spared("sweep.png"):
+        draw(rows, folder / "sweep.png")
 
 
 def collect(folder: Path) -> list[Row]:
     """Return a row per job: its number, what was varied, what it reached, and how it ended."""
     told: dict[int, Row] = {}
     for path in folder.glob("*/config.yaml"):
-        if path.parent.name.isdigit():
+        if path.parent.name.isdecimal():
             told[int(path.parent.name)] = {"overrides": [], "ended": "unfinished"}
     for path in folder.glob("*/summary.json"):
-        if path.parent.name.isdigit():
-            told[int(path.parent.name)] = {**json.loads(path.read_text()), "ended": "done"}
+        summary = _read_object(path.read_bytes())
+        if path.parent.name.isdecimal() and _tells(summary, best_val_bpb=int | float):
+            told[int(path.parent.name)] = {**summary, "ended": "done"}
     if (folder / FAILURES).exists():
-        for line in (folder / FAILURES).read_text().splitlines():
-            failure = json.loads(line)
+        for line in (folder / FAILURES).read_bytes().splitlines():
+            failure = _read_object(line)
+            if not _tells(failure, job=int, error=str):
+                continue
             if told.get(failure["job"], {}).get("ended") != "done":  # it may have been run again, and well
                 told[failure["job"]] = {**failure, "ended": failure["error"]}
     varied = _varied([_settings(job) for job in told.values()])
@@ -66,15 +81,31 @@ def collect(folder: Path) -> list[Row]:
     return rows
 
 
+def _read_object(text: bytes) -> Row:
+    """Return what JSON says, and nothing for what a kill cut short."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _tells(found: Row, **wanted: Any) -> bool:
+    """Return True for what a job wrote at its end: its overrides, and values of the types `wanted`."""
+    is_typed = all(isinstance(found.get(name), kind) for name, kind in wanted.items())
+    return is_typed and isinstance(found.get("overrides"), list)
+
+
 def table(rows: Sequence[Row], *, title: str) -> Table:
     """Return the rows as people read them, the best score marked."""
-    shown = Table(title=title, title_justify="left")
+    shown = Table(title=Text(printable(title)), title_justify="left")  # as text: markup would swallow brackets
     for name in rows[0]:
         shown.add_column(name, justify="left" if name == "ended" else "right", overflow="fold")
     scores = [row["val bpb"] for row in rows if row["val bpb"] != ""]
     for row in rows:
         is_best = bool(scores) and row["val bpb"] == min(scores)
-        shown.add_row(*(_spell(name, value) for name, value in row.items()), style="bold green" if is_best else None)
+        cells = (Text(printable(_spell(name, value))) for name, value in row.items())
+        shown.add_row(*cells, style="bold green" if is_best else None)
     return shown
 
 
@@ -98,9 +129,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         panel.set(title=name, xlim=(0, 1.25 * max(values) or 1.0))
         panel.xaxis.set_major_formatter(EngFormatter(sep=""))  # 2M, and no "1e6" below the axis
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yticks(range(len(done)), labels)
+    panels[0].set_yticks(range(len(done)), map(printable, labels), parse_math=False)
     panels[0].invert_yaxis()
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        figure.savefig(file, dpi=120, format="png")
 
 
 def _settings(job: Mapping[str, Any]) -> dict[str, str]:

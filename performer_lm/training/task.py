@@ -5,7 +5,7 @@ Letters: `b` batch, `n` tokens.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
@@ -14,7 +14,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import SumMetric
 
 from performer_lm.data.windows import IGNORE, shift
 from performer_lm.language_model import LanguageModel
@@ -22,6 +21,32 @@ from performer_lm.objectives import Objective
 from performer_lm.training.callbacks.base import RunCallback
 from performer_lm.training.optim import parameter_groups
 from performer_lm.training.processes import shard
+
+
+class Sums(NamedTuple):
+    """Sums over micro-batches and ranks, in full whatever the run's precision.
+
+    They are no buffers: those take the model's precision, in which 512 + 1 is 512.
+    """
+
+    nats: Tensor  # () float64, or float32 where the device has no float64
+    counts: Tensor  # (k,) int64
+
+    @classmethod
+    def zero(cls, device: torch.device, *, counts: int) -> "Sums":
+        """Return sums of nothing, with so many counts."""
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        return cls(torch.zeros((), dtype=dtype, device=device), torch.zeros(counts, dtype=torch.int64, device=device))
+
+    def add(self, nats: Tensor, *counts: Tensor) -> None:
+        """Add losses of any shape, and a number to each count."""
+        self.nats.add_(nats.detach().sum(dtype=self.nats.dtype))
+        self.counts.add_(torch.stack(counts))
+
+    def add_ranks(self) -> None:
+        """Add up over all ranks; queued on the device, so that the host does not wait."""
+        torch.distributed.all_reduce(self.nats)
+        torch.distributed.all_reduce(self.counts)
 
 
 class LanguageModelTask(LightningModule):
@@ -40,7 +65,6 @@ class LanguageModelTask(LightningModule):
     """
 
     byte_lengths: Tensor
-    _seen: Tensor
 
     def __init__(
         self,
@@ -65,12 +89,9 @@ class LanguageModelTask(LightningModule):
         self.separator = separator
         self.counted = counted
         self.register_buffer("byte_lengths", byte_lengths, persistent=False)
-        self.register_buffer("_seen", torch.zeros(2), persistent=False)  # nats and predictions of this step so far
         self._measured = (model,)  # a tuple, for a module would become a part of this one
-        self.nats = SumMetric()
-        self.tokens = SumMetric()
-        self.bytes = SumMetric()
-        self.right = SumMetric() if counted < 1 else None
+        self._step_sums: Sums | None = None  # of this step so far: predictions are counted
+        self._sums: Sums  # of this validation so far: predictions, bytes and right answers are
 
     @property
     def measured(self) -> LanguageModel:
@@ -99,42 +120,52 @@ class LanguageModelTask(LightningModule):
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Return the loss that windows `(b, n + 1)` add to their step; log the whole step's at its end."""
         losses = self.objective(self.model, batch, step=self.global_step, separator=self.separator)
-        self._seen += torch.stack((losses.nats.detach().sum(), (losses.targets != IGNORE).sum()))
+        self._step_sums = self._step_sums or Sums.zero(losses.nats.device, counts=1)
+        self._step_sums.add(losses.nats, (losses.targets != IGNORE).sum())
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
             self._finish_loss()
         return self.objective.mean(losses) / self.counted
 
     def _finish_loss(self) -> None:
         """Take nats per predicted token over the step's micro-batches and ranks; log it where metrics are logged."""
+        assert self._step_sums is not None
         if self.trainer.world_size > 1:
-            torch.distributed.all_reduce(self._seen)  # queued on the device: the host does not wait
-        nats, predicted = self._seen
+            self._step_sums.add_ranks()
+        nats, (predicted,) = self._step_sums
         self._loss = nats / predicted
-        self._seen = torch.zeros_like(self._seen)
+        self._step_sums = None
         if self.logs_now:
             self.log("train/loss", self._loss)
             self.log("step", float(self.step))
+
+    def on_validation_epoch_start(self) -> None:
+        """Start from nothing, whatever became of an earlier validation."""
+        self._sums = Sums.zero(self.device, counts=3)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Add up nats, tokens and bytes of whatever is predicted in windows `(b, n + 1)`."""
         del batch_idx
         nats, targets = self.objective(self.measured, batch, step=None, separator=self.separator)
         predicted = targets != IGNORE
-        self.nats.update(nats.sum())
-        self.tokens.update(predicted.sum())
-        self.bytes.update(torch.where(predicted, self.byte_lengths[targets.clamp(min=0)], 0).sum())
-        if self.right is not None:
+        text = torch.where(predicted, self.byte_lengths[targets.clamp(min=0)], 0)
+        right = predicted.new_zeros(())
+        if self.counted < 1:
             inputs, answers = shift(batch)
-            self.right.update((self.measured(inputs).argmax(-1) == answers).sum())
+            right = self.measured(inputs).argmax(-1) == answers
+        self._sums.add(nats, predicted.sum(), text.sum(), right.sum())
 
     def on_validation_epoch_end(self) -> None:
         """Log `val/loss` (nats per token), `val/bpb` (bits per byte of text, whatever the tokenizer), accuracy."""
-        nats, tokens, text = (metric.compute() for metric in (self.nats, self.tokens, self.bytes))
-        if self.right is not None:
-            self.log("val/accuracy", self.right.compute() / tokens)
-            self.right.reset()
-        for metric in (self.nats, self.tokens, self.bytes):
-            metric.reset()
+        if self.trainer.world_size > 1:
+            self._sums.add_ranks()
+        nats, (tokens, text, right) = self._sums
+        if not text:
+            raise FloatingPointError(
+                f"validation at step {self.global_step} measures nothing: not one {self.objective.predicted} of its "
+                f"text stands for text; raise data.validation_bytes"
+            )
+        if self.counted < 1:
+            self.log("val/accuracy", right / tokens)
         self.log("step", float(self.global_step))
         self.log("val/loss", nats / tokens)
         self.log("val/bpb", nats / (math.log(2) * text), prog_bar=True)
@@ -161,7 +192,7 @@ class LanguageModelTask(LightningModule):
         """
         del optimizer, gradient_clip_algorithm
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        norm = get_total_norm([_in_full(parameter.grad) for parameter in parameters if parameter.grad is not None])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of gradients that lie on several ranks
         if self.logs_now:
             self.log("train/grad_norm", norm)
@@ -174,3 +205,9 @@ class LanguageModelTask(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what makes the file enough to rebuild model and tokenizer."""
         checkpoint["performer_lm"] = dict(self.section)
+
+
+def _in_full(gradient: Tensor) -> Tensor:
+    """Return a gradient, or, where its dtype would round the norm, its norm in float32: a norm of norms is the norm."""
+    is_half = torch.finfo(gradient.dtype).bits < 32
+    return torch.linalg.vector_norm(gradient, dtype=torch.float32) if is_half else gradient

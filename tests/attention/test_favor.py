@@ -1,5 +1,6 @@
 """FAVOR attention keeps the contract and stays the same function through redraws, devices and precisions."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch.multiprocessing
 from torch import Tensor
 
 from performer_lm.attention.base import fork
-from performer_lm.attention.favor import FavorAttention
+from performer_lm.attention.favor import FavorAttention, favor
 from performer_lm.attention.feature_maps import SoftmaxFeatures
 from performer_lm.ops.projections import draw_projection
 
@@ -25,6 +26,19 @@ def build(**options: Any) -> FavorAttention:
 def positive(**options: Any) -> partial[SoftmaxFeatures]:
     chosen = {"antithetic": False, "learned": False, "centred": False, "momentum": None}
     return partial(SoftmaxFeatures, coupling="orthogonal", regularized=False, **(chosen | options))
+
+
+def test_the_factory_of_plain_favor_is_that_of_the_config(model_section: Callable[..., dict[str, Any]]) -> None:
+    def options(section: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in section.items() if key not in ("_target_", "_partial_", "dropout")}
+
+    section = model_section("attn=favor", "seed=3")["attn"]
+    factory = favor(num_features=section["num_features"], seed=3)
+    features = factory.keywords["features"]
+    assert options(section) == factory.keywords | {"features": section["features"]}
+    assert options(section["features"]) == features.keywords
+    named = [f"{kind.__module__}.{kind.__qualname__}" for kind in (factory.func, features.func)]
+    assert named == [section["_target_"], section["features"]["_target_"]]
 
 
 def inputs(n: int, std: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:

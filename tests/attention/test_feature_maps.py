@@ -138,6 +138,20 @@ def test_averages_move_between_steps_in_training_only() -> None:
     assert torch.equal(attention.features.mean_square, frozen)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_averages_are_float32_whatever_the_precision(dtype: torch.dtype) -> None:
+    features, wide = (build(CAUSAL["optimal"]).float().features for _ in range(2))
+    features.to(dtype)
+    features.momentum = wide.momentum = 0.001  # steps that halves would round away
+    for _ in range(40):
+        q, k = (x.to(dtype) for x in inputs(9)[:2])
+        for each in (features, wide):
+            each.observe(q, k, None)
+            each.settle()
+    assert features.mean_square.dtype == torch.float32
+    assert torch.allclose(features.mean_square, wide.mean_square)
+
+
 def test_averages_skip_masked_keys() -> None:
     attention, (q, k, v) = build(CAUSAL["optimal"]), inputs(10)
     mask = torch.arange(10).expand(2, -1) < 6

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -17,8 +18,10 @@ from performer_lm.attention.favor import FavorAttention
 from performer_lm.attention.feature_maps import SoftmaxFeatures
 from performer_lm.attention.flash import FlashAttention
 from performer_lm.attention.flash_tiled import FlashTiledAttention
+from performer_lm.attention.hybrid import HybridAttention
 from performer_lm.attention.kernel_maps import IdentityFeatures
 from performer_lm.attention.local import LocalAttention
+from performer_lm.attention.split import SplitAttention
 from performer_lm.ops.projections import draw_projection
 
 FAVOR: dict[str, Any] = {"seed": 0, "redraw_interval": None, "redraw_until": None, "chunk_size": 3}
@@ -42,16 +45,26 @@ FACTORIES: dict[str, Callable[..., Attention[Any]]] = {
     "favor": build_favor,
     "linear": partial(FavorAttention, features=IdentityFeatures, num_features=None, **FAVOR),
 }
+COMPOSITES: dict[str, Callable[..., Attention[Any]]] = {
+    "hybrid": partial(HybridAttention, pattern=["favor"], backends=dict(FACTORIES)),
+    "split": partial(SplitAttention, attn=build_favor, local=FACTORIES["local"], local_heads=2),
+    "split in a hybrid": partial(
+        HybridAttention,
+        pattern=["split"],
+        backends={"split": partial(SplitAttention, attn=FACTORIES["chunked"], local=FACTORIES["local"], local_heads=2)},
+    ),
+}
+EVERY = FACTORIES | COMPOSITES
 HEADS, GROUPS, WIDTH, VALUE_WIDTH = 4, 2, 6, 5
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}  # backends may sum in float32 whatever the inputs
 CPU = torch.device("cpu")
 
-every_backend = pytest.mark.parametrize("name", FACTORIES)
+every_backend = pytest.mark.parametrize("name", EVERY)
 options = st.fixed_dictionaries({"mask": st.booleans(), "log_decay": st.booleans()})
 
 
 def build(name: str) -> Attention[Any]:
-    return FACTORIES[name](heads=HEADS, key_heads=GROUPS, dim_head=WIDTH, dim_value=VALUE_WIDTH, layer=0)
+    return EVERY[name](heads=HEADS, key_heads=GROUPS, dim_head=WIDTH, dim_value=VALUE_WIDTH, layer=0)
 
 
 def draw_tokens(
@@ -116,7 +129,7 @@ def where_kept(out: Tensor, inputs: dict[str, Tensor]) -> Tensor:
 
 
 @every_backend
-@given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=6), seed=st.integers(0, 99), chosen=options)
+@given(lengths=st.lists(st.integers(0, 6), min_size=1, max_size=6), seed=st.integers(0, 99), chosen=options)
 def test_extend_over_any_split_equals_the_whole(name, lengths, seed, chosen):
     attention = build(name)
     ends = [sum(lengths[: count + 1]) for count in range(len(lengths))]
@@ -174,6 +187,132 @@ def test_a_masked_key_is_as_if_absent(name, causal):
 
 @every_backend
 @pytest.mark.parametrize("causal", [True, False])
+@settings(max_examples=10)
+@given(tokens=st.integers(0, 10), seed=st.integers(0, 99), chosen=options)
+def test_an_integer_mask_is_the_bool_mask(name, causal, tokens, seed, chosen):
+    attention = build(name)
+    inputs = draw_tokens(tokens, seed, mask=True, log_decay=chosen["log_decay"] and causal)
+    segments = torch.arange(tokens).expand(2, -1) // 4 if chosen["mask"] else None
+    integers = inputs | {"mask": inputs["mask"].long()}
+    for mode in (attention.train(), attention.eval()):
+        one, other = (mode(**given_, causal=causal, segments=segments) for given_ in (integers, inputs))
+        assert torch.equal(one, other)
+    if causal:
+        parts = split_at([tokens // 2, tokens])
+        assert torch.equal(decode(attention, integers, parts), decode(attention, inputs, parts))
+    elif attention.attends_across:
+        states = [attention.init_state(2, max_len=1, device=CPU, dtype=torch.float64) for _ in range(2)]
+        one, other = (
+            attention.read(inputs["q"], attention.absorb(inputs["k"], inputs["v"], state, mask=given_["mask"]))
+            for state, given_ in zip(states, (integers, inputs), strict=True)
+        )
+        assert torch.equal(one, other)
+
+
+WRONG_MASKS = {
+    "float": lambda tokens: torch.ones(2, tokens),
+    "one row": lambda tokens: torch.ones(1, tokens) > 0,
+    "no batch": lambda tokens: torch.ones(tokens) > 0,
+    "more tokens": lambda tokens: torch.ones(2, tokens + 3) > 0,
+    "one token": lambda tokens: torch.ones(2, 1).long(),
+}
+
+
+@every_backend
+@pytest.mark.parametrize("wrong", WRONG_MASKS)
+@pytest.mark.parametrize("tokens", [3, 0])
+def test_a_mask_that_is_not_of_the_tokens_given_is_refused(name, wrong, tokens):
+    attention, inputs, mask = build(name), draw_tokens(tokens, 0), WRONG_MASKS[wrong](tokens)
+    state = attention.init_state(2, max_len=4, device=CPU, dtype=torch.float64)
+    _, state = attention.extend(**draw_tokens(3, 1, mask=True), state=state)
+    calls = [
+        lambda: attention.train()(**inputs, mask=mask, causal=True),
+        lambda: attention.eval()(**inputs, mask=mask, causal=False),
+        lambda: attention.extend(**inputs, state=fork(state), mask=mask),
+        lambda: attention.absorb(inputs["k"], inputs["v"], fork(state), mask=mask),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"mask must be bool or integer, .* of shape \(2, \d\); got [^\n]*$"):
+            call()
+
+
+@every_backend
+def test_a_mask_of_all_tokens_so_far_is_refused_for_a_new_one(name):
+    attention, inputs = build(name), draw_tokens(5, 0, mask=True)
+    state = attention.init_state(2, max_len=4, device=CPU, dtype=torch.float64)
+    _, state = attention.extend(**cut(inputs, slice(0, 4)), state=state)
+    with pytest.raises(
+        ValueError, match=r"one entry for each token given, of shape \(2, 1\); got bool of shape \(2, 5\)"
+    ):
+        attention.extend(**cut(inputs, slice(4, 5)) | {"mask": inputs["mask"]}, state=state)
+
+
+@every_backend
+@pytest.mark.parametrize("shape", [(2, 1, 3), (1, GROUPS, 3), (2, HEADS, 3), (2, GROUPS, 5), (2, GROUPS, 1), (2, 3)])
+def test_a_decay_that_is_not_of_the_tokens_given_is_refused(name, shape):
+    attention, inputs = build(name), draw_tokens(3, 0) | {"log_decay": -torch.rand(shape)}
+    state = attention.init_state(2, max_len=4, device=CPU, dtype=torch.float64)
+    for call in (lambda: attention(**inputs, causal=True), lambda: attention.extend(**inputs, state=state)):
+        with pytest.raises(ValueError, match=r"log_decay must be floating point, .* of shape \(2, 2, 3\); got"):
+            call()
+
+
+@every_backend
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_tokens_of_another_batch_than_the_states_are_refused(name, batch, tokens):
+    attention, inputs = build(name), draw_tokens(tokens, 0, batch=batch)
+    state = attention.init_state(2, max_len=4, device=CPU, dtype=torch.float64)
+    _, state = attention.extend(**draw_tokens(3, 1), state=state)
+    for call in (
+        lambda: attention.extend(**inputs, state=fork(state)),
+        lambda: attention.absorb(inputs["k"], inputs["v"], fork(state)),
+        lambda: attention.read(inputs["q"], state),
+    ):
+        with pytest.raises(ValueError, match=r"a batch of|equal leading dimensions"):
+            call()
+
+
+@every_backend
+@pytest.mark.parametrize("held", [0, 3])
+@settings(max_examples=4)
+@given(chosen=options)
+def test_no_tokens_give_no_output_and_leave_the_state_as_it_was(name, held, chosen):
+    attention, later = build(name), draw_tokens(4, 2)
+    state = attention.init_state(2, max_len=1, device=CPU, dtype=torch.float64)
+    _, state = attention.extend(**draw_tokens(held, 1, **chosen), state=state)
+    wanted, _ = attention.extend(**later, state=fork(state))
+    nothing = draw_tokens(0, 0, **chosen)
+    for attend in (torch.inference_mode(), torch.enable_grad()):
+        with attend:
+            out, after = attention.extend(**nothing, state=fork(state))
+            assert out.shape == attention.read(nothing["q"], after).shape == (2, HEADS, 0, VALUE_WIDTH)
+            after = attention.absorb(nothing["k"], nothing["v"], after, mask=nothing.get("mask"))
+            torch.testing.assert_close(attention.extend(**later, state=after)[0], wanted, **TOLERANCE)
+
+
+@every_backend
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_sequence_of_no_tokens_has_an_output_of_none(name, causal, packed):
+    attention, nothing = build(name), draw_tokens(0, 0, mask=True, log_decay=causal)
+    segments = torch.zeros(2, 0, dtype=torch.int64) if packed else None
+    assert attention(**nothing, causal=causal, segments=segments).shape == (2, HEADS, 0, VALUE_WIDTH)
+
+
+@every_backend
+@pytest.mark.parametrize("causal", [True, False])
+def test_queries_without_keys_give_zeros_and_keys_without_queries_nothing(name, causal):
+    attention, some, none = build(name), draw_tokens(3, 0), draw_tokens(0, 0)
+    if not attention.attends_across:
+        return
+    out = attention(some["q"], none["k"], none["v"], causal=causal)
+    assert torch.equal(out, torch.zeros(2, HEADS, 3, VALUE_WIDTH, dtype=torch.float64))
+    assert attention(none["q"], some["k"], some["v"], causal=causal).shape == (2, HEADS, 0, VALUE_WIDTH)
+
+
+@every_backend
+@pytest.mark.parametrize("causal", [True, False])
 def test_what_a_masked_key_holds_does_not_matter(name, causal):
     attention, inputs = build(name), draw_tokens(6, 0, mask=True, log_decay=causal)
     out = where_kept(attention(**inputs, causal=causal), inputs)
@@ -211,7 +350,7 @@ def test_packed_documents_equal_separate_ones(name, causal, lengths, seed):
 @every_backend
 def test_grouped_queries_equal_repeated_keys(name):
     attention, inputs = build(name), draw_tokens(7, 0)
-    factory = FACTORIES[name]
+    factory = EVERY[name]
     plain = factory(heads=HEADS, key_heads=HEADS, dim_head=WIDTH, dim_value=VALUE_WIDTH, layer=0)
     repeated = {key: x if key == "q" else x.repeat_interleave(HEADS // GROUPS, 1) for key, x in inputs.items()}
     torch.testing.assert_close(attention(**inputs, causal=True), plain(**repeated, causal=True), **TOLERANCE)
@@ -266,6 +405,25 @@ def test_decay_makes_old_keys_fade_as_the_weights_say(name):
         return last[..., 0] / last[..., 1]
 
     torch.testing.assert_close(odds(log_decay=half), odds() / 2, **TOLERANCE)
+
+
+@every_backend
+@pytest.mark.parametrize("masked", [False, True])
+def test_whatever_asks_for_a_gradient_gets_the_one_it_has_beside_all_others(name, masked):
+    attention, call = build(name), draw_tokens(7, 0, log_decay=True)
+    fixed = {"causal": True, "mask": torch.tensor([[False] * 2 + [True] * 5, [True] * 7]) if masked else None}
+
+    def gradients(wanted: tuple[str, ...]) -> dict[str, Tensor]:
+        own = {key: x.detach().requires_grad_(key in wanted) for key, x in call.items()}
+        out = attention(**own, **fixed)
+        return dict(zip(wanted, torch.autograd.grad(out.cos().sum(), [own[key] for key in wanted]), strict=True))
+
+    whole = gradients(tuple(call))
+    for count in range(1, len(call)):
+        for wanted in combinations(call, count):
+            for key, grad in gradients(wanted).items():
+                torch.testing.assert_close(grad, whole[key], **TOLERANCE)
+                assert grad.any()
 
 
 @every_backend
@@ -331,7 +489,7 @@ def test_a_backward_inside_autocast_is_near_one_outside(name, causal):
             )  # autocast rounds the products of a backward to 8 bits; exact, autograd's own, strays as far
 
 
-@every_backend
+@pytest.mark.parametrize("name", FACTORIES)
 def test_probabilities_are_dropped_in_training_only_and_alike(name):
     factory = partial(FACTORIES[name], heads=HEADS, key_heads=GROUPS, dim_head=WIDTH, dim_value=VALUE_WIDTH, layer=0)
     if not build(name).drops_weights:

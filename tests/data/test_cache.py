@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import re
 import signal
@@ -57,7 +58,7 @@ def build(
     folder: Path,
     *texts: dict[str, bytes],
     recipe: TokenizerRecipe = BYTES,
-    fraction: float = 0.2,
+    fraction: float | None = 0.2,
     threads: int = 2,
     errors="strict",
 ) -> TokenCache:
@@ -187,24 +188,58 @@ def test_everything_a_cache_depends_on_makes_another(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["train.bin", "validation.bin", "validation_sizes.bin", "manifest.json"])
-@pytest.mark.parametrize("harm", ["cut", "grow", "empty", "remove"])
+@pytest.mark.parametrize("harm", ["cut", "grow", "empty", "remove", "flip", "fill", "nest", "pipe"])
 def test_a_damaged_cache_is_built_again(tmp_path, file, harm):
     wanted = build(tmp_path / "other")
     build(tmp_path)
     path = next(tmp_path.glob(f"*/{file}"))
     content = path.read_bytes()
     path.unlink()
-    if harm != "remove":
-        path.write_bytes({"cut": content[:-1], "grow": content + b"{", "empty": b""}[harm])
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    harms = {"cut": content[:-1], "grow": content + b"{", "empty": b"", "flip": flipped, "fill": b"\xff" * len(content)}
+    if harm == "pipe":
+        os.mkfifo(path)
+    elif harm != "remove":
+        path.write_bytes({**harms, "nest": b"[" * 100_000}[harm])
     assert same(build(tmp_path), wanted)
     assert path.read_bytes() == content
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"[", b'{"kind": "byte_pairs"}'])
+def rewrite(folder: Path, **changes: object) -> None:
+    """Change a cache's manifest, and give it the checksum of what it then says."""
+    from performer_lm.data import cache as room
+
+    manifest = {**json.loads((folder / "manifest.json").read_bytes()), **changes}
+    del manifest["sha256"]
+    manifest["sha256"] = room._checksum(manifest, *room._map_all(folder, manifest))
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("harm", ["ids", "bounds", "negative", "type"])
+def test_a_cache_made_to_harm_is_built_again(tmp_path, harm):
+    wanted = build(tmp_path / "other", TEXTS, TEXTS)
+    build(tmp_path, TEXTS, TEXTS)
+    (folder,) = (path.parent for path in tmp_path.glob("*/train.bin"))
+    last = len(wanted.train) - 1
+    if harm == "ids":
+        ids = np.memmap(folder / "train.bin", dtype=np.uint16, mode="r+")
+        ids[5] = 257  # one more than there are
+        ids.flush()
+    changes = {"bounds": {"train": [0, 10**9, last]}, "negative": {"train": [-5, 3, last]}, "type": {"dtype": "int16"}}
+    rewrite(folder, **changes.get(harm, {}))
+    assert same(build(tmp_path, TEXTS, TEXTS), wanted)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[", b"[" * 100_000, b'{"kind": "byte_pairs"}', None])
 def test_a_damaged_tokenizer_is_trained_again(tmp_path, content):
     wanted = build(tmp_path, recipe=PAIRS)
     (path,) = tmp_path.glob("tokenizers/*.json")
     good = path.read_bytes()
+    if content is None:  # another merge in a merge's place, which would do
+        kept = json.loads(good)
+        kept["tokenizer"]["merges"][-1] = [0, 1]
+        content = json.dumps(kept).encode()
     path.write_bytes(content)
     assert same(build(tmp_path, recipe=PAIRS), wanted)
     assert path.read_bytes() == good
@@ -339,3 +374,15 @@ def test_a_killed_build_leaves_nothing_that_is_accepted(tmp_path, moment):
     assert [path.suffix for path in killed.glob("tokenizers/*.json")] == [".json"] * bool(left)
     assert same(build(killed, recipe=PAIRS), build(tmp_path / "clean", recipe=PAIRS))
     assert [path.name for path in caches(killed)] == [path.name for path in caches(tmp_path / "clean")]
+
+
+def test_without_a_fraction_every_document_is_held_out(tmp_path, capsys):
+    cache = build(tmp_path, {**TEXTS, "copy.txt": TEXTS["5.txt"]}, fraction=None)
+    assert sorted(documents(cache, cache.validation)) == sorted([*TEXTS.values(), TEXTS["5.txt"]])
+    assert (len(cache.train), cache.train_bounds) == (1, [0, 0])
+    assert f" {len(cache.validation):,} tokens\n" in capsys.readouterr().err
+    given = {"a": b"left aside", "held out 1": b"measured", "held out 2": b"left aside"}
+    cache = build(tmp_path, given, {"b": b"measured too"}, fraction=None)
+    assert sorted(documents(cache, cache.validation)) == [b"left aside", b"measured", b"measured too"]
+    cache = build(tmp_path, {"a": b"x"}, fraction=None)
+    assert documents(cache, cache.validation) == [b"x"]

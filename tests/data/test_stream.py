@@ -155,3 +155,8 @@ def test_a_set_with_nothing_left_to_train_on_is_refused(tmp_path, monkeypatch):
     Path("one/train.jsonl").write_text('{"text": "the only one"}\n{"text": ""}\n')
     with pytest.raises(ValueError, match=r"data\.name=one has no document to train on in data\.split=train"):
         list(stream("one", held_out=frozenset([digest_of(b"the only one")])).read(Place(0, 0)))
+
+
+def test_a_stream_keeps_no_whole_text(stream_data):
+    with pytest.raises(ValueError, match=r"data\.streaming=true keeps no text to measure; data\.streaming=false reads"):
+        stream_data().prepare_held_out(whole=True)

@@ -65,6 +65,35 @@ def test_a_corpus_with_nothing_to_validate_on_is_refused(text_data, tmp_path):
         text_data(corpora={"files": corpus}, context=4, validation_fraction=0.01).prepare()
 
 
+def test_a_corpus_of_a_mixture_with_nothing_to_validate_on_is_named(text_data, tmp_path, two):
+    (tmp_path / "one.txt").write_text("a single document\n" * 20)
+    alone = Files(path=str(tmp_path / "one.txt"), include=[])
+    with pytest.raises(ValueError, match=r"data.path=.*one.txt has no token for validation"):
+        text_data(corpora={**two, "one": alone}, validation_fraction=0.001).prepare()
+    text_data(corpora={**two, "one": alone}, validation_bytes=3).prepare()  # a share of less than a token is one
+
+
+@pytest.mark.parametrize("documents", ["stream", "packed", "cropped"])
+@pytest.mark.parametrize("text", ["x", "a line\n" * 100])
+def test_whole_text_is_held_out_however_short(text_data, tmp_path, documents, text):
+    (tmp_path / "a.txt").write_text(text)
+    corpus = Files(path=str(tmp_path / "a.txt"), include=[])
+    data = text_data(corpora={"a": corpus}, context=4000, documents=documents)
+    data.prepare_held_out(whole=True)
+    rows = data.held_out.rows(np.arange(len(data.held_out)))
+    assert data.tokenizer.decode_bytes(rows[rows != IGNORE].tolist()) == text.encode()
+
+
+def test_whole_text_is_that_given_for_validation_where_some_is(text_data, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(name * 100)
+    corpus = Files(path=str(tmp_path / "a.txt"), include=[], validation_path=str(tmp_path / "b.txt"))
+    data = text_data(corpora={"a": corpus})
+    data.prepare_held_out(whole=True)
+    assert counted_bytes(data.held_out) == 100
+    assert data.tokenizer.decode_bytes(data.held_out_ids) == b"b" * 100
+
+
 def test_validation_keeps_to_its_bytes_and_the_held_out_rest_stays_at_hand(text_data):
     data = text_data(validation_bytes=50)
     data.prepare()

@@ -60,6 +60,60 @@ def test_ragged_prompts_decode_as_alone(lively_model: Build) -> None:
     assert torch.equal(together, torch.cat((ids_of(model, short, 6), ids_of(model, long, 6))))
 
 
+@pytest.mark.parametrize("options", [[], ["model=transformer", "attn=flash"]], ids=["mixing", "plain"])
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ([[1, 1, 1, 0], [1, 1, 1, 1]], "pad on the left"),
+        ([[1, 0, 0, 0], [0, 0, 0, 1]], "pad on the left"),
+        ([[0, 1, 1, 0], [1, 1, 1, 1]], "pad on the left"),
+        ([[0, 0, 0, 0], [1, 1, 1, 1]], "each row needs at least 1 token"),
+        ([[1, 1, 1, 1]], r"mask must be .* of shape \(2, 4\)"),
+        ([[1.0, 1, 1, 1], [1, 1, 1, 1]], "mask must be bool or integer"),
+    ],
+)
+def test_prompts_that_would_be_read_wrongly_are_refused_at_once(
+    lively_model: Build, options: list[str], mask: list[list[float]], message: str
+) -> None:
+    model, prompt = lively_model(*options), torch.randint(0, 40, (2, 4))
+    for given in (torch.tensor(mask), torch.tensor(mask) > 0):
+        if given.dtype == torch.bool and "bool" in message:
+            continue
+        with pytest.raises(ValueError, match=message):
+            decode(model, prompt, max_new_tokens=2, sampler=GREEDY, mask=given)
+        with pytest.raises(ValueError, match=message):
+            model.start(prompt, mask=given)
+
+
+def test_an_empty_prompt_is_refused_at_once(lively_model: Build) -> None:
+    model, prompt = lively_model(), torch.zeros(2, 0, dtype=torch.int64)
+    for start in (model.start, lambda prompt: decode(model, prompt, max_new_tokens=2, sampler=GREEDY)):
+        with pytest.raises(ValueError, match="a prompt needs at least 1 token"):
+            start(prompt)
+
+
+@pytest.mark.parametrize("attn", ["favor", "exact", "chunked", "flash", "flash_tiled", "local", "hybrid"])
+def test_padding_between_tokens_is_as_if_absent_or_refused(lively_model: Build, attn: str) -> None:
+    prompt, mask = torch.randint(0, 40, (1, 7)), torch.tensor([[0, 1, 0, 0, 1, 1, 1]])
+    plain = lively_model("model=transformer", f"attn={attn}")
+    assert torch.equal(ids_of(plain, prompt, 5, mask=mask), ids_of(plain, prompt[:, mask[0] > 0], 5))
+    for mixing in (["model.convolution=4"], ["model.token_shift=true"]):
+        model = lively_model("model=transformer", f"attn={attn}", *mixing)
+        with pytest.raises(ValueError, match=r"padding between its tokens.*pad on the left"):
+            decode(model, prompt, max_new_tokens=2, sampler=GREEDY, mask=mask)
+
+
+def test_an_integer_mask_decodes_as_the_bool_mask(lively_model: Build) -> None:
+    model, prompt = lively_model(), torch.randint(0, 40, (2, 6))
+    mask = torch.arange(6)[None] >= torch.tensor([[2], [0]])
+    sampler = Sampler(temperature=0, repetition_penalty=2.0)
+    one, other = (
+        torch.stack(list(decode(model, prompt, max_new_tokens=4, sampler=sampler, mask=given)))
+        for given in (mask.long(), mask)
+    )
+    assert torch.equal(one, other)
+
+
 def test_a_row_that_has_ended_stays_ended(lively_model: Build) -> None:
     model = lively_model("attn=exact")
     prompt = torch.randint(0, 40, (3, 5))
@@ -99,6 +153,17 @@ def test_a_target_is_decoded_from_its_source(model_section: Callable[..., dict[s
     begun = torch.cat((torch.full((2, 1), model.start_id), made[:, :-1]), 1)
     with torch.no_grad():
         assert torch.equal(model(source, begun).argmax(-1), made)
+
+
+def test_a_source_may_be_padded_anywhere(model_section: Callable[..., dict[str, Any]]) -> None:
+    small = ["model.dim=32", "model.encoder.heads=4", "model.decoder.heads=4"]
+    model = checkpoint.build(
+        model_section("model=performer_seq2seq", *small, "model.encoder.token_shift=false", tiny=[])
+    )
+    model = model.double().eval()
+    torch.nn.init.normal_(model.head.weight)
+    source, mask = torch.randint(0, 40, (1, 7)), torch.tensor([[1, 1, 0, 1, 1, 0, 0]])
+    assert torch.equal(ids_of(model, source, 5, mask=mask), ids_of(model, source[:, mask[0] > 0], 5))
 
 
 def test_a_model_that_sees_both_sides_continues_nothing(lively_model: Build) -> None:

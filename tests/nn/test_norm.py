@@ -22,6 +22,13 @@ def test_statistics_of_half_precision_inputs_are_float32(norm: type[nn.Module]) 
     torch.testing.assert_close(out.float(), norm(8)(x.float()), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("norm", [RMSNorm, LayerNorm, ScaleNorm])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_half_precision_are_taken(norm: type[nn.Module], dtype: torch.dtype) -> None:
+    x = torch.randn(2, 8, dtype=dtype)
+    torch.testing.assert_close(norm(8).to(dtype)(x), norm(8)(x))
+
+
 def test_scale_norm_starts_at_the_length_of_unit_entries() -> None:
     out = ScaleNorm(16)(7 * torch.randn(5, 16))
     torch.testing.assert_close(out.norm(dim=-1), torch.full((5,), 4.0))

@@ -2,6 +2,7 @@
 
 import doctest
 from functools import partial
+from itertools import combinations
 
 import pytest
 import torch
@@ -66,6 +67,33 @@ def test_sdpa_names_the_op_that_has_what_it_lacks():
         sdpa_attention(q, k, v, dropout=0.1, seed=0)
     with pytest.raises(ValueError, match="attn=chunked"):
         sdpa_attention(q, k, v, bias=torch.zeros(3, 3, requires_grad=True))
+
+
+GRADED = {"local": partial(local_attention, window=4), **ALL}
+INPUTS = ("q", "k", "v", "bias", "log_decay")
+
+
+@pytest.mark.parametrize("name", GRADED)
+@pytest.mark.parametrize("groups", [2, 4])
+@pytest.mark.parametrize("masked", [False, True])
+def test_whatever_asks_for_a_gradient_gets_the_one_it_has_beside_all_others(name, groups, masked):
+    shapes = ((2, 4, 6, 3), (2, groups, 6, 3), (2, groups, 6, 5), (4, 6, 6), (2, groups, 6))
+    lacks_bias = name in ("local", "sdpa")  # sdpa takes a bias, without gradient
+    call = {key: x for key, x in zip(INPUTS, draw(*shapes), strict=True) if not (lacks_bias and key == "bias")}
+    call["log_decay"] = -call["log_decay"].abs()
+    fixed = {"causal": True, "key_mask": torch.rand(2, 6) < 0.7 if masked else None}
+
+    def gradients(wanted: tuple[str, ...]) -> dict[str, Tensor]:
+        own = {key: x.detach().requires_grad_(key in wanted) for key, x in call.items()}
+        out = GRADED[name](**own, **fixed)
+        return dict(zip(wanted, torch.autograd.grad(out.cos().sum(), [own[key] for key in wanted]), strict=True))
+
+    whole = gradients(tuple(call))
+    for count in range(1, len(call)):
+        for wanted in combinations(call, count):
+            for key, grad in gradients(wanted).items():
+                torch.testing.assert_close(grad, whole[key])
+                assert grad.any()
 
 
 @every_op

@@ -53,6 +53,15 @@ def test_what_is_missing_is_left_out(rows: list[dict[str, float]], tmp_path: Pat
     assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    "title", ["x$^$y", "$\\frac$", "a_$1$", b"\xff\xfe".decode(errors="surrogateescape"), "日本", "\x1b[1m"]
+)
+def test_any_title_is_drawn_as_it_is(title: str, tmp_path: Path) -> None:
+    draw_metrics(ROWS, tmp_path / "m.png", title=title)
+    assert (tmp_path / "m.png").stat().st_size > 1000
+    assert [path.name for path in tmp_path.iterdir()] == ["m.png"]
+
+
 def test_pyplot_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
     draw_metrics(ROWS, tmp_path / "m.png", title="runs/a")

@@ -1,12 +1,14 @@
 import csv
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from performer_lm.training.output import lasting_output
 from performer_lm.training.sweep import close_sweep, collect, table
 
 SUMMARY = {"parameters": 1000, "tokens_per_second": 50.0, "peak_memory": 2**20, "best_val_bpb": 2.5}
@@ -72,3 +74,52 @@ def test_a_sweep_over_tasks_tells_their_accuracy(sweep: Path) -> None:
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(table(rows, title="a sweep"))
     assert "0.8750" in console.export_text()
+
+
+def test_what_does_not_read_costs_no_other_job(sweep: Path) -> None:
+    (sweep / "0" / "summary.json").write_text('{"overrides": [')
+    (sweep / "1" / "summary.json").write_text(json.dumps({"overrides": 3, "best_val_bpb": "x"}))
+    with (sweep / "failures.jsonl").open("ab") as file:
+        file.write(b'\xff\n[]\n{"job": "x"}\n{"job": 5}\n' + b"[" * 100_000)
+    assert [(row["job"], row["ended"]) for row in collect(sweep)][2:] == [(2, "the loss is nan"), (3, "unfinished")]
+    close_sweep(sweep)
+    assert (sweep / "sweep.csv").exists()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "name", ["x$^$y", "$a_$", "[/bold]x[red]", b"\xff\xfe".decode(errors="surrogateescape"), "日本"]
+)
+def test_any_name_is_drawn_and_shown_as_it_is(sweep: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = sweep.parent / "named" / name
+    shutil.copytree(sweep, folder)
+    for job, value in ((0, name), (1, "[local,favor]")):
+        overrides = [f"attn={value}", "data.path=a"]
+        (folder / str(job) / "summary.json").write_text(json.dumps({**SUMMARY, "overrides": overrides}))
+    with lasting_output():
+        close_sweep(folder)
+    out = capsys.readouterr().out
+    assert "warning" not in out
+    assert "[local,favor]" in out
+    assert name.encode(errors="replace").decode() in out
+    assert (folder / "sweep.png").stat().st_size > 1000
+    assert "[local,favor]" in (folder / "sweep.csv").read_text()
+
+
+def test_a_picture_or_a_table_that_fails_leaves_the_others(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("table", "draw"):
+        monkeypatch.setattr(f"performer_lm.training.sweep.{name}", lambda *_, **__: 1 / 0)
+    close_sweep(sweep)
+    assert len(caplog.messages) == 2
+    assert (sweep / "sweep.csv").exists()
+
+
+@pytest.mark.parametrize("name", ["sweep.csv", "sweep.png"])
+def test_a_link_under_the_name_of_a_table_is_not_followed(sweep: Path, name: str) -> None:
+    (sweep.parent / "theirs").write_text("theirs")
+    (sweep / name).symlink_to(sweep.parent / "theirs")
+    close_sweep(sweep)
+    assert (sweep.parent / "theirs").read_text() == "theirs"
+    assert not (sweep / name).is_symlink()

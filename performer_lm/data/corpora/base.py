@@ -30,6 +30,11 @@ class Corpus(ABC):
     def label(self) -> str:
         """What the corpus is called in messages."""
 
+    @property
+    def validation_label(self) -> str | None:
+        """What the text that is given for validation is called in messages; None where the split decides."""
+        return None
+
     def place(self, name: str) -> str:
         """Return where a document lies, for messages."""
         return name

@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping
 from typing import Final, Literal, NamedTuple
 
 from performer_lm.data.corpora.base import Corpus, Document
+from performer_lm.data.reading import BYTE_ORDER_MARK, refuse_utf16
 
-BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
-UTF16_MARKS: Final = (b"\xff\xfe", b"\xfe\xff")
+CONTROLS: Final = bytes(set(range(32)) - set(b"\t\n\v\f\r\b\x1a\x1b"))  # characters that no text holds
+LOOKED_AT: Final = 1 << 13  # bytes of a document that is not UTF-8, to tell text from other things
 
 Errors = Literal["strict", "replace", "skip", "bytes"]
 
@@ -48,19 +49,23 @@ class Collection:
         """Yield the documents that have text.
 
         Raises:
-            ValueError: in one line, for a corpus without text, or text that is not UTF-8 where that is refused.
+            ValueError: in one line, for a corpus without text, be it the text given for validation, or text that is not
+                UTF-8 where that is refused.
         """
         for index, corpus in enumerate(self.corpora.values()):
-            seen = kept = 0
+            labels = [label for label in (corpus.label, corpus.validation_label) if label is not None]
+            seen, kept = [0, 0], [0, 0]
             for document in corpus.documents():
-                seen += 1
+                side = int(document.held_out is True and len(labels) > 1)
+                seen[side] += 1
                 if text := clean(document.text, errors=self.errors, place=corpus.place(document.name)):
-                    kept += 1
+                    kept[side] += 1
                     yield Part(index, document._replace(text=text))
-            if not kept:
-                raise ValueError(
-                    f"{corpus.label} has no text: {seen} document{'s' * (seen != 1)}, all empty or left out"
-                )
+            for label, count, with_text in zip(labels, seen, kept, strict=False):
+                if not with_text:
+                    raise ValueError(
+                        f"{label} has no text: {count} document{'s' * (count != 1)}, all empty or left out"
+                    )
 
     def place(self, part: Part) -> str:
         """Return where a document lies, for messages."""
@@ -87,9 +92,9 @@ def clean(text: bytes, *, errors: Errors, place: str) -> bytes:
 
 
 def _refusal(place: str, text: bytes, start: int) -> str:
-    if text.startswith(UTF16_MARKS):
-        return f"{place} is UTF-16 text; convert it to UTF-8"
-    return (
-        f"{place} is not UTF-8 text: byte 0x{text[start]:02x} at {start}; "
-        f"data.errors=replace, skip or bytes takes the rest"
-    )
+    refuse_utf16(text, place)
+    found = f"byte 0x{text[start]:02x} at {start}"
+    head = text[:LOOKED_AT]
+    if len(head.translate(None, CONTROLS)) < len(head):
+        return f"{place} is no text: {found} is not UTF-8, and it holds control characters as binary files do"
+    return f"{place} is not UTF-8 text: {found}; data.errors=replace, skip or bytes takes the rest"

@@ -1,35 +1,29 @@
 """Local files: text, read byte for byte by our own code, and tables."""
 
-import bz2
-import difflib
-import glob
-import gzip
-import lzma
-import os
-from collections.abc import Iterator, Mapping
-from fnmatch import fnmatch
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final, NamedTuple, final
+from typing import final
 
 from performer_lm.data.corpora.base import Corpus, Document
+from performer_lm.data.corpora.finding import Found, find, root_of
 from performer_lm.data.corpora.tables import is_table, read_column
-
-COMPRESSED: Final[Mapping[str, Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+from performer_lm.data.progress import say
+from performer_lm.data.reading import read_bytes
 
 
 @final
 class Files(Corpus):
     """A local file, every file of a folder whose name one of the patterns matches, or what a glob finds.
 
-    A text file is one document, as it is on disk (line ends, NULs and all); one ending in .gz, .bz2 or .xz is
-    unpacked. Each row of a table is one document: .jsonl and .parquet always are tables, .csv, .tsv and .json if a
-    column is named. A folder is read with all its subfolders, sorted by relative name; hidden files and folders
-    (`.git`) and `__pycache__` are skipped, links to folders not followed.
+    A text file is one document, as it is on disk (line ends, NULs and all). Each row of a table is one document:
+    .jsonl and .parquet always are tables, .csv, .tsv and .json if a column is named. Either may be packed
+    (`reading.PACKINGS`). A folder is read with all its subfolders, sorted by relative name (`finding.py`).
 
     Args:
         path: the file, folder or glob (`data/*.md`, `**` goes across folders).
         include: patterns as in a shell, for folders; `*` also matches across folders, so `*.py` means any depth.
-        text_column: of tables, the column that holds the text; None for `text`.
+        text_column: of tables, the column that holds the text, `meta.text` where it lies inside `meta`; None for
+            `text`.
         validation_path: where the validation documents lie; None holds out some of the others.
     """
 
@@ -45,11 +39,18 @@ class Files(Corpus):
         self._include = list(include)
         self._text_column = text_column
         self._validation_path = validation_path
+        self._roots: dict[str, Path] = {}
+        self._told: set[str] = set()
 
     @property
     def label(self) -> str:
         """The path as it was given."""
         return f"data.path={self._path}"
+
+    @property
+    def validation_label(self) -> str | None:
+        """The path of the validation documents as it was given."""
+        return None if self._validation_path is None else f"data.validation_path={self._validation_path}"
 
     def documents(self) -> Iterator[Document]:
         """Yield the files in the order of their names, then those for validation."""
@@ -67,10 +68,11 @@ class Files(Corpus):
     def place(self, name: str) -> str:
         """Return the file's path, with the row after it for a table."""
         held_out = self._validation_path is not None and name.startswith("validation/")
-        key, path = ("data.validation_path", self._validation_path) if held_out else ("data.path", self._path)
-        return str(self._find(key, path or "").root / (name.removeprefix("validation/") if held_out else name))
+        path = (self._validation_path if held_out else self._path) or ""
+        root = self._roots.get(path) or root_of(path)
+        return str(root / (name.removeprefix("validation/") if held_out else name))
 
-    def _read(self, found: "_Found", *, held_out: bool | None) -> Iterator[Document]:
+    def _read(self, found: Found, *, held_out: bool | None) -> Iterator[Document]:
         for name in found.names:
             if is_table(name, column=self._text_column):
                 for row, text in read_column(found.root / name, column=self._text_column):
@@ -78,76 +80,12 @@ class Files(Corpus):
             else:
                 yield Document(name, read_bytes(found.root / name), held_out)
 
-    def _find(self, key: str, path: str) -> "_Found":
-        root = Path(path).expanduser()
-        if root.is_dir():
-            names = names_below(root)
-            chosen = [name for name in names if any(fnmatch(name, pattern) for pattern in self._include)]
-            if not chosen:
-                raise ValueError(f"{key}={root} has no text: none of its {len(names)} files match {self._include}")
-            return _Found(root, chosen)
-        if root.exists():
-            return _Found(root.parent, [root.name])
-        if glob.has_magic(path):
-            return _find_glob(key, path)
-        raise ValueError(f"{key}={path} does not exist{_nearest(root)}")
-
-
-class _Found(NamedTuple):
-    """Files by their names below a folder, sorted."""
-
-    root: Path
-    names: list[str]
-
-
-def read_bytes(path: Path) -> bytes:
-    """Return a file's bytes, unpacked if its name ends in .gz, .bz2 or .xz.
-
-    Raises:
-        ValueError: naming the file.
-    """
-    try:
-        if unpack := COMPRESSED.get(path.suffix):
-            with unpack(path) as file:
-                return bytes(file.read())
-        return path.read_bytes()
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-
-
-def names_below(root: Path) -> list[str]:
-    """Return the relative names of all files, sorted, with `/` between folders."""
-    found = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
-        found += [Path(folder, name).relative_to(root).as_posix() for name in files if not name.startswith(".")]
-    return sorted(found)
-
-
-def _find_glob(key: str, pattern: str) -> _Found:
-    """Return the files that a glob finds, below the folder where its wildcards begin."""
-    whole = Path(pattern).expanduser()
-    fixed = next(index for index, part in enumerate(whole.parts) if glob.has_magic(part))
-    root = Path(*whole.parts[:fixed])
-    found = (Path(name) for name in glob.glob(str(whole), recursive=True))
-    names = sorted(
-        path.relative_to(root).as_posix() for path in found if path.is_file() and "__pycache__" not in path.parts
-    )
-    if not names:
-        if not root.is_dir():
-            raise ValueError(f"{key}={pattern} finds nothing: {root} does not exist{_nearest(root)}")
-        there = [str(root / name) for name in names_below(root)]
-        near = difflib.get_close_matches(str(whole), there, n=1, cutoff=0.0)
-        raise ValueError(f"{key}={pattern} finds no file{f'; the nearest is {near[0]}' if near else ''}")
-    return _Found(root, names)
-
-
-def _nearest(path: Path) -> str:
-    """Return a hint that names the entry nearest to the first missing part of a path."""
-    missing = path
-    while not missing.parent.exists():
-        missing = missing.parent
-    if not missing.parent.is_dir():
-        return f": {missing.parent} is a file"
-    near = difflib.get_close_matches(missing.name, os.listdir(missing.parent), n=1, cutoff=0.5)
-    return f"; did you mean {missing.parent / near[0]}?" if near else ""
+    def _find(self, key: str, path: str) -> Found:
+        """Return the files, and say what was left out, once."""
+        found = find(key, path, self._include)
+        self._roots[path] = found.root  # asked for with every document
+        for note in found.notes:
+            if note not in self._told:
+                self._told.add(note)
+                say(note)
+        return found

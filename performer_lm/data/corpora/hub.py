@@ -1,13 +1,14 @@
 """Data sets of the Hugging Face hub, or of a local folder in the same form, through HF `datasets`."""
 
 import difflib
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, final
 
 from performer_lm.data.corpora.base import Corpus, Document
-from performer_lm.data.corpora.tables import first_line, import_datasets, pick_column, texts_of
+from performer_lm.data.corpora.columns import first_line, pick_outer, texts_of
 from performer_lm.data.progress import say
 
 ROWS_AT_ONCE: Final = 1000
@@ -25,7 +26,7 @@ class Hub(Corpus):
         config: which of its configurations, where it has several.
         split: rows to train on; a part is `train[:10%]`.
         validation_split: rows to validate on; None holds out some of the others.
-        text_column: the column that holds the text.
+        text_column: the column that holds the text, `meta.text` where it lies inside `meta`.
         revision: branch, tag or commit of the set; None for the newest.
     """
 
@@ -42,6 +43,7 @@ class Hub(Corpus):
         self._name = name
         self._config = config
         self.split: Final = split
+        self._validation_split = validation_split
         self.splits: Final = [(split, None)] if validation_split is None else [(split, False), (validation_split, True)]
         self._text_column = text_column
         self._revision = revision
@@ -50,6 +52,11 @@ class Hub(Corpus):
     def label(self) -> str:
         """The name as it was given."""
         return f"data.name={self._name}"
+
+    @property
+    def validation_label(self) -> str | None:
+        """The split for validation, as it was given."""
+        return self._validation_split and f"data.validation_split={self._validation_split} of {self.label}"
 
     def documents(self) -> Iterator[Document]:
         """Yield the rows of the split, then those for validation."""
@@ -66,7 +73,7 @@ class Hub(Corpus):
         try:
             for batch in data.with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
                 for text in texts_of(batch, self._text_column, where=self.label):
-                    yield (text or "").encode("utf-8")
+                    yield text or b""
         except ValueError as error:
             raise ValueError(f"{self.label}: {first_line(error).removeprefix(f'{self.label}: ')}") from error
         except (OSError, RuntimeError) as error:
@@ -90,7 +97,7 @@ class Hub(Corpus):
         except Exception as error:  # a network, a server, an archive and a parser may fail, each in its own way
             raise ValueError(self._explain(error, split)) from error
         columns = data.column_names or list(next(iter(data), {}))
-        return data.select_columns([pick_column(self._text_column, columns, where=self.label)])
+        return data.select_columns([pick_outer(self._text_column, columns, where=self.label)])
 
     def _explain(self, error: Exception, split: str) -> str:
         said = first_line(error)
@@ -105,6 +112,21 @@ class Hub(Corpus):
         if isinstance(error, ConnectionError):
             return f"{self.label} is not in the local cache, and the hub cannot be reached{hint}"
         return f"{self.label} cannot be opened: {said[:200]}{hint}"
+
+
+def import_datasets() -> Any:
+    """Return HF `datasets`, quiet.
+
+    Raises:
+        ValueError: if it is not installed.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(f"hub data need the package '{error.name}': pip install datasets") from None
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # every retry, where there is no network
+    return datasets
 
 
 def _mean(key: str, name: str, choices: list[str]) -> str:

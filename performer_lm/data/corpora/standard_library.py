@@ -1,12 +1,13 @@
 """The source of the running Python's own standard library."""
 
+import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, final
 
 from performer_lm.data.corpora.base import Corpus, Document
-from performer_lm.data.corpora.files import names_below, read_bytes
+from performer_lm.data.reading import read_bytes
 
 
 @final
@@ -18,7 +19,17 @@ class StandardLibrary(Corpus):
     """
 
     _LEFT_OUT: Final = frozenset(
-        {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "idlelib", "lib2to3"}
+        {
+            "test",
+            "tests",
+            "idle_test",
+            "site-packages",
+            "dist-packages",
+            "encodings",
+            "idlelib",
+            "lib2to3",
+            "__pycache__",
+        }
     )
 
     def __init__(self) -> None:
@@ -31,15 +42,22 @@ class StandardLibrary(Corpus):
 
     def documents(self) -> Iterator[Document]:
         """Yield the `*.py` files."""
-        for name in names_below(self._root):
-            if name.endswith(".py") and not self._leaves_out(name):
-                yield Document(name, read_bytes(self._root / name))
+        for name in sorted(self._names()):
+            yield Document(name, read_bytes(self._root / name))
 
     def place(self, name: str) -> str:
         """Return the file's path."""
         return str(self._root / name)
 
-    def _leaves_out(self, name: str) -> bool:
-        *folders, _ = name.split("/")
-        build_settings = name.startswith(("config-", "_sysconfigdata"))
-        return build_settings or not self._LEFT_OUT.isdisjoint(folders)
+    def _names(self) -> Iterator[str]:
+        for folder, folders, files in os.walk(self._root, onerror=_refuse):
+            folders[:] = filter(self._takes, folders)
+            below = Path(folder).relative_to(self._root)
+            yield from ((below / name).as_posix() for name in files if name.endswith(".py") and self._takes(name))
+
+    def _takes(self, name: str) -> bool:
+        return name not in self._LEFT_OUT and not name.startswith((".", "config-", "_sysconfigdata"))
+
+
+def _refuse(error: OSError) -> None:
+    raise ValueError(f"{error.filename} cannot be read: {error.strerror}")

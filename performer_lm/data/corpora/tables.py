@@ -1,24 +1,26 @@
-"""The text column of local tables (jsonl, parquet, csv), read row by row with HF `datasets`.
+"""The text column of local tables (jsonl, parquet, csv), read row by row.
 
-A file is read as a stream and nothing of it is copied. Row numbers count from 0, and every row has one.
+A file is read as a stream and nothing of it is copied. Row numbers count from 0, and every row has one. Texts are as
+they were found, UTF-8 or not.
 """
 
-import difflib
-import logging
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePath
 from typing import Any, Final
 
-TABLES: Final = {".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
-TABLES_IF_ASKED: Final = {".csv": "csv", ".tsv": "csv", ".json": "json"}  # plain text, unless a column is named
-PACKED: Final = (".gz", ".bz2", ".xz", ".zst")
+from performer_lm.data.corpora.columns import first_line, pick_column, texts_of
+from performer_lm.data.corpora.json_rows import read_json_column
+from performer_lm.data.reading import BYTE_ORDER_MARK, open_unpacked, refuse_utf16, without_packing
+
+TABLES_IF_ASKED: Final = (".csv", ".tsv", ".json")  # plain text, unless a column is named
 ROWS_AT_ONCE: Final = 1000
+BYTES: Final = "latin-1"  # an encoding with a character for every byte: texts come out as they went in
 
 
 def is_table(name: str, *, column: str | None) -> bool:
-    """Tell whether a file is read row by row."""
-    suffix = _suffix(Path(name))
-    return suffix in TABLES or (column is not None and suffix in TABLES_IF_ASKED)
+    """Return True if a file is read row by row."""
+    suffix = _suffix(name)
+    return suffix in READERS and (column is not None or suffix not in TABLES_IF_ASKED)
 
 
 def read_column(path: Path, *, column: str | None) -> Iterator[tuple[int, bytes]]:
@@ -31,101 +33,55 @@ def read_column(path: Path, *, column: str | None) -> Iterator[tuple[int, bytes]
     Raises:
         ValueError: naming the file, and the nearest column where there is none of that name.
     """
-    for row, text in enumerate(_strings(path, column or "text")):
-        try:
-            yield row, (text or "").encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{path} row {row} cannot be written as UTF-8: {error.reason}") from None
-
-
-def pick_column(name: str, columns: Sequence[str], *, where: str) -> str:
-    """Return `name` if it is one of the columns.
-
-    Raises:
-        ValueError: naming the nearest column, and all of them where there are few.
-    """
-    if name in columns:
-        return name
-    near = difflib.get_close_matches(name, columns, n=1, cutoff=0.4)
-    hint = f"; did you mean data.text_column={near[0]}?" if near else ""
-    listed = f" (columns: {', '.join(columns)})" if 0 < len(columns) <= 16 else ""
-    raise ValueError(f"{where} has no column '{name}'{hint}{listed}")
-
-
-def texts_of(batch: Any, column: str, *, where: str) -> list[str | None]:
-    """Return a column of an arrow table as strings.
-
-    Raises:
-        ValueError: if it holds something else.
-    """
-    found = batch.column(column)
-    if str(found.type) not in ("string", "large_string", "string_view", "null"):
-        raise ValueError(f"{where}: column '{column}' holds {found.type}, not text")
-    strings: list[str | None] = found.to_pylist()
-    return strings
-
-
-def import_datasets() -> Any:
-    """Return HF `datasets`, quiet.
-
-    Raises:
-        ValueError: if it is not installed.
-    """
     try:
-        import datasets
-    except ImportError as error:
-        raise ValueError(f"tables and hub data need the package '{error.name}': pip install datasets") from None
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # every retry, where there is no network
-    return datasets
-
-
-def first_line(error: Exception) -> str:
-    """Return what an error says, on one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _strings(path: Path, column: str) -> Iterator[str | None]:
-    try:
-        for batch in _batches(path, column):
-            pick_column(column, batch.column_names, where=str(path))
-            yield from texts_of(batch, column, where=str(path))
-    except ValueError as error:
+        yield from enumerate(READERS[_suffix(path.name)](path, column or "text"))
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         said = first_line(error)
         raise ValueError(said if said.startswith(str(path)) else f"{path} cannot be read: {said}") from None
-    except (OSError, RuntimeError, ImportError) as error:
-        said = first_line(error)
-        raise ValueError(f"{path} cannot be read: {said}") from None
 
 
-def _batches(path: Path, column: str) -> Iterator[Any]:
-    """Yield arrow tables of rows; of parquet, only the wanted column is read."""
-    kind = {**TABLES, **TABLES_IF_ASKED}[_suffix(path)]
-    options: dict[str, Any] = {}
-    if not path.stat().st_size:
-        return
-    if kind == "csv":
-        options = {"sep": "\t" if _suffix(path) == ".tsv" else ","}
-        columns = _header(path, **options)
-        pick_column(column, columns, where=str(path))
-        strings = {name: import_datasets().Value("string") for name in columns}
-        options |= {"features": import_datasets().Features(strings), "keep_default_na": False}  # "NA" is text
-    elif kind == "parquet":
-        columns = _stream(kind, path).column_names
-        options = {"columns": [pick_column(column, columns, where=str(path))]}
-    yield from _stream(kind, path, **options).iter(batch_size=ROWS_AT_ONCE)
+def _read_parquet_column(path: Path, column: str) -> Iterator[bytes]:
+    from pyarrow import BufferReader, parquet  # comes with datasets
+
+    is_packed = without_packing(path.name) != path.name.lower()
+    with open_unpacked(path) as unpacked:
+        source = BufferReader(unpacked.read()) if is_packed else path
+    with parquet.ParquetFile(source) as file:
+        texts_of(file.schema_arrow.empty_table(), column, where=str(path))  # refuses the column before rows are read
+        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[column]):
+            yield from (text or b"" for text in texts_of(batch, column, where=str(path)))
 
 
-def _header(path: Path, *, sep: str) -> list[str]:
+def _read_csv_column(path: Path, column: str) -> Iterator[bytes]:
     import pandas  # comes with datasets
 
-    return [str(name) for name in pandas.read_csv(path, sep=sep, nrows=0).columns]
+    with open_unpacked(path) as file:
+        head = file.peek(len(BYTE_ORDER_MARK))
+        refuse_utf16(head, str(path))
+        if not head:
+            return
+        if head.startswith(BYTE_ORDER_MARK):
+            file.read(len(BYTE_ORDER_MARK))
+        separator = "\t" if _suffix(path.name) == ".tsv" else ","
+        options: dict[str, Any] = {"dtype": str, "na_filter": False, "encoding": BYTES}  # "NA" is text
+        with pandas.read_csv(file, sep=separator, chunksize=ROWS_AT_ONCE, **options) as chunks:
+            for chunk in chunks:
+                names = [str(name).encode(BYTES, "replace").decode("utf-8", "replace") for name in chunk.columns]
+                place = names.index(pick_column(column, names, where=str(path)))
+                if not isinstance(chunk.index, pandas.RangeIndex):  # pandas took first fields for names of the rows
+                    raise ValueError(f"{path} has rows of more fields than its header names")
+                yield from (text.encode(BYTES) for text in chunk.iloc[:, place])
 
 
-def _stream(kind: str, path: Path, **options: Any) -> Any:
-    data = import_datasets().load_dataset(kind, data_files=str(path), split="train", streaming=True, **options)
-    return data.with_format("arrow")
+def _suffix(name: str) -> str:
+    return PurePath(without_packing(name)).suffix
 
 
-def _suffix(path: Path) -> str:
-    return Path(path.stem).suffix if path.suffix in PACKED else path.suffix
+READERS: Final[Mapping[str, Callable[[Path, str], Iterator[bytes]]]] = {
+    ".jsonl": read_json_column,
+    ".ndjson": read_json_column,
+    ".json": read_json_column,
+    ".parquet": _read_parquet_column,
+    ".csv": _read_csv_column,
+    ".tsv": _read_csv_column,
+}

@@ -8,6 +8,7 @@ builds anything.
 
 import codecs
 import difflib
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, final
@@ -105,9 +106,14 @@ class TextStream:
 
 
 def short(value: object) -> str:
-    """Return a value as an error message can show it."""
-    text = repr(value)
+    """Return a value as an error message can show it, whatever it holds."""
+    text = _SHORT.repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+_SHORT: Final = reprlib.Repr()  # looks at the first few items of a few levels
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 61
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 20
 
 
 def _check_specials(names: Sequence[str]) -> None:

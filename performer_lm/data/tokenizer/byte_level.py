@@ -114,6 +114,19 @@ def unspell(spelled: str) -> bytes | None:
     return None if None in values else bytes(value for value in values if value is not None)
 
 
+def read_piece(spelled: str, *, mark: str = "") -> bytes:
+    """Return the bytes of a piece in a tokenizer's plain data, which may begin with a mark.
+
+    Raises:
+        ValueError: for a string that spells none, or more than any word has.
+    """
+    piece = unspell(spelled.removeprefix(mark))
+    if not piece or len(piece) > LONGEST_WORD:
+        found = f"{len(piece):,} bytes; a word has at most {LONGEST_WORD:,}" if piece else "no bytes"
+        raise ValueError(f"tokenizer data: piece {short(spelled)} spells {found}")
+    return piece
+
+
 def read_split(plain: dict[str, Any]) -> str:
     """Return the name of the split in a tokenizer's plain data.
 

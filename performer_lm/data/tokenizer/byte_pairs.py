@@ -10,6 +10,7 @@ from tokenizers import models, pre_tokenizers, trainers
 from performer_lm.data.tokenizer.base import short
 from performer_lm.data.tokenizer.byte_level import (
     BYTE_VALUES,
+    LONGEST_WORD,
     ByteLevelTokenizer,
     read_split,
     spell,
@@ -18,6 +19,7 @@ from performer_lm.data.tokenizer.byte_level import (
 )
 
 SPLIT: Final = "words"  # where trained tokenizers part words
+MOST_BYTES: Final = 1 << 28  # of the pieces that merges make
 
 
 @final
@@ -100,10 +102,17 @@ def _merged_pieces(merges: Sequence[Sequence[int]]) -> list[bytes]:
     """Return the bytes of each id; two merges that make the same bytes make one id."""
     pieces = [bytes([value]) for value in range(256)]
     known = set(pieces)
+    total = 0
     for index, pair in enumerate(merges):
         if not all(0 <= token < len(pieces) for token in pair):
             raise ValueError(f"tokenizer data: merge {index} ({short(pair)}) must use ids in 0..{len(pieces) - 1}")
         if (piece := pieces[pair[0]] + pieces[pair[1]]) not in known:
+            total += len(piece)
+            if len(piece) > LONGEST_WORD or total > MOST_BYTES:  # each merge may double what an earlier one made
+                raise ValueError(
+                    f"tokenizer data: merge {index} ({short(pair)}) makes a piece of {len(piece):,} bytes, {total:,} "
+                    f"in all; at most {LONGEST_WORD:,} and {MOST_BYTES:,} are read"
+                )
             known.add(piece)
             pieces.append(piece)
     return pieces

@@ -8,6 +8,8 @@ bits per byte compares `byte_lengths` with the text.
 
 import json
 import re
+import struct
+from base64 import b64decode
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, final
@@ -17,6 +19,10 @@ import tokenizers
 from performer_lm.data.tokenizer.base import Ids, Text, Tokenizer, short
 from performer_lm.data.tokenizer.byte_level import encode_in_runs, unspell
 from performer_lm.data.tokenizer.text import as_str
+
+LONGEST_TOKEN: Final = 1 << 12  # characters of a token, or of what a file adds to a text
+MOST_GROWTH: Final = 1 << 12  # times that a file may lengthen a text by replacing parts of it
+DECODED_AT_ONCE: Final = 1 << 12  # tokens
 
 _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -36,6 +42,8 @@ class LibraryTokenizer(Tokenizer):
     def __init__(self, *, content: Mapping[str, Any], specials: Sequence[str] = ()) -> None:
         self._content = dict(content)
         with _library_errors():
+            for name in ("normalizer", "decoder"):
+                _check_growth(name, self._content.get(name))
             self._library = tokenizers.Tokenizer.from_str(json.dumps(_settled(self._content)))
             self._library.encode_special_tokens = True  # a text that spells one is a text
             pieces = _pieces(self._library, self._content)
@@ -83,7 +91,9 @@ def _pieces(library: Any, content: dict[str, Any]) -> list[bytes]:
     if size > 2 * len(vocabulary) + 1024:
         raise ValueError(f"tokenizer.json: ids reach {size - 1}, with only {len(vocabulary)} tokens")
     added = library.get_added_tokens_decoder()
-    spells_bytes = "ByteLevel" in _types(content.get("decoder"))
+    spells_bytes = any(part.get("type") == "ByteLevel" for part in _parts(content.get("decoder")))
+    if longest := next((name for name in vocabulary if len(name) > LONGEST_TOKEN), None):
+        raise ValueError(f"tokenizer.json: a token of {len(longest):,} characters; at most {LONGEST_TOKEN:,} are read")
     names = {token: name for name, token in vocabulary.items() if token not in added}
     unknown = content["model"].get("unk_token")
     ordinary = [token for token, name in names.items() if name != unknown]
@@ -108,21 +118,43 @@ def _spoken(library: Any, tokens: list[int]) -> dict[int, bytes]:
         return {}
     anchor = tokens[0]
     before = library.decode([anchor])
-    both = library.decode_batch([[anchor, token] for token in tokens])
-    return {
-        token: text.removeprefix(before).encode("utf-8", errors="replace")
-        for token, text in zip(tokens, both, strict=True)
-    }
+    found: dict[int, bytes] = {}
+    for first in range(0, len(tokens), DECODED_AT_ONCE):
+        group = tokens[first : first + DECODED_AT_ONCE]
+        for token, text in zip(group, library.decode_batch([[anchor, token] for token in group]), strict=True):
+            found[token] = text.removeprefix(before).encode("utf-8", errors="replace")
+    return found
 
 
-def _types(section: Any) -> set[str]:
-    """Return the types named anywhere in a section of a tokenizer.json."""
-    if isinstance(section, list):
-        return {name for item in section for name in _types(item)}
-    if not isinstance(section, dict):
-        return set()
-    own = {section["type"]} if isinstance(section.get("type"), str) else set()
-    return own | {name for item in section.values() for name in _types(item)}
+def _check_growth(name: str, section: Any) -> None:
+    """Refuse a normaliser or decoder that could lengthen a text without measure: each replacement may double it."""
+    growth = 1.0
+    for part in _parts(section):
+        added = [value for key in ("content", "prepend") if isinstance(value := part.get(key), str)]
+        growth *= max(1.0, _growth_of(part))
+        if growth > MOST_GROWTH or any(len(text) > LONGEST_TOKEN for text in added):
+            raise ValueError(f"tokenizer.json: its {name} may make a text over {MOST_GROWTH:,} times as long")
+
+
+def _growth_of(part: dict[str, Any]) -> float:
+    """Return how many characters may come of one, by a single part."""
+    content, pattern, table = part.get("content"), part.get("pattern"), part.get("precompiled_charsmap")
+    if isinstance(table, str):
+        packed = b64decode(table)  # the size of a trie, the trie, and replacements that end in a zero
+        (size,) = struct.unpack_from("<I", packed)
+        return max(map(len, packed[4 + size :].split(b"\0")))
+    if not isinstance(content, str) or not isinstance(pattern, dict):
+        return 1.0
+    replaced = pattern.get("String")
+    return len(content) / len(replaced) if isinstance(replaced, str) and replaced else 1 + len(content)
+
+
+def _parts(section: Any) -> Iterator[dict[str, Any]]:
+    """Yield the sections within a section of a tokenizer.json."""
+    if isinstance(section, dict):
+        yield section
+    for item in section.values() if isinstance(section, dict) else section if isinstance(section, list) else ():
+        yield from _parts(item)
 
 
 @contextmanager

@@ -20,6 +20,8 @@ READERS: Final[dict[str, Any]] = {
     "word_pieces": read_word_pieces,
 }
 
+MOST_IDS: Final = 1 << 22
+
 
 def tokenizer_from_dict(plain: Any) -> Tokenizer:
     """Build the tokenizer that `to_dict` described; nothing in the data is run or imported.
@@ -33,5 +35,8 @@ def tokenizer_from_dict(plain: Any) -> Tokenizer:
     specials = plain.get("specials", [])
     if not isinstance(specials, list):
         raise ValueError(f"tokenizer data: specials ({short(specials)}) must be a list of names")
+    for name, value in plain.items():
+        if isinstance(value, list | str) and len(value) > MOST_IDS:
+            raise ValueError(f"tokenizer data: {short(name)} has {len(value):,} entries; at most {MOST_IDS:,} are read")
     tokenizer: Tokenizer = READERS[kind](plain, specials=specials)
     return tokenizer

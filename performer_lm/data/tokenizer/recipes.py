@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, final
 
 from annotated_types import Ge, Le
 
+from performer_lm.data.reading import check_regular
 from performer_lm.data.tokenizer.base import Tokenizer, short
 from performer_lm.data.tokenizer.byte_pairs import train_byte_pairs
 from performer_lm.data.tokenizer.characters import ByteTokenizer, learn_characters
@@ -235,13 +236,15 @@ class Sample:
 def _read_json(name: str) -> dict[str, Any]:
     path = Path(name).expanduser()
     path = path / "tokenizer.json" if path.is_dir() else path
+    if path.exists():
+        check_regular(path)
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
         near = difflib.get_close_matches(path.name, _json_names(path.parent), n=1, cutoff=0.4)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise ValueError(f"tokenizer.path={name} cannot be read: {error.strerror}{hint}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"tokenizer.path={name} is not JSON: {short(str(error))}") from None
     if not isinstance(content, dict):
         raise ValueError(f"tokenizer.path={name} is not a tokenizer.json")

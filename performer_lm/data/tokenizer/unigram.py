@@ -13,10 +13,10 @@ from performer_lm.data.tokenizer.base import short
 from performer_lm.data.tokenizer.byte_level import (
     BYTE_NAMES,
     ByteLevelTokenizer,
+    read_piece,
     read_split,
     split_at,
     training_parts,
-    unspell,
 )
 from performer_lm.data.tokenizer.byte_pairs import SPLIT, learn_merges
 
@@ -42,7 +42,7 @@ class UnigramTokenizer(ByteLevelTokenizer):
         spelled = [name for name, _ in pieces]
         if spelled[:256] != BYTE_NAMES or len(set(spelled)) < len(spelled):
             raise ValueError("tokenizer data: pieces must begin with the 256 bytes and differ from each other")
-        table = [_bytes_of(name) for name in spelled]
+        table = [read_piece(name) for name in spelled]
         super().__init__(table, model=models.Unigram(self._scored, None, False), split=split, specials=specials)
 
     def _plain(self) -> dict[str, Any]:
@@ -141,10 +141,3 @@ def _without(name: str, scores: Mapping[str, float]) -> float:
             if score is not None and best[start] + score > best[end]:
                 best[end] = best[start] + score
     return best[-1]
-
-
-def _bytes_of(name: str) -> bytes:
-    piece = unspell(name)
-    if not piece:
-        raise ValueError(f"tokenizer data: piece {short(name)} spells no bytes")
-    return piece

@@ -9,10 +9,10 @@ from performer_lm.data.tokenizer.base import short
 from performer_lm.data.tokenizer.byte_level import (
     LONGEST_WORD,
     ByteLevelTokenizer,
+    read_piece,
     read_split,
     spell,
     split_at,
-    unspell,
 )
 from performer_lm.data.tokenizer.byte_pairs import SPLIT, learn_merges
 
@@ -35,7 +35,7 @@ class WordPieceTokenizer(ByteLevelTokenizer):
     def __init__(self, *, pieces: Sequence[str], split: str, specials: Sequence[str] = ()) -> None:
         first = [spell(bytes([value])) for value in range(256)]
         spelled = [*first, *(INSIDE + name for name in first), *pieces]
-        table = [_bytes_of(name) for name in spelled]
+        table = [read_piece(name, mark=INSIDE) for name in spelled]
         vocabulary = {name: token for token, name in enumerate(spelled)}
         if len(vocabulary) < len(spelled):
             raise ValueError("tokenizer data: pieces must differ from each other and from the single bytes")
@@ -85,10 +85,3 @@ def read_word_pieces(plain: dict[str, Any], *, specials: Sequence[str]) -> WordP
     if not isinstance(pieces, list) or not all(isinstance(name, str) for name in pieces):
         raise ValueError(f"tokenizer data: pieces ({short(pieces)}) must be a list of spelled pieces")
     return WordPieceTokenizer(pieces=pieces, split=split, specials=specials)
-
-
-def _bytes_of(name: str) -> bytes:
-    piece = unspell(name.removeprefix(INSIDE))
-    if not piece:
-        raise ValueError(f"tokenizer data: piece {short(name)} spells no bytes")
-    return piece

@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from performer_lm.ops.checks import check_batch, check_per_key
 from performer_lm.ops.linear.compiled import attend_compiled
 from performer_lm.ops.linear.sequence import Inputs, Trace, attend, pull
 from performer_lm.ops.linear.state import LinearState, block_tokens
@@ -48,7 +49,7 @@ def causal_linear_attention(
         query_map: the queries' features, with tensors `(g, ...)`.
         key_map: the keys' features, likewise; both logarithmic or neither.
         chunk_size: tokens per block, which trades speed and memory, never the result; None for what caches hold.
-        mask: `(b, n)` bool; a False key is as if absent, and a token that sees no key gives zeros.
+        mask: `(b, n)` bool or integer; a False key is as if absent, and a token that sees no key gives zeros.
         segments: `(b, n)` non-decreasing document ids; a token sees its own document, and `state` belongs to the
             first token's.
         log_decay: `(b, g, n)`, at most 0: key j weighs exp(sum of log_decay over j+1..i) at query i.
@@ -57,7 +58,12 @@ def causal_linear_attention(
 
     Returns:
         `(b, h, n, e)` in q's dtype, and the state after the last token.
+
+    Raises:
+        ValueError: for a mask, segments or log_decay of another shape or dtype, or a state of another batch.
     """
+    check_batch(k, state.sums)
+    mask = check_per_key(k, mask=mask, segments=segments, log_decay=log_decay)
     b, dtype = k.shape[0], state.sums.dtype
     maps = Maps(query=query_map.to(dtype), key=key_map.to(dtype))
     if mask is not None and log_decay is not None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from performer_lm.ops.checks import check_per_key
 from performer_lm.ops.linear.fading import Times
 from performer_lm.ops.linear.halves import Block, Found, absorb, attend_halves, join, pull_halves
 from performer_lm.ops.linear.packed import Packed
@@ -43,6 +44,9 @@ def bidirectional_linear_attention(
     Arguments are those of `causal_linear_attention`. Without documents, `absorb_keys` and `read_state` do the same for
     less.
     """
+    mask = check_per_key(k, mask=mask, segments=segments, log_decay=None)
+    if not k.shape[2]:
+        return q.new_zeros(*q.shape[:-1], v.shape[-1])
     b, g = k.shape[:2]
     dtype = torch.promote_types(k.dtype, torch.float32)
     maps = Maps(query=query_map.to(dtype), key=key_map.to(dtype))

@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from performer_lm.ops.checks import check_batch, check_per_key
 from performer_lm.ops.linear.state import LinearState, add_gains, block_tokens, rebase
 from performer_lm.ops.maps import LOG2_E, FeatureMap
 from performer_lm.ops.softmax import no_autocast
@@ -34,9 +35,14 @@ def absorb_keys(
         state: what came before; it is not changed.
         key_map: the keys' features, with tensors `(g, ...)`.
         chunk_size: keys per block, which trades speed and memory, never the result; None for what caches hold.
-        mask: `(b, j)` bool; a False key is as if absent.
+        mask: `(b, j)` bool or integer; a False key is as if absent.
         log_gain: `(b, g, j)`: key j weighs exp(log_gain) times as much; for logarithmic maps.
+
+    Raises:
+        ValueError: for a mask of another shape or dtype, or a state of another batch.
     """
+    check_batch(k, state.sums)
+    mask = check_per_key(k, mask=mask, segments=None, log_decay=None)
     b, dtype, chunk_size = (
         k.shape[0],
         state.sums.dtype,
@@ -61,6 +67,9 @@ def absorb_keys(
 
 def read_state(q: Tensor, state: LinearState, *, query_map: FeatureMap, chunk_size: int | None = None) -> Tensor:
     """Attend from q `(b, h, i, d)` to all that `state` holds, in no order: `(b, h, i, e)` in q's dtype."""
+    check_batch(q, state.sums)
+    if not q.shape[2]:
+        return q.new_zeros(*q.shape[:-1], state.sums.shape[-1] - 1)
     b, g = state.sums.shape[:2]
     dtype, chunk_size = state.sums.dtype, chunk_size or block_tokens(state, backward=torch.is_grad_enabled())
     query_map = query_map.to(dtype)

@@ -3,12 +3,16 @@
 The average is a model of its own. Nothing is ever swapped, so that whatever happens in the middle of a validation, what
 trains is what trains and what is saved as its weights are its weights. Buffers are no weights: the two models share
 them, so that random projections are the current ones, where an average of redraws would be no projection at all.
+
+Averages are float32 at least: in bfloat16 a step of 1 - decay = 0.002 is less than half of the last place, and rounds
+away. Where the model's own precision is less, it is given them, rounded, before it validates.
 """
 
 import copy
 import logging
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
+import torch
 from annotated_types import Gt, Lt
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -39,6 +43,7 @@ class WeightAverage(RunCallback):
     """
 
     model: LanguageModel
+    averages: dict[str, Tensor]  # by the names of the model's parameters; these themselves where they are wide enough
 
     def __init__(self, *, decay: Decay) -> None:
         self.decay = decay
@@ -49,9 +54,14 @@ class WeightAverage(RunCallback):
         task = cast("LanguageModelTask", pl_module)
         self.model = copy.deepcopy(task.model, {id(buffer): buffer for buffer in task.model.buffers()})
         self.model.eval().requires_grad_(False)
+        self.averages = {
+            name: value.data.to(torch.promote_types(value.dtype, torch.float32))
+            for name, value in self.model.named_parameters()
+        }
         if self._saved is not None:
-            for name, average in self.model.named_parameters():
-                average.copy_(self._saved.pop(name))
+            for name in self.averages.keys() & self._saved.keys():  # another backend may own others
+                self.averages[name].copy_(self._saved[name])
+            self._saved = None
         elif trainer.ckpt_path:
             log.info("%s holds no average of weights: it starts from the weights themselves", trainer.ckpt_path)
         task.measure(self.model)
@@ -59,12 +69,22 @@ class WeightAverage(RunCallback):
     def on_step_end(self, trainer: Trainer, task: "LanguageModelTask", step: int) -> None:
         """Take in the new weights."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        averages, weights = list(self.model.parameters()), list(task.model.parameters())
+        averages = list(self.averages.values())
+        weights = [
+            value.data.to(average.dtype) for value, average in zip(task.model.parameters(), averages, strict=True)
+        ]
         get_ema_multi_avg_fn(decay)(averages, weights, step)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the model its averages."""
+        for name, value in self.model.named_parameters():
+            value.data.copy_(self.averages[name])
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the averages beside the weights, each under all names that it has."""
-        checkpoint[AVERAGES] = {name: value.data for name, value in self.model.named_parameters(remove_duplicate=False)}
+        found = {id(value): self.averages[name] for name, value in self.model.named_parameters()}
+        named = self.model.named_parameters(remove_duplicate=False)
+        checkpoint[AVERAGES] = {name: found[id(value)] for name, value in named}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the saved averages until there is a model for them."""

@@ -1,20 +1,25 @@
-"""The end of a run whose loss or gradient is not finite, before that reaches its weights.
+"""The end of a run whose numbers are not finite: loss or gradient, before that reaches its weights; weights, before
+they are saved; a validation, before it counts.
 
 The loss is summed over ranks, and gradients are, so that every rank sees the same numbers and stops with the others.
 Where the CPU computes, it looks before each update. Looking at an accelerator's numbers means waiting for it, so there
 the numbers of a step are copied aside while it goes on, and looked at when the next step's gradients are there, or
-before anything is validated or saved: the update of that one step is lost with the process, and no file holds it.
+before anything is validated or saved: the update of that one step is lost with the process, and no file holds it. The
+weights are looked at once a save, for an update of finite numbers may still overflow.
 """
 
 import json
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 
 from performer_lm.training.callbacks.base import RunCallback
 from performer_lm.training.callbacks.learning_rates import learning_rates
@@ -36,11 +41,12 @@ class _Noted(NamedTuple):
 
 
 class NonFiniteGuard(RunCallback):
-    """Stop with `FloatingPointError` (exit code 3) at a loss or gradient that is not finite.
+    """Stop with `FloatingPointError` (exit code 3) at a loss, gradient, weight or validation that is not finite.
 
-    What it saw goes to `nonfinite/` in the run folder: a readable json, and a file per rank with the step's batch and
-    the norms of all weights and, where they are still there, gradients. With `trainer.precision=16-mixed` gradients
-    overflow now and then, and their scaler skips the update: there only the loss counts.
+    What it saw of a loss or gradient goes to `nonfinite/` in the run folder: a readable json, and a file per rank with
+    the step's batch and the norms of all weights and, where they are still there, gradients. With
+    `trainer.precision=16-mixed` gradients overflow now and then, and their scaler skips the update: there only the loss
+    counts.
     """
 
     def __init__(self) -> None:
@@ -57,7 +63,7 @@ class NonFiniteGuard(RunCallback):
         """Look at the last step's numbers, if they were not there yet, and take this step's."""
         self._look(trainer, task)
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        values = torch.stack((loss, torch.zeros_like(norm) if scaled else norm)).detach()
+        values = torch.stack((loss, torch.zeros_like(loss) if scaled else norm.to(loss.dtype))).detach()
         host, arrived = _send_to_host(values)
         self._noted = _Noted(task.step, host, arrived, self._batches, learning_rates(trainer))
         if arrived is None:
@@ -68,8 +74,23 @@ class NonFiniteGuard(RunCallback):
         self._look(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Look before anything is saved."""
+        """Look before anything is saved, at the weights too."""
         self._look(trainer, pl_module)
+        if name := _find_spoilt(pl_module):
+            raise FloatingPointError(
+                f"the weights are not finite after step {trainer.global_step} ({name}): they are not saved; "
+                f"{_told(learning_rates(trainer))}; a lower optimizer.lr may help"
+            )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at what was measured, before any other callback takes it for a score."""
+        loss, score = (float(trainer.callback_metrics[f"val/{name}"]) for name in ("loss", "bpb"))
+        if not (math.isfinite(loss) and math.isfinite(score)):
+            raise FloatingPointError(
+                f"validation at step {trainer.global_step} is not finite (val/loss {loss:.4g}, val/bpb {score:.4g}): "
+                f"nothing is saved of it; {_told(learning_rates(trainer))}; a lower optimizer.lr or a wider "
+                f"trainer.precision may help"
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the last step."""
@@ -87,10 +108,9 @@ class NonFiniteGuard(RunCallback):
         folder = self.run.folder / "nonfinite"
         self._save(folder, noted, task, rank=trainer.global_rank, gradients=noted.arrived is None)
         what = f"gradient norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
-        rates = ", ".join(f"{name} {rate:.3g}" for name, rate in noted.rates.items())
         raise FloatingPointError(
-            f"the {what} at step {noted.step} (loss {loss:.4g}, gradient norm {norm:.4g}, {rates}); its batch and "
-            f"norms lie in {folder}; a lower optimizer.lr may help"
+            f"the {what} at step {noted.step} (loss {loss:.4g}, gradient norm {norm:.4g}, {_told(noted.rates)}); its "
+            f"batch and norms lie in {folder}; a lower optimizer.lr may help"
         )
 
     @torch.no_grad()
@@ -112,6 +132,26 @@ class NonFiniteGuard(RunCallback):
                 for kind, found in (("weights", weights), ("gradients", norms))
             }
             (folder / f"{name}.json").write_text(json.dumps({**told, **spoilt}, indent=2) + "\n")
+
+
+def _told(rates: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {rate:.3g}" for name, rate in rates.items())
+
+
+@torch.no_grad()
+def _find_spoilt(task: LightningModule) -> str | None:
+    """Return the name of a weight or statistic that is not finite; all ranks find the same one."""
+    for named in (dict(task.named_parameters()), dict(task.named_buffers())):  # shares of FSDP, and whole tensors
+        found = {name: value for name, value in named.items() if value.is_floating_point() and value.numel()}
+        if found and not math.isfinite(_largest(list(found.values()))):
+            return next(name for name, value in found.items() if not math.isfinite(_largest([value])))
+    return None
+
+
+def _largest(values: list[Tensor]) -> float:
+    """Return the largest magnitude; nan where there is one."""
+    norm = get_total_norm(values, norm_type=math.inf)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def _send_to_host(values: Tensor) -> tuple[Tensor, torch.Event | None]:

@@ -7,18 +7,19 @@ from typing import TYPE_CHECKING, cast
 
 from lightning.pytorch import LightningModule, Trainer
 
-from performer_lm.checkpoint import replace_text
 from performer_lm.generation.decode import stream_text
 from performer_lm.generation.sampling import Sampler
 from performer_lm.ranges import Count, NotNegative, ranged
 from performer_lm.training.callbacks.base import RunCallback
 from performer_lm.training.loggers.base import RunLogger
+from performer_lm.training.report import spared
+from performer_lm.writing import append_text, replace_text
 
 if TYPE_CHECKING:
     from performer_lm.training.task import LanguageModelTask
 
 log = logging.getLogger("performer_lm")
-_TITLE = re.compile(r"^=== sample at step (\d+) ===$", re.MULTILINE)
+_TITLE = re.compile(r"^=== sample at step (\d{1,18}) ===$", re.MULTILINE)
 
 
 @ranged
@@ -76,8 +77,8 @@ class Samples(RunCallback):
         )
         title = f"sample at step {trainer.global_step}"
         log.info("--- %s ---\n%s%s\n%s", title, self.prompt, continuation, "-" * (len(title) + 8))
-        with self.file.open("a", encoding="utf-8", newline="") as file:
-            file.write(f"=== {title} ===\n{self.prompt}{continuation}\n\n")
+        with spared("samples.txt"):
+            append_text(self.file, f"=== {title} ===\n{self.prompt}{continuation}\n\n")
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.log_sample(self.prompt, continuation, step=trainer.global_step)

@@ -48,16 +48,18 @@ class Checkpoints(Callback):
         self.keep = keep
         self.best = best
         self.last = resumed.resolve() if resumed else None
-        self._kept = [self.last] if self.last else []
+        self._kept: list[Path] = []  # the last step last
         self._step = -1  # the last one saved
         self._mark = 0.0  # when
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock, and delete what a killed save has left."""
+        """Start the clock, delete what a killed save has left, and count the checkpoints that lie there."""
         self._mark = time.monotonic()
         self._step = trainer.global_step if self.last else -1
         if trainer.is_global_zero and self.folder.is_dir():
             checkpoint.sweep(self.folder)
+            lying = reversed(checkpoint.named_by_step(self.folder))
+            self._kept = [path for path in lying if checkpoint.step_of(path) <= trainer.global_step]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Save before a step, where it is time."""
@@ -91,7 +93,7 @@ class Checkpoints(Callback):
     def _write(self, trainer: Trainer, score: float | None) -> None:
         """Write one file on the first rank; all ranks take part, for each holds some of it."""
         path = self.folder / checkpoint.name_of(trainer.global_step, score)
-        is_best = score is not None and not score >= self.best
+        is_best = score is not None and math.isfinite(score) and not score >= self.best
         if is_best:
             self.best = cast(float, score)
         trainer.save_checkpoint(path)

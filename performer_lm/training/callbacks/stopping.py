@@ -16,7 +16,7 @@ log = logging.getLogger("performer_lm")
 
 
 class StopOnSignal(Callback):
-    """On Ctrl-C or SIGTERM, finish the step, save and stop; on a second Ctrl-C, stop at once.
+    """On Ctrl-C, SIGTERM or the end of its terminal, finish the step, save and stop; on a second Ctrl-C, stop at once.
 
     Under SLURM, SIGUSR1 (`sbatch --signal=USR1@120`) does the same before time runs out, and puts the job back in the
     queue. With several ranks, one that is told stops them all, at the same step.
@@ -29,10 +29,16 @@ class StopOnSignal(Callback):
         self.checkpoints = checkpoints
         self.received: int | None = None
         self.stopped: int | None = None  # the signal that ended the run early
+        self._signals: list[signal.Signals] = []  # taken over
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the signals for the time of the fit."""
-        for signum in self._signals():
+        self._signals = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # else nohup wants the run to outlive its terminal
+            self._signals.append(signal.SIGHUP)
+        if "SLURM_JOB_ID" in os.environ:
+            self._signals.append(signal.SIGUSR1)
+        for signum in self._signals:
             signal.signal(signum, self._receive)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -44,16 +50,12 @@ class StopOnSignal(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the signals back."""
-        for signum in self._signals():
+        for signum in self._signals:
             signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
 
     def _is_told(self, trainer: Trainer) -> bool:
         told = self.received is not None
         return bool(trainer.strategy.reduce_boolean_decision(told, all=False)) if trainer.world_size > 1 else told
-
-    def _signals(self) -> list[signal.Signals]:
-        under_slurm = "SLURM_JOB_ID" in os.environ
-        return [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if under_slurm else [])]
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         del frame

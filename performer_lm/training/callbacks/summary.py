@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from performer_lm import checkpoint
 from performer_lm.cost import Cost, measure_cost
 from performer_lm.training.callbacks.base import RunCallback
+from performer_lm.training.report import spared
 
 log = logging.getLogger("performer_lm")
 
@@ -18,7 +19,9 @@ class ModelSummary(RunCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count on a sketch of the model, which computes nothing."""
-        if trainer.is_global_zero:
+        if not trainer.is_global_zero:
+            return
+        with spared("what the model costs"):
             task, data = cast(Any, pl_module), cast(Any, trainer).datamodule
             with torch.device("meta"):
                 sketch = checkpoint.build(task.section["model"])

@@ -1,18 +1,21 @@
 """The record of a run: `metrics.jsonl`, appended line by line; `metrics.csv` and `metrics.png` derive from it."""
 
 import csv
+import io
 import json
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from performer_lm import checkpoint
 from performer_lm.training.loggers.base import RunLogger
 from performer_lm.training.plot import draw_metrics
+from performer_lm.training.report import spared
+from performer_lm.writing import append_text, replace_text
 
 Row = dict[str, float]
 
@@ -48,10 +51,10 @@ class MetricsLogger(Logger, RunLogger):
 
     @rank_zero_only
     def begin(self, folder: Path, *, step: int) -> None:
-        """Drop what was logged after `step`, and a last line that a kill cut short."""
+        """Drop what was logged after `step`, and lines that are none of this logger's."""
         if self.record.exists():
-            kept = [row for row in read_metrics(self.record) if row["step"] <= step]
-            checkpoint.replace_text(self.record, "".join(map(_line, kept)))
+            kept = [line for line, row in _read_lines(self.record) if row["step"] <= step]
+            replace_text(self.record, "".join(kept))
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
@@ -63,34 +66,45 @@ class MetricsLogger(Logger, RunLogger):
         """Append one line; a number that is not finite, which JSON does not know, becomes null."""
         row = {name: float(value) for name, value in metrics.items() if name != "epoch"}
         if row:
-            with self.record.open("a") as file:
-                file.write(_line({"step": step, **{k: v if math.isfinite(v) else None for k, v in row.items()}}))
+            known = {name: value if math.isfinite(value) else None for name, value in row.items()}
+            append_text(self.record, json.dumps({"step": step, **known}, allow_nan=False) + "\n")
 
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        """Derive `metrics.csv`, with one row per step and one column per metric, and draw `metrics.png`."""
-        del status
-        rows = merge_steps(read_metrics(self.record)) if self.record.exists() else []
-        if rows:
+    def derive(self) -> None:
+        """Make `metrics.csv`, with one row per step and one column per metric, and draw `metrics.png`."""
+        with spared("metrics.csv"):
+            rows = merge_steps(read_metrics(self.record)) if self.record.exists() else []
+            if not rows:
+                return
             columns = ["step", *sorted({name for row in rows for name in row} - {"step"})]
-            with (self.folder / "metrics.csv").open("w", newline="") as file:
-                writer = csv.DictWriter(file, columns)
-                writer.writeheader()
-                writer.writerows(rows)
+            table = io.StringIO(newline="")
+            writer = csv.DictWriter(table, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+            replace_text(self.folder / "metrics.csv", table.getvalue())
+        with spared("metrics.png"):
             draw_metrics(rows, self.folder / "metrics.png", title=str(self.folder))
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """Return the rows of a `metrics.jsonl`, without lines that a kill cut short; metrics that are null are left out."""
-    rows: list[Row] = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and "step" in row:
-            rows.append({name: value for name, value in row.items() if value is not None})
-    return rows
+    """Return the rows of a `metrics.jsonl`; metrics that are null are left out, and lines that are none of a record."""
+    return [row for _, row in _read_lines(path)]
+
+
+def _read_lines(path: Path) -> Iterator[tuple[str, Row]]:
+    """Yield each line that is a row of numbers, as it stands and as the row."""
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):  # cut short by a kill, or not ours
+                continue
+            if isinstance(row, dict) and _is_number(row.get("step")):
+                yield line.rstrip("\n") + "\n", {name: value for name, value in row.items() if _is_number(value)}
+
+
+def _is_number(value: Any) -> bool:
+    """Return True for a finite number that a float holds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def merge_steps(rows: list[Row]) -> list[Row]:
@@ -99,7 +113,3 @@ def merge_steps(rows: list[Row]) -> list[Row]:
     for row in rows:
         merged.setdefault(row["step"], {}).update(row)
     return [merged[step] for step in sorted(merged)]
-
-
-def _line(row: Mapping[str, float | None]) -> str:
-    return json.dumps(row, allow_nan=False) + "\n"

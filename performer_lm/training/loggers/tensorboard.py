@@ -6,6 +6,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from performer_lm.training.loggers.base import RunLogger
+from performer_lm.training.report import spared
 
 
 class TensorBoard(TensorBoardLogger, RunLogger):
@@ -35,3 +36,9 @@ class TensorBoard(TensorBoardLogger, RunLogger):
         """Show the sample under TEXT, as it is."""
         lines = f"{prompt}{continuation}".splitlines()
         self.experiment.add_text("samples", "\n".join(f"    {line}" for line in lines), step)  # markdown for verbatim
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what is left."""
+        with spared("the end of TensorBoard's files"):
+            super().finalize(status)

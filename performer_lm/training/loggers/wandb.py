@@ -1,6 +1,7 @@
 """Weights & Biases beside the run's own record."""
 
 import os
+import re
 import secrets
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from performer_lm.training.loggers.base import RunLogger
+from performer_lm.training.report import spared
+from performer_lm.writing import read_start, replace_text
 
 ID_FILE = "wandb_id"  # in the run folder: a resumed run goes on under it
 
@@ -35,11 +38,11 @@ class WeightsAndBiases(WandbLogger, RunLogger):
         chosen = mode or os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
         if chosen not in ("online", "offline", "disabled"):
             raise ValueError(f"logger.wandb.mode must be online, offline or disabled, got {chosen!r}")
-        known = Path(save_dir) / ID_FILE
+        known = _read_id(Path(save_dir) / ID_FILE)
         super().__init__(
             project=project,
             save_dir=save_dir,
-            id=known.read_text().strip() if known.exists() else secrets.token_hex(4),
+            id=known or secrets.token_hex(4),
             mode=chosen,
             group=group,
             tags=list(tags or ()),
@@ -49,7 +52,7 @@ class WeightsAndBiases(WandbLogger, RunLogger):
     @rank_zero_only
     def begin(self, folder: Path, *, step: int) -> None:
         """Keep the run's id; steps logged twice, before a kill and after it, stand over one another."""
-        (folder / ID_FILE).write_text(f"{self.version}\n")
+        replace_text(folder / ID_FILE, f"{self.version}\n")
 
     @rank_zero_only
     def log_sample(self, prompt: str, continuation: str, *, step: int) -> None:
@@ -60,7 +63,14 @@ class WeightsAndBiases(WandbLogger, RunLogger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """End the run, so that the next one of a sweep is a run of its own."""
-        super().finalize(status)
-        if self._experiment is not None:
-            self._experiment.finish(exit_code=0 if status == "success" else 1)
-            self._experiment = None
+        with spared("the end of the W&B run"):
+            super().finalize(status)
+            if self._experiment is not None:
+                self._experiment.finish(exit_code=0 if status == "success" else 1)
+                self._experiment = None
+
+
+def _read_id(path: Path) -> str | None:
+    """Return the id in a file, if that is one."""
+    text = read_start(path, 100).decode(errors="replace").strip() if path.exists() else ""
+    return text if re.fullmatch(r"[\w-]{1,64}", text, re.ASCII) else None

@@ -71,3 +71,42 @@ def test_a_corpus_without_text_is_refused_with_its_count():
         texts("skip", Texts(BROKEN, b""))
     with pytest.raises(ValueError, match=r"data\.corpora must name at least one corpus"):
         Collection({}, errors="strict")
+
+
+@pytest.mark.parametrize("errors", ["strict", "skip"])
+@pytest.mark.parametrize("empty", [[], [b""], [b"", b""], [b"\xef\xbb\xbf"]])
+def test_text_for_validation_that_is_empty_is_refused(empty, errors):
+    class Given(Texts):
+        validation_label = "given"
+
+        def documents(self) -> Iterator[Document]:
+            yield Document("a", b"text to train on")
+            yield from (document._replace(held_out=True) for document in super().documents())
+
+    count = f"{len(empty)} document{'s' * (len(empty) != 1)}"
+    with pytest.raises(ValueError, match=f"^given has no text: {count}, all empty or left out$"):
+        texts(errors, Given(*empty))
+    assert len(texts(errors, Given(*empty, b"x"))) == 2
+    if errors == "skip":
+        with pytest.raises(ValueError, match=r"^given has no text: 1 document,"):
+            texts(errors, Given(BROKEN))
+
+
+def test_text_to_train_on_that_is_empty_is_refused_though_there_is_some_to_validate_on():
+    class Given(Texts):
+        validation_label = "given"
+
+        def documents(self) -> Iterator[Document]:
+            yield Document("a", b"")
+            yield Document("b", b"held out", held_out=True)
+
+    with pytest.raises(ValueError, match=r"^texts has no text: 1 document, all empty or left out$"):
+        texts("strict", Given())
+
+
+@pytest.mark.parametrize("binary", [b"\x89PNG\r\n\x1a\n\0\0", b"\xff\xd8\xff\xe0\0\x10JFIF", b"\x1f\x9d\x90\x01\x02"])
+def test_binary_files_are_told_from_broken_text(binary):
+    with pytest.raises(ValueError, match=re.escape("folder/0.txt is no text: byte 0x")) as caught:
+        texts("strict", Texts(binary))
+    assert "data.errors" not in str(caught.value)
+    assert texts("bytes", Texts(binary)) == [(0, "0.txt", binary)]

@@ -2,12 +2,14 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from performer_lm.data.corpora.hub import Hub
+from performer_lm.data.corpora.collection import Collection
+from performer_lm.data.corpora.hub import Hub, import_datasets
 
 STORIES = [f"story {number}" for number in range(12)]
 
@@ -43,6 +45,14 @@ def test_a_validation_split_is_held_out(stories):
     found = list(hub(stories, validation_split="validation").documents())
     assert [document.text for document in found if document.held_out] == [b"held out", b"held out too"]
     assert [document.text.decode() for document in found if document.held_out is False] == STORIES
+
+
+def test_a_validation_split_without_text_is_refused(stories):
+    Path("stories/validation.jsonl").write_text('{"text": "", "length": 0}\n' * 2)
+    collection = Collection({"": hub(stories, validation_split="validation")}, errors="strict")
+    message = "data.validation_split=validation of data.name=stories has no text: 2 documents, all empty or left out"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        list(collection.documents())
 
 
 @pytest.mark.parametrize(
@@ -99,3 +109,19 @@ def test_the_cache_s_own_readers_are_no_data_sets(tmp_path, monkeypatch):
         list(hub("someone/storeis").documents())
     with pytest.raises(ValueError, match=r"the hub cannot be reached; data=files reads local files$"):
         list(hub("jsom").documents())
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"hub data need the package 'datasets': pip install datasets"):
+        import_datasets()
+
+
+def test_a_text_may_lie_inside_a_column(tmp_path, monkeypatch):
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"meta": [{"text": "a", "n": 1}, {"text": None, "n": 2}], "id": [1, 2]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows)
+    assert [document.text for document in hub("set", text_column="meta.text").documents()] == [b"a", b""]
+    with pytest.raises(ValueError, match=r"data.name=set has no column 'meta.txt'; did you mean data.text_column=meta"):
+        list(hub("set", text_column="meta.txt").documents())

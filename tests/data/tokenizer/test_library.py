@@ -1,6 +1,8 @@
 import copy
 import json
 import random
+import struct
+from base64 import b64encode
 
 import pytest
 
@@ -114,3 +116,30 @@ def test_mutated_data_is_refused_in_one_line_or_gives_ids_in_range(kinds, tokeni
         assert ids.max(initial=0) < tokenizer.end_id < tokenizer.vocab_size
         assert len(tokenizer.byte_lengths()) == tokenizer.vocab_size
     assert refused
+
+
+TWICE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+INSERT = {"type": "Replace", "pattern": {"Regex": ""}, "content": "b"}
+TABLE = b64encode(struct.pack("<I", 4) + b"trie" + b"a\0" + b"b" * 9000 + b"\0").decode()
+
+
+@pytest.mark.parametrize("part", ["normalizer", "decoder"])
+@pytest.mark.parametrize("grows", [[TWICE] * 60, [INSERT] * 60, [{**TWICE, "content": "a" * 9000}], [[TWICE] * 7] * 2])
+def test_a_file_that_lengthens_texts_without_measure_is_refused(tokenizer_json, part, grows):
+    content = tokenizer_json("llama")
+    inside = {"normalizer": "normalizers", "decoder": "decoders"}[part]
+    grows = [{"type": "Sequence", inside: item} if isinstance(item, list) else item for item in grows]
+    content[part] = {"type": "Sequence", inside: grows}
+    with pytest.raises(ValueError, match=rf"tokenizer\.json: its {part} may make a text over 4,096 times as long"):
+        LibraryTokenizer(content=content)
+
+
+def test_tables_of_replacements_and_tokens_are_bounded(tokenizer_json):
+    content = tokenizer_json("llama")
+    long = copy.deepcopy(content)
+    long["model"]["vocab"]["a" * 5000] = len(long["model"]["vocab"])
+    with pytest.raises(ValueError, match="a token of 5,000 characters; at most 4,096 are read"):
+        LibraryTokenizer(content=long)
+    content["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": TABLE}
+    with pytest.raises(ValueError, match="its normalizer may make a text over 4,096 times as long"):
+        LibraryTokenizer(content=content)

@@ -1,4 +1,5 @@
 import re
+from typing import Any
 
 import pytest
 
@@ -6,6 +7,15 @@ from performer_lm.data.tokenizer import tokenizer_from_dict
 from performer_lm.data.tokenizer.byte_level import BYTE_NAMES
 
 BYTES = [[name, -1.0] for name in BYTE_NAMES]
+DOUBLED = [[97, 97], *([token, token] for token in range(256, 320))]
+
+
+def endless(levels: int = 60) -> Any:
+    """Return lists of lists, which double at every level and are few objects."""
+    found: Any = []
+    for _ in range(levels):
+        found = [found, found]
+    return found
 
 
 @pytest.mark.parametrize(
@@ -47,3 +57,29 @@ def test_foreign_data_is_refused_in_one_line(plain, message):
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         tokenizer_from_dict(plain)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("plain", "message"),
+    [
+        ({"kind": "byte_pairs", "split": "words", "merges": DOUBLED}, "merge 10 ([265, 265]) makes a piece of 2,048 b"),
+        ({"kind": "byte_pairs", "split": "words", "merges": [[0, 0]] * (1 << 23)}, "'merges' has 8,388,608 entries"),
+        (
+            {"kind": "word_pieces", "split": "words", "pieces": ["a" * 1025]},
+            "spells 1,025 bytes; a word has at most 1,",
+        ),
+        ({"kind": "unigram", "split": "words", "pieces": [*BYTES, ["a" * 9999, -1.0]]}, "spells 9,999 bytes"),
+        ({"kind": "characters", "alphabet": "a" * (1 << 23), "fallback": True}, "'alphabet' has 8,388,608 entries"),
+        ({"kind": endless()}, "kind ([[[[[[[...], [...]]"),
+        ({"kind": "bytes", "specials": [endless()]}, "must be a name such as mask"),
+        ({"kind": "byte_pairs", "split": "words", "merges": endless()}, "merge 0 ([[[[[[[...], [...]]"),
+        ({"kind": "unigram", "split": "words", "pieces": endless()}, "piece 0 ([[[[[[[...], [...]]"),
+        ({"kind": "symbols", "names": endless()}, "names ([[[[[[[...], [...]]"),
+    ],
+    ids=range(10),
+)
+def test_data_that_would_grow_without_end_is_refused(plain: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        tokenizer_from_dict(plain)
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 300

@@ -33,19 +33,23 @@ class Recorder(Callback):
         self.record(pl_module)
 
 
-def test_it_is_the_average_of_the_weights_after_each_step(start: Start) -> None:
-    run, recorder = start(EMA, "trainer.max_steps=5", "run_dir=runs/a"), Recorder()
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_it_is_the_average_of_the_weights_after_each_step(start: Start, precision: str) -> None:
+    run, recorder = start(EMA, f"trainer.precision={precision}", "trainer.max_steps=5", "run_dir=runs/a"), Recorder()
     run.trainer.callbacks.append(recorder)
     run.fit()
-    expected = {name: value.clone() for name, value in recorder.weights[0].items()}
+    expected = {name: value.double() for name, value in recorder.weights[0].items()}
     for step in range(1, 6):
         decay = min(0.6, (1 + step) / (10 + step))
         for name, value in expected.items():
             value.mul_(decay).add_(recorder.weights[step][name], alpha=1 - decay)
     saved = checkpoint.read(Path("runs/a") / LAST)
     assert set(saved.content["averages"]) == set(expected)
+    own = dict(run.task.measured.named_parameters())
     for name, value in expected.items():
-        torch.testing.assert_close(saved.weights[name], value)
+        assert saved.weights[name].dtype == torch.float32
+        torch.testing.assert_close(saved.weights[name], value.float())
+        assert torch.equal(own[name], saved.weights[name].to(own[name].dtype))  # what validated, in the run's dtype
         assert torch.equal(saved.content["state_dict"][f"model.{name}"], recorder.weights[5][name])
 
 
@@ -74,8 +78,10 @@ def test_validation_and_opening_use_the_average(start: Start, options: list[str]
     assert unlike.bits_per_byte != pytest.approx(found, rel=1e-4)
 
 
-def test_a_resumed_average_is_the_unbroken_one(start: Start) -> None:
+@pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-true", marks=pytest.mark.slow)])
+def test_a_resumed_average_is_the_unbroken_one(start: Start, precision: str) -> None:
     common = [EMA, "trainer.max_steps=8", "trainer.accumulate_grad_batches=2", "attn.redraw_interval=3"]
+    common.append(f"trainer.precision={precision}")
     start(*common, "trainer.val_every=4", "run_dir=runs/whole").fit()
     part = start(*common, "trainer.val_every=4", "run_dir=runs/part")
     part.trainer.callbacks.append(Fail(at=5))
@@ -118,6 +124,46 @@ def test_a_run_may_begin_to_average_when_it_resumes(start: Start, capsys: pytest
     start(EMA, "trainer.max_steps=6", "ckpt=runs/a").fit()
     assert "holds no average of weights" in capsys.readouterr().out
     assert "averages" in checkpoint.read(Path("runs/a") / LAST).content
+
+
+def test_averages_of_earlier_versions_in_bfloat16_open_and_go_on(start: Start) -> None:
+    words = [EMA, "trainer.precision=bf16-true"]
+    start(*words, "run_dir=runs/a").fit()
+    path = (Path("runs/a") / LAST).resolve()
+    content = checkpoint.read(path).content
+    content["averages"] = {name: value.bfloat16() for name, value in content["averages"].items()}
+    checkpoint.save(content, path)
+    model, _ = checkpoint.open_model(checkpoint.read(path))
+    assert all(torch.equal(value, content["averages"][name].float()) for name, value in model.named_parameters())
+    start(*words, "trainer.max_steps=6", "ckpt=runs/a").fit()
+    assert {value.dtype for value in checkpoint.read(Path("runs/a") / LAST).content["averages"].values()} == {
+        torch.float32
+    }
+
+
+@pytest.mark.parametrize("left_out", [[], ["callbacks.ema.decay=null"], ["~callbacks.ema"], ["callbacks=[samples]"],
+                                      ["callbacks.ema.decay=0.9"]], ids=str)  # fmt: skip
+def test_a_resume_without_the_average_or_with_another_is_refused_unless_it_is_allowed(
+    start: Start, left_out: list[str]
+) -> None:
+    start(EMA, "run_dir=runs/a").fit()
+    new = "0.9" if "0.9" in str(left_out) else "None"
+    with pytest.raises(ValueError, match=rf"callbacks\.ema\.decay was 0\.6, is {new} \(resume\.allow="):
+        start(*left_out, "trainer.max_steps=6", "ckpt=runs/a")
+    run = start(*left_out, "trainer.max_steps=6", "ckpt=runs/a", "resume.allow=[callbacks.ema.decay]")
+    assert f"changed since the checkpoint: callbacks.ema.decay was 0.6, is {new}" in run.notes
+    run.room.release()
+
+
+def test_a_file_that_does_not_tell_the_decay_is_not_resumed_without_an_average(start: Start) -> None:
+    start(EMA, "run_dir=runs/a").fit()
+    last = (Path("runs/a") / LAST).resolve()
+    content = checkpoint.read(last).content
+    del content["performer_lm"]["training"]["callbacks"]
+    checkpoint.save(content, last)
+    with pytest.raises(ValueError, match=r"callbacks\.ema\.decay was 'set', is None"):
+        start("trainer.max_steps=6", "ckpt=runs/a")
+    start(EMA, "trainer.max_steps=6", "ckpt=runs/a").room.release()
 
 
 def test_null_is_off_and_other_decays_are_refused() -> None:

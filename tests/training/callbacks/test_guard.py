@@ -61,6 +61,43 @@ def test_a_spoilt_gradient_stops_before_the_update(start: Start, value: float) -
     assert told["not_finite_weights"] == []
 
 
+@pytest.mark.parametrize("words", [["trainer.save_every=1"], ["trainer.max_steps=1", "trainer.val_every=1"]])
+@pytest.mark.parametrize("more", [[], ["trainer.precision=bf16-true", "callbacks.ema.decay=0.9"]])
+def test_weights_that_are_not_finite_are_never_saved(start: Start, words: list[str], more: list[str]) -> None:
+    run = start("optimizer.lr=1e41", "trainer.val_every=6", "trainer.max_steps=6", *words, *more, "run_dir=runs/a")
+    with pytest.raises(FloatingPointError, match=r"(the weights are|at step 1 is) not finite.*lr 1e\+4[01]"):
+        run.fit()
+    assert list(Path("runs/a/checkpoints").glob("*")) == []
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("share", ["one", "all"])
+def test_a_validation_that_is_not_finite_stops_the_run_and_is_no_score(start: Start, bad: float, share: str) -> None:
+    run = start("trainer.max_steps=4", "trainer.val_every=2", "trainer.save_every=3", "run_dir=runs/a")
+    given = type(run.task.objective).__call__
+
+    def spoilt(objective: Any, model: Any, windows: Tensor, *, step: int | None, **options: Any) -> Any:
+        losses = given(objective, model, windows, step=step, **options)
+        if step is None and run.trainer.global_step == 4:
+            losses.nats.view(-1)[slice(1) if share == "one" else slice(None)] = bad
+        return losses
+
+    run.task.objective.__class__ = type("Spoilt", (type(run.task.objective),), {"__call__": spoilt})
+    with pytest.raises(FloatingPointError, match=r"validation at step 4 is not finite \(val/loss (nan|inf)"):
+        run.fit()
+    folder = Path("runs/a/checkpoints")
+    assert (folder / "best.ckpt").resolve().name.startswith("step=000002-val_bpb=")
+    assert (folder / "last.ckpt").resolve().name == "step=000003.ckpt"
+    assert math.isfinite(run.saving.best)
+
+
+def test_a_validation_that_measures_nothing_says_so(start: Start) -> None:
+    run = start("run_dir=runs/a")
+    run.task.byte_lengths.zero_()
+    with pytest.raises(FloatingPointError, match="not one token of its text stands for text"):
+        run.fit()
+
+
 class _Arrived:
     def synchronize(self) -> None:
         pass

@@ -114,3 +114,47 @@ def test_time_calls_for_saves_too(start: Start) -> None:
     run.fit()
     assert steps("runs/a") == list(range(10))
     assert math.isfinite(run.saving.best)
+
+
+@pytest.mark.parametrize("first", [0, 4])
+def test_checkpoints_that_lie_there_count_after_a_resume_and_the_best_stays(start: Start, first: int) -> None:
+    still = ["optimizer.lr=0", "optimizer.matrix_lr=0", "schedule=constant", "trainer.val_every=3"]  # 3 stays the best
+    common = [*still, "trainer.save_every=1", "trainer.keep_checkpoints=4"]
+    start(*common, "trainer.max_steps=6", "run_dir=runs/a").fit()
+    assert steps("runs/a") == [3, 4, 5, 6]
+    assert target("runs/a/checkpoints/best.ckpt").startswith("step=000003")
+    ckpt = "ckpt=runs/a" if not first else f"ckpt='runs/a/checkpoints/step=00000{first}.ckpt'"
+    run = start(*common, "trainer.max_steps=8", ckpt)
+    kept: list[list[int]] = []
+    write = run.saving._write
+
+    def record(*arguments: Any) -> None:
+        write(*arguments)
+        kept.append(steps("runs/a"))
+
+    run.saving._write = record  # type: ignore[method-assign]
+    run.fit()
+    went = {0: [[3, 4, 5, 6, 7], [3, 5, 6, 7, 8]], 4: [[3, 4, 5], [3, 4, 5, 6], [3, 4, 5, 6, 7], [3, 5, 6, 7, 8]]}
+    assert kept == went[first]
+    assert target("runs/a/checkpoints/best.ckpt").startswith("step=000003")
+    assert target("runs/a/checkpoints/last.ckpt").startswith("step=000008")
+
+
+@pytest.mark.parametrize("changed", ["data.validation_bytes=400", "data.validation_fraction=0.3", "data.context=32"])
+def test_another_validation_starts_the_best_score_anew_and_says_so(start: Start, changed: str) -> None:
+    allow = "resume.allow=[fingerprint]"
+    start("callbacks.early_stopping.patience=2", "run_dir=runs/a").fit()
+    content = checkpoint.read(Path("runs/a/checkpoints/last.ckpt")).content
+    assert any("best_score" in state for state in content["callbacks"].values())
+    for same in ([], ["objective.chunk_size=8"]):
+        run = start("callbacks.early_stopping.patience=2", *same, "trainer.max_steps=6", "ckpt=runs/a", allow)
+        assert math.isfinite(run.saving.best)
+        assert not any("best" in note for note in run.notes)
+        run.room.release()
+    run = start("callbacks.early_stopping.patience=2", changed, "trainer.max_steps=6", "ckpt=runs/a", allow)
+    assert math.isnan(run.saving.best)
+    assert any(note.startswith("the best score starts anew") for note in run.notes)
+    assert not any("best_score" in state for state in run.resumed.content["callbacks"].values())
+    run.fit()
+    assert run.saving.best == run.trainer.callback_metrics["val/bpb"].item()
+    assert target("runs/a/checkpoints/best.ckpt").startswith("step=000006")

@@ -115,3 +115,22 @@ def test_a_job_goes_back_in_the_queue_or_the_log_says_why_not(
     with caplog.at_level(logging.INFO):
         requeue()
     assert told.lower() in caplog.text.lower()
+
+
+def test_the_end_of_the_terminal_saves_and_stops_unless_it_is_to_be_outlived(start: Start) -> None:
+    run = start(*COMMON, "run_dir=runs/a")
+    run.trainer.callbacks.insert(0, SignalAt(2, signal.SIGHUP))
+    with pytest.raises(SystemExit) as ending:
+        run.fit()
+    assert ending.value.code == 143
+    assert checkpoint.read(Path("runs/a/checkpoints/last.ckpt")).content["global_step"] == 1
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        run = start(*COMMON, "run_dir=runs/b")
+        run.trainer.callbacks.insert(0, SignalAt(2, signal.SIGHUP))
+        run.fit()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert checkpoint.read(Path("runs/b/checkpoints/last.ckpt")).content["global_step"] == 6

@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,15 @@ def test_a_resumed_run_has_the_id_of_its_folder(tmp_path: Path) -> None:
     other = WeightsAndBiases(project="p", save_dir=str(tmp_path / "other"), mode="disabled", group=None, tags=None)
     assert other.version != ids[0]
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"../x", b"a b", b"a/b", b"\xff\xfe", b"x" * 10_000_000, b"a\nb"])
+def test_what_is_no_id_is_not_taken_for_one(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "wandb_id").write_bytes(content)
+    logger = WeightsAndBiases(project="p", save_dir=str(tmp_path), mode="disabled", group=None, tags=None)
+    assert re.fullmatch("[0-9a-f]{8}", str(logger.version))
+    logger.begin(tmp_path, step=0)
+    assert (tmp_path / "wandb_id").read_text() == f"{logger.version}\n"
 
 
 @pytest.mark.slow

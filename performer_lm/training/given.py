@@ -1,0 +1,129 @@
+"""A new run from given weights: what `init=` takes from a checkpoint, and what the command line changes of it.
+
+The model is the checkpoint's, with the backend and the options that were typed; the tokenizer is the checkpoint's.
+Data, objective, optimizer, schedule and all else are the command line's, and the run begins at step 0.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import quote
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import nn
+
+from performer_lm import checkpoint
+from performer_lm.checkpoint import Checkpoint
+from performer_lm.data.module import WindowData
+from performer_lm.data.tokenizer import Tokenizer, tokenizer_from_dict
+from performer_lm.training.carrying import fit_backend
+
+
+def open_given(name: str) -> Checkpoint:
+    """Return the checkpoint that `init=name` means: of a run folder the best one, with the averages of its weights.
+
+    Raises:
+        ValueError: where there is none, or it is damaged.
+    """
+    return checkpoint.read(checkpoint.find(name, key="init"))
+
+
+def describe_given(name: str) -> str:
+    """Return `init=name` as a checkpoint keeps it: characters that could mean more are spelled out."""
+    return quote(name, safe="/=,.+-_~ ", errors="surrogateescape")
+
+
+def take_model(cfg: DictConfig, source: Checkpoint, *, overrides: Sequence[str]) -> None:
+    """Make a checkpoint's model the config's, but for what was typed.
+
+    Args:
+        cfg: the composed config.
+        source: of which the model is.
+        overrides: what the user typed. `model=NAME` chooses another model altogether.
+
+    Raises:
+        ValueError: for a checkpoint that generate.py would not open; for an option of another backend than its own.
+    """
+    checkpoint.open_model(source)  # what declares more than it holds is refused before it is built from elsewhere
+    typed = _typed_paths(overrides, "model")
+    if "model" not in typed:
+        section = {name: value for name, value in source.section["model"].items() if name != "vocab_size"}
+        wanted = _plain(cfg.model)
+        for path in typed:
+            _copy(path.split(".")[1:], wanted, section)
+        with open_dict(cfg):
+            cfg.model = _with_attn(section, cfg, typed=_typed_paths(overrides, "attn"), source=source)
+            cfg.attn = cfg.model.get("attn", cfg.attn)
+
+
+def take_tokenizer(source: Checkpoint, *, overrides: Sequence[str]) -> Tokenizer | None:
+    """Return a checkpoint's tokenizer; None where one was typed, which is then to be the same."""
+    return None if _typed_paths(overrides, "tokenizer") else tokenizer_from_dict(source.section["tokenizer"])
+
+
+def check_tokenizer(data: WindowData, source: Checkpoint) -> None:
+    """Refuse data whose ids mean something else than those that the weights know.
+
+    Raises:
+        ValueError: with both vocabularies.
+    """
+    known = tokenizer_from_dict(source.section["tokenizer"])
+    if data.tokenizer.to_dict() != known.to_dict():
+        raise ValueError(
+            f"the data are tokenized by {_name(data.tokenizer)}, and {source.path} knows the ids of {_name(known)}: "
+            f"leave tokenizer= out, for init= brings its own"
+        )
+
+
+def load_given(model: nn.Module, given: Checkpoint) -> list[str]:
+    """Load a checkpoint's weights into the model of a new run, and return what there is to say of it."""
+    weights, changed = fit_backend(given.weights, model, source=str(given.path))
+    model.load_state_dict(weights)
+    averaged = "averages of the weights" if given.content.get(checkpoint.AVERAGES) else "weights"
+    return [f"starts from {given.path}, the {averaged} at step {given.content.get('global_step', 0)}", *changed]
+
+
+def _typed_paths(overrides: Sequence[str], section: str) -> list[str]:
+    """Return the keys below a section that were set or chosen, as dotted paths; the section itself, where it was."""
+    keys = (override.partition("=")[0].lstrip("+~").partition("@") for override in overrides)
+    paths = [(package or group).replace("/", ".") for group, _, package in keys]
+    return [path for path in paths if path == section or path.startswith(f"{section}.")]
+
+
+def _with_attn(section: dict[str, Any], cfg: DictConfig, *, typed: list[str], source: Checkpoint) -> dict[str, Any]:
+    """Return a model's section with the backend that was typed, or its own with the options that were."""
+    wanted: dict[str, Any] = _plain(cfg.attn)
+    found: dict[str, Any] = {}
+    for name, value in section.items():
+        if name != "attn" or not typed:
+            found[name] = _with_attn(value, cfg, typed=typed, source=source) if isinstance(value, dict) else value
+        elif "attn" in typed:
+            found[name] = wanted
+        else:
+            if value.get("_target_") != wanted["_target_"]:
+                kinds = [str(target).rpartition(".")[2] for target in (wanted["_target_"], value.get("_target_"))]
+                raise ValueError(f"{typed[0]} is of {kinds[0]}, and {source.path} has {kinds[1]}: type attn= as well")
+            found[name] = dict(value)
+            for path in typed:
+                _copy(path.split(".")[1:], wanted, found[name])
+    return found
+
+
+def _copy(path: Sequence[str], wanted: Mapping[str, Any], section: dict[str, Any]) -> None:
+    """Set what stands at a path to what is wanted there; what is not wanted is taken out."""
+    name, *rest = path
+    if name not in wanted:
+        section.pop(name, None)
+    elif rest and isinstance(wanted[name], Mapping):
+        inner = section.get(name)
+        section[name] = dict(inner) if isinstance(inner, Mapping) else {}
+        _copy(rest, wanted[name], section[name])
+    else:
+        section[name] = wanted[name]
+
+
+def _plain(section: DictConfig) -> Any:
+    return OmegaConf.to_container(section, resolve=True)
+
+
+def _name(tokenizer: Tokenizer) -> str:
+    return f"{type(tokenizer).__name__} ({tokenizer.vocab_size} ids)"

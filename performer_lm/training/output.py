@@ -1,0 +1,67 @@
+"""Output that never costs a run: its reader may go, its disk fill up, its terminal know no such character.
+
+A run is worth more than what it prints, and `train.log` has that too.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO, cast
+
+
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """Let whatever is printed while the context lasts be lost rather than fail."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(TextIO, _Lasting(stream)) if stream else stream for stream in before)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            if stream:
+                stream.flush()
+        sys.stdout, sys.stderr = before
+
+
+class _Lasting:
+    """A stream that takes any text: what its encoding lacks is spelled out, and a closed one is left."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write the text, if that can be."""
+        try:
+            self._stream.write(text)
+        except UnicodeEncodeError:
+            encoding = self._stream.encoding or "ascii"
+            return self.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        except BlockingIOError:  # a terminal that is slow takes the next line again
+            pass
+        except OSError:
+            self._leave()
+        except (ValueError, RuntimeError):  # closed in this process, or interrupted by a signal's handler that prints
+            pass
+        return len(text)
+
+    def flush(self) -> None:
+        """Send what is buffered, if that can be."""
+        try:
+            self._stream.flush()
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._leave()
+        except (ValueError, RuntimeError):
+            pass
+
+    def _leave(self) -> None:
+        """Let all that comes go nowhere, so that neither the next line nor the interpreter's end meets the error."""
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
