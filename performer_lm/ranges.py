@@ -95,3 +95,11 @@ def _outside(wanted: Any, value: Any, name: str) -> Iterator[tuple[str, str]]:
         problem = refusal(value, kinds.get(type(value), kinds.get(float, ())))
         if problem:
             yield name, problem
+    elif isinstance(value, str | dict | list | tuple) and kinds and _takes_numbers_alone(wanted):
+        yield name, f"must be a number, got {value!r}"
+
+
+def _takes_numbers_alone(wanted: Any) -> bool:
+    """Return True if each arm of an annotation is None, a number or a list of them."""
+    arms = get_args(wanted) if get_origin(wanted) in (Union, types.UnionType) else (wanted,)
+    return all(arm is type(None) or arm in (int, float) or _kinds(arm) for arm in arms)

@@ -189,7 +189,7 @@ def test_every_tokenizer_trains_and_generates(invoke: Invoke, folder: None, toke
         (["data.path=broken.txt", "data.errors=skip"], "data.path=broken.txt has no text: 1 document"),
         (["data.errors=ignore"], "data.errors: wanted 'strict' or 'replace' or 'skip' or 'bytes', got 'ignore'"),
         (["data.documents=paked"], "data.documents: wanted 'stream' or 'packed' or 'cropped', got 'paked'"),
-        (["data.validation_fraction=1"], "data.validation_fraction (1) must lie between 0 and 1"),
+        (["data.validation_fraction=1"], "data.validation_fraction must be above 0 and below 1, got 1"),
         (["data.text_colum=x"], "data.text_colum: unknown key; did you mean data.text_column?"),
         (["data=hf", "data.name=storys"], "at hand on this machine: data.name=stories"),
         (["data.device_resident=true", "data.num_workers=1"], "must be 0 with data.device_resident=true"),

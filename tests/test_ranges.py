@@ -55,6 +55,7 @@ class Special(Part):
         (lambda: call(1, pair=(0.5, 1.0)), "pair[1] must be at least 0 and below 1, got 1.0"),
         (lambda: call(1, rate=0), "rate must be above 0, got 0"),
         (lambda: call(1, rate=math.inf), "rate must be a finite number, got inf"),
+        (lambda: call(1, rate="fast"), "rate must be a number, got 'fast'"),
         (lambda: call(2**63), "steps must be within 64 bits (at most 9223372036854775807), got 2^63 or more"),
         (lambda: Options(dropout=1), "dropout must be at least 0 and below 1, got 1"),
         (lambda: Options(dropout=math.nan), "dropout must be a finite number, got nan"),
