@@ -162,6 +162,6 @@ def test_a_checkpoint_without_training_says_how_to_start_from_it(start: Start) -
     content = checkpoint.read(last).content
     for name in ("loops", "optimizer_states", "callbacks", "lr_schedulers"):
         checkpoint.save({key: value for key, value in content.items() if key != name}, last)
-        with pytest.raises(ValueError, match=rf"last\.ckpt .* it has no {name}; .*: init=runs/a/checkpoints/last\.ckpt"):
+        with pytest.raises(ValueError, match=rf"it has no {name}; .*: init=runs/a/checkpoints/last\.ckpt"):
             start(*LONGER)
     assert math.isfinite(start("init=runs/a/checkpoints/last.ckpt", "run_dir=runs/b").fit())
