@@ -116,6 +116,40 @@ class BlockMap(FeatureMap):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Maps:
+    """The maps of queries and of keys, over `groups` key heads."""
+
+    query: BlockMap
+    key: BlockMap
+    groups: int
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return the tensors of both."""
+        return (*self.query.tensors, *self.key.tensors)
+
+    def to(self, dtype: torch.dtype) -> Self:
+        """Return the same maps with their tensors in `dtype`."""
+        return replace(self, query=self.query.to(dtype), key=self.key.to(dtype))
+
+    def flat(self, x: Tensor) -> Tensor:
+        """View `((g b), ...)` as a map takes it: `(g, n, ...)`, with the tokens of the whole batch."""
+        return x.reshape(self.groups, -1, x.shape[-1])
+
+    @property
+    def code(self) -> str:
+        """Return all but the tensors as text."""
+        return f"{self.groups}|{len(self.query.tensors)}|{self.query.code}|{self.key.code}"
+
+    @classmethod
+    def decode(cls, code: str, tensors: tuple[Tensor, ...]) -> Self:
+        """Return the maps that have this code, over these tensors."""
+        groups, count, query, key = code.split("|")
+        own, other = tensors[: int(count)], tensors[int(count) :]
+        return cls(query=BlockMap.decode(query, own), key=BlockMap.decode(key, other), groups=int(groups))
+
+
 @dataclass(frozen=True, eq=False)
 class Exponential(BlockMap):
     """exp(scale W x + bias - norm |x|^2); the tensors are W `(g, m, d)` and, if any, the bias `(g, m)`."""

@@ -17,9 +17,9 @@ with the state going in and coming out, so training, prefill and decoding are on
 | `state.py`, `scratch.py` | the state and its exponents; memory that blocks share |
 """
 
+from performer_lm.ops.linear.causal import absorb_keys as absorb_keys
+from performer_lm.ops.linear.causal import bidirectional_linear_attention as bidirectional_linear_attention
 from performer_lm.ops.linear.causal import causal_linear_attention as causal_linear_attention
-from performer_lm.ops.linear.documents import bidirectional_linear_attention as bidirectional_linear_attention
-from performer_lm.ops.linear.reading import absorb_keys as absorb_keys
-from performer_lm.ops.linear.reading import read_state as read_state
+from performer_lm.ops.linear.causal import read_state as read_state
 from performer_lm.ops.linear.state import LinearState as LinearState
 from performer_lm.ops.linear.state import empty_state as empty_state

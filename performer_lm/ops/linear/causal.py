@@ -1,23 +1,20 @@
-"""Causal linear attention as its callers see it: q, k, v and a state in, the output and the next state out.
+"""Linear attention as its callers see it.
 
 Letters: `b` batch, `h` heads, `g` key heads, `n` tokens, `d` head width, `e` value width, `m` features.
 """
 
-from collections.abc import Iterable
-from typing import Any
-
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from performer_lm.ops.checks import check_batch, check_per_key
-from performer_lm.ops.linear.compiled import attend_compiled
-from performer_lm.ops.linear.sequence import Inputs, Trace, attend, pull
-from performer_lm.ops.linear.state import LinearState, block_tokens
+from performer_lm.ops.linear import signed
+from performer_lm.ops.linear.operator import run
+from performer_lm.ops.linear.sequence import Trace
+from performer_lm.ops.linear.state import LinearState, choose_geometry, empty_state
 from performer_lm.ops.linear.step import attend_token
-from performer_lm.ops.linear.tokens import Maps, State
-from performer_lm.ops.maps import BlockMap
+from performer_lm.ops.linear.tokens import Tokens
+from performer_lm.ops.maps import LOG2_E, BlockMap, FeatureMap, Maps
 from performer_lm.ops.softmax import no_autocast
 
 
@@ -39,7 +36,7 @@ def causal_linear_attention(
     """Append n tokens to `state`, each attending to all before it and itself: the output and the next state.
 
     Any split of a sequence over calls gives the same outputs and the same state. Keys that come later never move
-    earlier outputs, however loud: within rounding inside a chunk, not by one bit across chunks.
+    earlier outputs, however loud: within rounding inside a block, not by one bit across blocks.
 
     Args:
         q: `(b, h, n, d)`.
@@ -47,8 +44,8 @@ def causal_linear_attention(
         v: `(b, g, n, e)`.
         state: what came before; it is not changed, unless `consume`.
         query_map: the queries' features, with tensors `(g, ...)`.
-        key_map: the keys' features, likewise; both logarithmic or neither.
-        chunk_size: tokens per block, which trades speed and memory, never the result; None for what caches hold.
+        key_map: the keys' features; both logarithmic or neither.
+        chunk_size: tokens per block, which trades speed and memory, never the result; None for what the device holds.
         mask: `(b, n)` bool or integer; a False key is as if absent, and a token that sees no key gives zeros.
         segments: `(b, n)` non-decreasing document ids; a token sees its own document, and `state` belongs to the
             first token's.
@@ -64,57 +61,106 @@ def causal_linear_attention(
     """
     check_batch(k, state.sums)
     mask = check_per_key(k, mask=mask, segments=segments, log_decay=log_decay)
-    b, dtype = k.shape[0], state.sums.dtype
-    maps = Maps(query=query_map.to(dtype), key=key_map.to(dtype))
     if mask is not None and log_decay is not None:
         log_decay = log_decay.masked_fill(~mask[:, None], 0.0)
-    documents = None if segments is None else torch.cat([segments[:, :1], segments], dim=-1)
-    inputs = Inputs(q, k, v, log_gain, log_decay, mask, documents)
-    leaves = (*inputs, *state, *maps.tensors)
+    maps = Maps(query=query_map, key=key_map, groups=k.shape[1]).to(state.sums.dtype)
+    tokens = Tokens(q, k, v, log_gain, log_decay, mask, None if segments is None else _documents(segments))
+    leaves = (*tokens, *state, *maps.tensors)
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
-    chunk_size = chunk_size or block_tokens(state, backward=wanted)
-    after: Iterable[Tensor]
-    with no_autocast(q.device):
-        if q.shape[2] == 1 and segments is None and not wanted:
-            out, after = attend_token(maps, inputs, State(*(x.flatten(0, 1) for x in state)), own=consume)
-            return out, LinearState(*(x.unflatten(0, (b, -1)) for x in after))
-        before = State(*(rearrange(x, "b g ... -> (g b) ...") for x in state))
-        if torch.compiler.is_compiling():
-            out, *after = attend_compiled(maps, chunk_size, inputs, before)
-        elif wanted:
-            out, *after = CausalAttention.apply(maps, chunk_size, *inputs, *before, *maps.tensors)
-        else:
-            trace = attend(maps, chunk_size, inputs, before, keep=False)
-            out, after = trace.out.to(q.dtype), trace.after
-    return out, LinearState(*(rearrange(x, "(g b) ... -> b g ...", b=b) for x in after))
+    if q.shape[2] == 1 and segments is None and not wanted:
+        with no_autocast(q.device):
+            return attend_token(maps, tokens, state, own=consume)
+    trace, after = _run(maps, tokens, state, chunk_size)
+    return trace.out.to(q.dtype), after
 
 
-class CausalAttention(torch.autograd.Function):
-    """Attend to a sequence block by block, keeping no features.
+def bidirectional_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Tensor,
+    *,
+    query_map: BlockMap,
+    key_map: BlockMap,
+    chunk_size: int | None = None,
+    mask: Tensor | None = None,
+    log_gain: Tensor | None = None,
+) -> Tensor:
+    """Attend from each token to all of its own document, before and after it: `(b, h, n, e)` in q's dtype.
 
-    `apply(maps, chunk_size, *inputs, *state, *maps.tensors)` returns the output `(b, h, n, e)`, the next sums and their
-    exponents, which carry no gradient.
+    Arguments are those of `causal_linear_attention`. It runs twice: over the tokens, and over the tokens in reverse with
+    every key one place later, so that a token's own key, which the first pass has seen, is not seen again. Both outputs
+    are averages, to be joined by their masses. Without documents, `absorb_keys` and `read_state` do the same for less.
     """
+    mask = check_per_key(k, mask=mask, segments=segments, log_decay=None)
+    (b, g, n, d), dtype = k.shape, torch.promote_types(k.dtype, torch.float32)
+    maps = Maps(query=query_map, key=key_map, groups=g).to(dtype)
+    features = next(x for x in maps.key(k.new_zeros(g, 1, d, dtype=dtype)) if x is not None)
+    state = empty_state(b, g, features.shape[-1], v.shape[-1], device=k.device, dtype=dtype)
+    mask = k.new_ones(b, n, dtype=torch.bool) if mask is None else mask
+    forth, _ = _run(maps, Tokens(q, k, v, log_gain, None, mask, _documents(segments)), state, chunk_size)
+    turned, own = (x.flip(-1) for x in (segments, mask))
+    follows = torch.nn.functional.pad(own[:, :-1] & (turned[:, 1:] == turned[:, :-1]), (1, 0))
+    later = [None if x is None else x.flip(2).roll(1, dims=2) for x in (k, v, log_gain)]
+    back, _ = _run(maps, Tokens(q.flip(2), *later, None, follows, _documents(turned)), state, chunk_size)
+    share = _share(forth.mass, back.mass.flip(2), logarithmic=key_map.logarithmic)[..., None].to(forth.out.dtype)
+    return (share * forth.out + (1.0 - share) * back.out.flip(2)).to(q.dtype)
 
-    @staticmethod
-    def forward(ctx: Any, maps: Maps, chunk_size: int, *leaves: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Attend, and keep the state before each block."""
-        inputs, state = Inputs(*leaves[:7]), State(*leaves[7:9])
-        trace = attend(maps.with_tensors(leaves[9:]), chunk_size, inputs, state, keep=True)
-        ctx.maps, ctx.chunk_size = maps, chunk_size
-        ctx.save_for_backward(*leaves, *trace)
-        sums, exponent = (x.clone() for x in trace.after)
-        ctx.mark_non_differentiable(exponent)
-        return trace.out.to(inputs.queries.dtype), sums, exponent
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_sums: Tensor, _: Tensor) -> tuple[Any, ...]:
-        """Walk the blocks from the end."""
-        saved = ctx.saved_tensors  # once: recomputation gives them away
-        leaves, trace, tensors = saved[:-5], Trace(*saved[-5:]), saved[9:-5]
-        wanted = any(ctx.needs_input_grad[len(ctx.needs_input_grad) - len(tensors) :])
-        maps, inputs = ctx.maps.with_tensors(tensors), Inputs(*leaves[:7])
-        with no_autocast(grad.device):
-            found, sums, totals = pull(maps, ctx.chunk_size, inputs, trace, grad, grad_sums, wanted=wanted)
-        return None, None, *found, sums, None, *totals
+def _share(one: Tensor, other: Tensor, *, logarithmic: bool) -> Tensor:
+    """Return what one mass is of both; 0 where there is nothing."""
+    if logarithmic:
+        return torch.sigmoid(((one - other) / LOG2_E).masked_fill(one == -torch.inf, -torch.inf))
+    return one / (one + other).masked_fill(one == 0, 1.0)
+
+
+def absorb_keys(
+    k: Tensor,
+    v: Tensor,
+    state: LinearState,
+    *,
+    key_map: FeatureMap,
+    chunk_size: int | None = None,
+    mask: Tensor | None = None,
+    log_gain: Tensor | None = None,
+) -> LinearState:
+    """Append keys `(b, g, j, d)` and values `(b, g, j, e)` to `state` without asking anything of it.
+
+    Arguments are those of `causal_linear_attention`, but that any map will do.
+
+    Raises:
+        ValueError: for a mask of another shape or dtype, or a state of another batch.
+    """
+    check_batch(k, state.sums)
+    mask = check_per_key(k, mask=mask, segments=None, log_decay=None)
+    if not isinstance(key_map, BlockMap):
+        return signed.absorb(k, v, state, key_map=key_map, mask=mask)
+    none = k[:, :1, :, :].new_empty(k.shape[0], 0, *k.shape[2:])
+    maps = Maps(query=key_map, key=key_map, groups=k.shape[1]).to(state.sums.dtype)
+    return _run(maps, Tokens(none, k, v, log_gain, None, mask, None), state, chunk_size)[1]
+
+
+def read_state(q: Tensor, state: LinearState, *, query_map: FeatureMap, chunk_size: int | None = None) -> Tensor:
+    """Attend from q `(b, h, i, d)` to all that `state` holds, in no order: `(b, h, i, e)` in q's dtype."""
+    check_batch(q, state.sums)
+    b, g, _, width = state.sums.shape
+    if not isinstance(query_map, BlockMap):
+        return signed.read(q, state, query_map=query_map)
+    keys, values = (q.new_empty(b, g, 0, size) for size in (q.shape[-1], width - 1))
+    maps = Maps(query=query_map, key=query_map, groups=g).to(state.sums.dtype)
+    return _run(maps, Tokens(q, keys, values, None, None, None, None), state, chunk_size)[0].out.to(q.dtype)
+
+
+def _run(maps: Maps, tokens: Tokens, state: LinearState, chunk_size: int | None) -> tuple[Trace, LinearState]:
+    """Attend to a sequence from a state `(b, g, ...)`, and return what is found and the state after it."""
+    b, geometry = state.sums.shape[0], choose_geometry(state, block=chunk_size)
+    before = LinearState(*(rearrange(x, "b g ... -> (g b) ...") for x in state))
+    with no_autocast(tokens.keys.device):
+        trace = run(maps, geometry, tokens, before)
+    after = (trace.after, trace.exponents[-1])
+    return trace, LinearState(*(rearrange(x, "(g b) ... -> b g ...", b=b) for x in after))
+
+
+def _documents(segments: Tensor) -> Tensor:
+    """Put the first token's document before it `(b, 1 + n)`: the state belongs to that."""
+    return torch.cat([segments[:, :1], segments], dim=-1)

@@ -1,180 +1,245 @@
 """A sequence of causal linear attention: a loop over blocks, and a backward that computes features anew.
 
-Forward keeps q, k, v, the output and one state per block; backward walks the blocks from the end. So nothing of size
-n x m outlives its block, let alone n x m x e.
+Forward keeps q, k, v, the output, each query's denominator, and one state per block; backward walks
+the blocks from the end. Nothing of size n x m outlives its block, let alone n x m x e. On an accelerator a block is the
+whole sequence where memory allows, on a CPU as much as caches hold.
 
-Letters: `b` batch, `h` heads, `g` key heads, `r` = h / g queries per key, `n` tokens, `d` head width, `e` value width,
-`m` features. Inside a block batch and key heads are one dimension `(g b)`, so that one product maps all of a head's
-tokens.
+Letters: `b` batch, `h` heads, `g` key heads, `r` = h / g queries per key, `n` tokens, `x` = g b, `t` chunks of a block,
+`c` tokens of one, `d` head width, `e` value width, `m` features.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from performer_lm.ops.linear import tokens as blocks
-from performer_lm.ops.linear.block import Grads, pull_step, take_step
-from performer_lm.ops.linear.fading import Times
+from performer_lm.ops.linear.chunks import Chunks, open_chunks, pull_chunks, read_chunks
+from performer_lm.ops.linear.exact import EXACT_CHUNK, open_exact
+from performer_lm.ops.linear.fading import sum_up_to
 from performer_lm.ops.linear.scratch import Scratch
-from performer_lm.ops.linear.tokens import Maps, State, Tokens
-
-
-class Inputs(NamedTuple):
-    """A whole sequence."""
-
-    queries: Tensor  # (b, h, n, d)
-    keys: Tensor  # (b, g, n, d)
-    values: Tensor  # (b, g, n, e)
-    log_gain: Tensor | None  # (b, g, n): added to all log features of a key
-    log_decay: Tensor | None  # (b, g, n): 0 where masked
-    mask: Tensor | None  # (b, n): False keys are absent
-    documents: Tensor | None  # (b, 1 + n): the state's document first
-
-    def by_key_heads(self) -> "Inputs":
-        """View all of it as `(g, b, n, ...)`, queries as `(g, b, n, r, d)`: how blocks are cut out of it."""
-        g = self.keys.shape[1]
-        keys, values, log_gain, log_decay = (None if x is None else x.transpose(0, 1) for x in self[1:5])
-        mask, documents = (None if x is None else x.expand(g, -1, -1) for x in self[5:])
-        assert keys is not None
-        assert values is not None
-        return Inputs(_by_key_heads(self.queries, g), keys, values, log_gain, log_decay, mask, documents)
+from performer_lm.ops.linear.state import EMPTY, Geometry, LinearState
+from performer_lm.ops.linear.tokens import Tokens, by_key_heads, cut, take_block
+from performer_lm.ops.maps import LOG2_E, BlockMap, Maps
 
 
 class Trace(NamedTuple):
     """What a forward returns, and what it leaves for its backward."""
 
     out: Tensor  # (b, h, n, e), before it is rounded to the inputs' dtype
-    mass: Tensor  # (b, h, n, 1): its denominators, each on its own scale
-    sums: Tensor  # (blocks + 1, (g b), m, e + 1): before each block and after the last; the last alone if not kept
-    exponents: Tensor  # (blocks + 1, (g b), m), likewise
-    dense: Tensor  # (blocks,) bool, on the host: which were put on one scale, as denominators are on the form's
-
-    @property
-    def after(self) -> State:
-        """Return the state after the last token."""
-        return State(self.sums[-1], self.exponents[-1])
+    mass: Tensor  # (b, h, n), float64: the denominators, or log2 of them where features are logarithms
+    sums: Tensor  # (blocks, x, m, e + 1): before each block; of no blocks where they are not kept
+    exponents: Tensor  # (blocks + 1, x, m), float64: likewise, and after the last
+    after: Tensor  # (x, m, e + 1): the sums after the last token
 
 
-def cut(n: int, chunk_size: int) -> Iterator[slice]:
-    """Cut n tokens into blocks of `chunk_size`; what is left over into whole tiles and a last part of one."""
-    start = 0
-    while start < n:
-        size = min(chunk_size, n - start)
-        size = size - size % blocks.TILE if size > blocks.TILE else size
-        yield slice(start, start + size)
-        start += size
-
-
-def attend(maps: Maps, chunk_size: int, inputs: Inputs, state: State, *, keep: bool) -> Trace:
-    """Attend to a sequence, keeping all the states on the way, or the last only."""
-    (b, h, n, _), (g, e) = inputs.queries.shape, inputs.values.shape[1::2]
-    parts = list(cut(n, chunk_size))
-    scratch = Scratch(state.sums.dtype, state.sums.device)
-    out, mass = state.sums.new_empty(b, h, n, e), state.sums.new_empty(b, h, n, 1)
-    sums = state.sums.new_empty(len(parts) + 1 if keep else 1, *state.sums.shape)
-    sums[0], exponents, dense = state.sums, [state.exponent], []
-    inputs, placed = inputs.by_key_heads(), [_by_key_heads(x, g) for x in (out, mass)]
+def attend(maps: Maps, geometry: Geometry, tokens: Tokens, state: LinearState, *, keep: bool) -> Trace:
+    """Attend to a sequence from a state `(x, m, e + 1)`, keeping all the states on the way or none."""
+    (b, h, n, _), (g, e) = tokens.queries.shape, tokens.values.shape[1::2]
+    parts = list(cut(n, geometry.block, geometry.chunk))
+    walk = Walk(maps, tokens, geometry.chunk, Scratch(state.sums.dtype, state.sums.device))
+    out, mass = state.sums.new_empty(b, h, n, e), state.exponent.new_empty(b, h, n)
+    sums = state.sums.new_empty(len(parts) if keep else 0, *state.sums.shape)
+    state, exponents = LinearState(state.sums.clone(), state.exponent), [state.exponent]
     for index, part in enumerate(parts):
-        before = State(sums[index if keep else 0], exponents[-1])
-        after = sums[index + 1 if keep else 0]
-        seen = take_step(maps, _take(inputs, part, scratch), before, scratch, after=after)
-        exponents = [*exponents, seen.exponent] if keep else [seen.exponent]
-        dense.append(seen.dense)
-        weighted = seen.weighted.unflatten(0, (g, b))
-        found = weighted[..., e:]
-        found.masked_fill_(found == 0, 1.0)
-        own_out, own_mass = (x[:, :, part].unflatten(2, weighted.shape[2:4]) for x in placed)
-        torch.div(weighted[..., :e], found, out=own_out)
-        own_mass.copy_(found)
-    return Trace(out, mass, sums, torch.stack(exponents), torch.tensor(dense, dtype=torch.bool, device="cpu"))
+        if keep:
+            sums[index] = state.sums
+        state = walk.forward(part, state, (by_key_heads(out, g), by_key_heads(mass, g)))
+        exponents.append(state.exponent)
+    return Trace(out, mass, sums, torch.stack(exponents), state.sums)
 
 
 def pull(
-    maps: Maps, chunk_size: int, inputs: Inputs, trace: Trace, grad: Tensor, grad_sums: Tensor, *, wanted: bool
-) -> tuple[Inputs, Tensor, list[Tensor | None]]:
+    maps: Maps, geometry: Geometry, tokens: Tokens, trace: Trace, grads: tuple[Tensor, ...], *, wanted: bool
+) -> tuple[Tokens, Tensor, list[Tensor | None]]:
     """Walk the blocks from the end.
 
     Args:
         maps: as in the forward.
-        chunk_size: likewise.
-        inputs: likewise.
+        geometry: likewise.
+        tokens: likewise.
         trace: of a forward that kept its states.
-        grad: at the output.
-        grad_sums: at the sums after the last token.
+        grads: at the output, the masses and the sums after the last token.
         wanted: whether the maps' tensors want gradients.
 
     Returns:
-        The gradients at inputs, the state's sums and the maps' tensors.
+        The gradients at tokens, the state's sums and the maps' tensors.
     """
-    found, g = _room_for_gradients(inputs), inputs.keys.shape[1]
-    totals: list[Tensor | None] = [None] * len(maps.tensors)
-    scratch = Scratch(trace.out.dtype, trace.out.device)
-    parts, dense = list(cut(trace.out.shape[2], chunk_size)), trace.dense.tolist()
-    inputs, placed, grad_sums = inputs.by_key_heads(), found.by_key_heads(), grad_sums.clone()
-    outer = tuple(_by_key_heads(x, g) for x in (grad, trace.out, trace.mass))
-    for index in reversed(range(len(parts))):
-        part = parts[index]
-        tokens = _take(inputs, part, scratch)
-        before, after = State(trace.sums[index], trace.exponents[index]), trace.exponents[index + 1]
-        own_grad, own_out, own_mass = (x[:, :, part] for x in outer)
-        grads = Grads(_pull_division(own_grad, own_out, own_mass, scratch), grad_sums)
-        pulled = pull_step(maps, tokens, before, after, grads, scratch, dense=dense[index], wanted=wanted)
-        grad_sums = pulled.sums
-        for x, piece in zip(placed[:5], pulled[:5], strict=True):
-            if x is not None and piece is not None:
-                place = x[:, :, part]
-                place.copy_(piece.view(place.shape))
-        totals = [_plus(total, more) for total, more in zip(totals, pulled.tensors, strict=True)]
+    g = tokens.keys.shape[1]
+    walk = Walk(maps, tokens, geometry.chunk, Scratch(trace.out.dtype, trace.out.device))
+    rooms = (None if x is None else torch.empty_like(x) for x in tokens[:5])
+    found = Tokens(*rooms, mask=None, documents=None)  # type: ignore[arg-type]
+    outer = [by_key_heads(x, g) for x in (trace.out, trace.mass, *grads[:2])]
+    grad_sums, totals = grads[2], [torch.zeros_like(x) if wanted else None for x in maps.tensors]
+    for index, part in reversed(list(enumerate(cut(trace.out.shape[2], geometry.block, geometry.chunk)))):
+        before = LinearState(trace.sums[index], trace.exponents[index])
+        room = Gradients(found.by_key_heads(), totals)
+        grad_sums = walk.backward(part, before, trace.exponents[index + 1], outer, grad_sums, room)
     return found, grad_sums, totals
 
 
-def _room_for_gradients(inputs: Inputs) -> Inputs:
-    log_gain, log_decay = (None if x is None else torch.empty_like(x) for x in (inputs.log_gain, inputs.log_decay))
-    queries, keys, values = (torch.empty_like(x) for x in inputs[:3])
-    return Inputs(queries, keys, values, log_gain, log_decay, None, None)
+class Gradients(NamedTuple):
+    """Where the gradients of a sequence are gathered."""
+
+    tokens: Tokens  # by key heads
+    tensors: list[Tensor | None]  # of the maps
 
 
-def _by_key_heads(x: Tensor, g: int) -> Tensor:
-    """View `(b, h, n, ...)` as `(g, b, n, r, ...)`."""
-    return rearrange(x, "b (g r) n d -> g b n r d", g=g)
+class Walk:
+    """One block after the other, each in the form that its features allow.
 
-
-def _take(inputs: Inputs, part: slice, scratch: Scratch) -> Tokens:
-    """Cut out one block, in the dtype of the sums, with nothing left in masked tokens."""
-    queries, keys, values, log_gain, log_decay, mask = (None if x is None else x[:, :, part] for x in inputs[:6])
-    assert queries is not None
-    assert keys is not None
-    assert values is not None
-    g, b, n, r, d = queries.shape
-    with_ones = scratch("values", g, b, n, values.shape[-1] + 1)
-    with_ones[..., :-1].copy_(values)
-    with_ones[..., -1] = 1.0
-    with_ones, dtype = with_ones.view(g * b, n, -1), with_ones.dtype
-    queries, keys = queries.reshape(g * b, n * r, d).to(dtype), keys.reshape(g * b, n, d).to(dtype)
-    log_gain, log_decay, mask = (None if x is None else x.reshape(g * b, n) for x in (log_gain, log_decay, mask))
-    if mask is not None:
-        keys = keys.masked_fill(~mask[..., None], 0.0)
-        with_ones.masked_fill_(~mask[..., None], 0.0)
-    documents = None
-    if inputs.documents is not None:
-        documents = inputs.documents[:, :, part.start : part.stop + 1].reshape(g * b, n + 1)
-    times = Times(None if log_decay is None else log_decay.to(dtype), documents)
-    return Tokens(queries, keys, with_ones, log_gain, mask, times, g)
-
-
-def _pull_division(grad: Tensor, out: Tensor, mass: Tensor, scratch: Scratch) -> Tensor:
-    """Return the gradient at numerators and denominators, `((g b), n, r, e + 1)`, given that at their quotient `out`.
-
-    All are `(g, b, n, r, ...)`.
+    Args:
+        maps: of queries and keys.
+        tokens: of the caller.
+        chunk: tokens of a chunk.
+        scratch: memory to work in.
     """
-    found = scratch("grad seen", *out.shape[:-1], out.shape[-1] + 1)
-    numerator = torch.div(grad, mass, out=found[..., :-1])
-    torch.sum(numerator * out, dim=-1, out=found[..., -1]).neg_()
-    return found.flatten(0, 1)
+
+    def __init__(self, maps: Maps, tokens: Tokens, chunk: int, scratch: Scratch) -> None:
+        self.maps, self.tokens, self.chunk, self.scratch = maps, tokens.by_key_heads(), chunk, scratch
+
+    def forward(self, part: slice, state: LinearState, room: tuple[Tensor, Tensor] | None) -> LinearState:
+        """Take the tokens of `part` in, and overwrite the sums of `state`.
+
+        Args:
+            part: of the sequence.
+            state: before it.
+            room: outputs `(g, b, n, r, e)` and masses `(g, b, n, r)` of the sequence; None to leave them out.
+        """
+        opened = self._open(part, state, after=state.sums)
+        if isinstance(opened, list):
+            for smaller in opened:
+                state = self.forward(smaller, state, room)
+            return state
+        block, chunks = opened
+        if room is not None:
+            out, kept = (x[:, :, part] for x in room)
+            seen = read_chunks(chunks, block.values, self.scratch)
+            mass = seen[..., -1:]
+            found = mass if chunks.peak is None else mass.to(kept.dtype).log2() + chunks.peak
+            kept.copy_(found.view(kept.shape))
+            mass.masked_fill_(mass == 0, 1.0)
+            seen = seen.view(*out.shape[:-1], seen.shape[-1])
+            torch.div(seen[..., :-1], seen[..., -1:], out=out)
+        return state if chunks.steps.last is None else _settle(state.sums, chunks.steps.last)
+
+    def backward(
+        self,
+        part: slice,
+        before: LinearState,
+        exponent: Tensor,
+        outer: list[Tensor],
+        grad_sums: Tensor,
+        room: Gradients,
+    ) -> Tensor:
+        """Pull gradients back through the tokens of `part`, and return that at the sums before them.
+
+        Args:
+            part: of the sequence.
+            before: the state before it.
+            exponent: `(x, m)`, of the state after it.
+            outer: outputs `(g, b, n, r, e)`, masses `(g, b, n, r)`, and the gradients at them, of the sequence.
+            grad_sums: `(x, m, e + 1)`, at the sums after it.
+            room: for what is found.
+        """
+        opened = self._open(part, before, after=self.scratch("after", *before.sums.shape))
+        if isinstance(opened, list):
+            state, states = LinearState(before.sums.clone(), before.exponent), []
+            for smaller in opened:
+                states.append(LinearState(state.sums.clone(), state.exponent))
+                state = self.forward(smaller, state, None)
+            exponents = [*(state.exponent for state in states[1:]), exponent]
+            for smaller, start, stop in reversed(list(zip(opened, states, exponents, strict=True))):
+                grad_sums = self.backward(smaller, start, stop, outer, grad_sums, room)
+            return grad_sums
+        block, chunks = opened
+        if chunks.steps.last is not None:
+            higher = (chunks.steps.last - exponent).masked_fill_(exponent == EMPTY, 0.0)
+            grad_sums = grad_sums * higher.exp2_().to(grad_sums.dtype)[..., None]
+        grad = self._pull_division(part, block, chunks, outer)
+        features = chunks.keys
+        queries, keys, values, grad_before = pull_chunks(chunks, block.values, grad, grad_sums, self.scratch)
+        if block.mask is not None and not self.maps.key.logarithmic:
+            keys.masked_fill_(~block.mask[..., None], 0.0)
+        log_gain = log_decay = None
+        if block.log_gain is not None or block.log_decay is not None:
+            log_gain = (keys if self.maps.key.logarithmic else keys * features).sum(dim=-1)
+        if block.log_decay is not None and log_gain is not None:
+            log_decay = _pull_decay(log_gain, (grad_before * before.sums).sum(dim=(1, 2)))
+        count = len(self.maps.query.tensors)
+        found = Tokens(
+            self._pull_map(self.maps.query, block.queries, queries, room.tensors, 0),
+            self._pull_map(self.maps.key, block.keys, keys, room.tensors, count),
+            *(values, log_gain, log_decay, None, None),
+        )
+        for whole, piece in zip(room.tokens, found, strict=True):
+            if whole is not None and piece is not None:
+                place = whole[:, :, part]
+                place.copy_(piece.view(place.shape))
+        return grad_before
+
+    def _open(self, part: slice, state: LinearState, *, after: Tensor) -> tuple[Tokens, Chunks] | list[slice]:
+        """Return a block and its matrices, or the parts it has to be taken in, as its features lie too far apart."""
+        block = take_block(self.tokens, part, self.chunk, self.scratch)
+        chunks = open_chunks(self.maps, block, state, self.scratch, after=after)
+        if chunks is not None:
+            return block, chunks
+        n, size = part.stop - part.start, EXACT_CHUNK
+        if after.device.type == "cpu" and n > EXACT_CHUNK:  # looks cost nothing: find the few tokens that are loud
+            size = self.chunk if n > self.chunk else EXACT_CHUNK
+            return [slice(start, min(start + size, part.stop)) for start in range(part.start, part.stop, size)]
+        if n > EXACT_CHUNK and n % EXACT_CHUNK:
+            return [slice(part.start, part.stop - n % size), slice(part.stop - n % size, part.stop)]
+        block = take_block(self.tokens, part, EXACT_CHUNK, self.scratch)
+        return block, open_exact(self.maps, block, state, self.scratch, after=after)
+
+    def _pull_division(self, part: slice, block: Tokens, chunks: Chunks, outer: list[Tensor]) -> Tensor:
+        """Return the gradient at numerators and denominators `(x, t, c r, e + 1)`."""
+        out, kept, grad, grad_mass = (x[:, :, part] for x in outer)
+        shape = (*chunks.queries.shape[:3], 1)
+        mass = kept.reshape(shape)
+        if chunks.peak is None:
+            mass = mass.masked_fill(mass == 0, 1.0)
+        else:
+            mass = (mass - chunks.peak).masked_fill_(mass == -torch.inf, 0.0).exp2_()
+        mass = mass.to(out.dtype).view(*out.shape[:-1], 1)
+        found = self.scratch("grad seen", *out.shape[:-1], out.shape[-1] + 1)
+        numerator = torch.div(grad, mass, out=found[..., :-1])
+        torch.sum(numerator * out, dim=-1, out=found[..., -1]).neg_()
+        more = grad_mass[..., None].to(mass.dtype)
+        found[..., -1:].add_(more if chunks.peak is None else LOG2_E * more / mass)
+        return found.view(*shape[:3], found.shape[-1])
+
+    def _pull_map(
+        self, a_map: BlockMap, x: Tensor, grad: Tensor, totals: list[Tensor | None], first: int
+    ) -> Tensor:
+        """Pull the gradient at features of x back to x, and add that at the map's tensors to the totals."""
+        wanted = any(total is not None for total in totals)
+        found, tensors = a_map.pull(self.maps.flat(x), self.maps.flat(grad), wanted=wanted)
+        for total, more in zip(totals[first:], tensors, strict=False):
+            if total is not None and more is not None:
+                total.add_(more)
+        return found.view(x.shape)
 
 
-def _plus(total: Tensor | None, more: Tensor | None) -> Tensor | None:
-    return more if total is None or more is None else total.add_(more)
+def _settle(sums: Tensor, exponent: Tensor) -> LinearState:
+    """Put sums, in place, on the exponent at which each feature's mass is about one."""
+    mass = sums[..., -1]
+    empty = mass == 0
+    lower = mass.masked_fill(empty, 1.0).log2().round_()
+    sums.mul_(lower.neg().exp2_()[..., None])
+    return LinearState(sums, (exponent + lower).masked_fill_(empty, EMPTY))
+
+
+def _pull_decay(totals: Tensor, before: Tensor) -> Tensor:
+    """Return the gradient at log_decay `(x, t, c)`.
+
+    To fade at token j is to weaken all keys before it: for a query before j, all that it sees, which cancels.
+
+    Args:
+        totals: `(x, t, c)`, the gradients at the logarithms of the keys' weights.
+        before: `(x,)`, that at the logarithm of the state's.
+    """
+    upto = sum_up_to(totals)
+    chunks = upto[..., -1]
+    earlier = upto - totals + (sum_up_to(chunks) - chunks + before[:, None])[..., None]
+    return earlier.to(totals.dtype)

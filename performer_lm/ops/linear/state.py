@@ -1,32 +1,24 @@
-"""What linear attention keeps of the keys it has seen, and how logarithms are kept exact beside it.
+"""Linear attention's state: all that it keeps of the keys it has seen, of one size whatever their number.
 
-Letters: `b` batch (times key heads, in `rebase`), `g` key heads, `n` tokens, `m` features, `e` value width.
+Letters: `b` batch, `g` key heads, `n` tokens, `m` features, `e` value width.
 """
 
-from math import log2
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from performer_lm.ops.maps import LOG2_E, precise
+from performer_lm.ops.maps import precise
 
 EMPTY = -(2.0**100)
 """The exponent of nothing: so low that any key outweighs it, yet finite, so that differences stay numbers."""
-
-
-BLOCK = 1 << 18
-"""Features (of all tokens, heads and sequences) of a block with a backward, where its tokens are not given.
-
-Caches hold four times as many, but a backward has their gradients, scores and copies beside them.
-"""
 
 
 class LinearState(NamedTuple):
     """The sums of phi(k) [v, 1] over 2^exponent, per feature."""
 
     sums: Tensor  # (b, g, m, e + 1)
-    exponent: Tensor  # (b, g, m), float64: near log2 of the largest feature of the keys
+    exponent: Tensor  # (b, g, m), float64: integers near log2 of the sum of the keys' features
 
 
 def empty_state(
@@ -38,35 +30,32 @@ def empty_state(
     return LinearState(sums, torch.full_like(sums[..., 0], EMPTY, dtype=precise(device)))
 
 
-def block_tokens(state: LinearState, *, backward: bool) -> int:
-    """Return how many tokens make a good block, a power of two from 64 to 512; fewer if a `backward` follows."""
+class Geometry(NamedTuple):
+    """How a sequence is cut: results depend on it by rounding only."""
+
+    chunk: int
+    """Tokens that see each other through a matrix of weights."""
+    block: int
+    """Tokens worked on at once: whole chunks. One state per block is kept for the backward."""
+
+
+def choose_geometry(state: LinearState, *, block: int | None) -> Geometry:
+    """Cut a sequence for a device: what caches hold on a CPU, as much as memory holds elsewhere.
+
+    Args:
+        state: whose device counts, and how many features a token has in it.
+        block: tokens per block where the caller wants another number.
+    """
     b, g, m, _ = state.sums.shape
-    features = BLOCK if backward else 4 * BLOCK
-    return min(max(64, 2 ** round(log2(features / max(1, b * g * m)))), 512)
+    features = CACHED if state.sums.device.type == "cpu" else HELD
+    most = 512 if state.sums.device.type == "cpu" else 1 << 20
+    fitting = 1 << (max(1, features // max(1, b * g * m)).bit_length() - 1)
+    block = block or min(max(CHUNK, fitting), most)
+    return Geometry(min(CHUNK, block), block - block % min(CHUNK, block))
 
 
-class Rebased(NamedTuple):
-    """Logarithms relative to an origin near them, in units of log 2: float32 is finest near zero."""
-
-    shift: Tensor | None  # (b, n, 1), at most 0: what belongs to all features of a token; None for nothing
-    before: Tensor  # (b, 1, m): the state's exponent
-    origin: Tensor | None  # (b, 1, 1)
-
-    def absolute(self, scale: Tensor) -> Tensor:
-        """Return a scale `(b, 1, m)` as an exponent `(b, m)`."""
-        wide = scale.to(self.before.dtype)[:, 0]
-        return wide if self.origin is None else wide + self.origin[:, 0]
-
-
-def rebase(gain: Tensor | None, exponent: Tensor) -> Rebased:
-    """Put gains of tokens `(b, n)`, in natural logarithms, and an exponent `(b, m)` on the largest gain as origin."""
-    if gain is None:
-        return Rebased(None, exponent[:, None], None)
-    gain = LOG2_E * gain.to(exponent.dtype)[..., None]
-    origin = gain.detach().amax(dim=1, keepdim=True)
-    return Rebased(gain - origin, exponent[:, None] - origin, origin)
-
-
-def add_gains(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    """Add what may be missing."""
-    return one if other is None else other if one is None else one + other
+CHUNK = 64
+CACHED = 1 << 19
+"""Features (of all tokens, heads and sequences) of a block on a CPU: with gradients beside them, what caches hold."""
+HELD = 1 << 27
+"""The same on an accelerator: half a GiB in float32."""

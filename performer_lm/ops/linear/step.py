@@ -9,42 +9,42 @@ features.
 import torch
 from torch import Tensor
 
-from performer_lm.ops.linear.sequence import Inputs
-from performer_lm.ops.linear.tokens import Maps, State
-from performer_lm.ops.maps import LOG2_E, BlockMap
+from performer_lm.ops.linear.state import LinearState
+from performer_lm.ops.linear.tokens import Tokens
+from performer_lm.ops.maps import LOG2_E, BlockMap, Maps
 
 ROOM = 40.0
 """How far above the stored exponent a key may lie (in factors of 2) before the sums are put on a higher one."""
 
 
-def attend_token(maps: Maps, inputs: Inputs, state: State, *, own: bool) -> tuple[Tensor, State]:
+def attend_token(maps: Maps, tokens: Tokens, state: LinearState, *, own: bool) -> tuple[Tensor, LinearState]:
     """Attend from a sequence of one token: `(b, h, 1, e)` and the next state.
 
-    Here states are `((b g), ...)`, as they are stored. One that is its `own` to use is written into.
+    A state that is its `own` to use is written into.
     """
-    b, g, _, e = inputs.values.shape
-    sums = state.sums if own else state.sums.clone()
-    values = torch.cat([inputs.values.to(sums.dtype), sums.new_ones(b, g, 1, 1)], dim=-1).flatten(0, 1)
-    queries, keys = _features(maps, inputs, sums)
+    b, g, _, e = tokens.values.shape
+    sums = (state.sums if own else state.sums.clone()).flatten(0, 1)
+    values = torch.cat([tokens.values.to(sums.dtype), sums.new_ones(b, g, 1, 1)], dim=-1).flatten(0, 1)
+    queries, keys = _features(maps, tokens, sums)
     if maps.key.logarithmic:
-        queries, keys, exponent = _weights(maps, inputs, queries, keys, sums, state.exponent)
+        queries, keys, exponent = _weights(maps, tokens, queries, keys, sums, state.exponent.flatten(0, 1))
     else:
-        exponent = state.exponent
-        if inputs.log_decay is not None:
-            sums.mul_(inputs.log_decay.to(sums.dtype).exp().view(-1, 1, 1))
-        if inputs.mask is not None:
-            keys = keys * inputs.mask[:, None, None]
+        exponent = state.exponent.flatten(0, 1)
+        if tokens.log_decay is not None:
+            sums.mul_(tokens.log_decay.to(sums.dtype).exp().view(-1, 1, 1))
+        if tokens.mask is not None:
+            keys = keys * tokens.mask[:, None, None]
     sums.addcmul_(keys.flatten(0, 1).mT, values)
     seen = torch.bmm(queries.flatten(0, 1), sums)
     mass = seen[..., e:]
-    if inputs.mask is not None:
+    if tokens.mask is not None:
         mass = mass.masked_fill(mass == 0, 1.0)
     out = (seen[..., :e] / mass).view(b, -1, 1, e)
-    return out.to(inputs.queries.dtype), State(sums, exponent)
+    return out.to(tokens.queries.dtype), LinearState(sums.view_as(state.sums), exponent.view_as(state.exponent))
 
 
 def _weights(
-    maps: Maps, inputs: Inputs, queries: Tensor, keys: Tensor, sums: Tensor, exponent: Tensor
+    maps: Maps, tokens: Tokens, queries: Tensor, keys: Tensor, sums: Tensor, exponent: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Turn log features into weights over the state's exponents; return these as they are now, `((b g), m)`.
 
@@ -53,16 +53,16 @@ def _weights(
     """
     b, g = keys.shape[:2]
     exponent = exponent.view(b, g, 1, -1)
-    if inputs.log_decay is not None:
-        exponent = exponent + LOG2_E * inputs.log_decay[..., None]
+    if tokens.log_decay is not None:
+        exponent = exponent + LOG2_E * tokens.log_decay[..., None]
     keys = keys.to(exponent.dtype)
-    gain = maps.key.gain(inputs.keys.transpose(0, 1)[:, :, 0])
+    gain = maps.key.gain(tokens.keys.transpose(0, 1)[:, :, 0])
     if gain is not None:
         keys = keys + LOG2_E * gain.mT[..., None, None]
-    if inputs.log_gain is not None:
-        keys = keys + LOG2_E * inputs.log_gain[..., None]
-    if inputs.mask is not None:
-        keys = keys.masked_fill(~inputs.mask[:, None, :, None], -torch.inf)
+    if tokens.log_gain is not None:
+        keys = keys + LOG2_E * tokens.log_gain[..., None]
+    if tokens.mask is not None:
+        keys = keys.masked_fill(~tokens.mask[:, None, :, None], -torch.inf)
     rise = keys - exponent
     if _must_look_blindly(rise) or float(rise.amax()) > ROOM:
         higher = torch.maximum(exponent, keys)
@@ -78,11 +78,11 @@ def _must_look_blindly(x: Tensor) -> bool:
     return x.device.type != "cpu" or torch.compiler.is_compiling()
 
 
-def _features(maps: Maps, inputs: Inputs, sums: Tensor) -> tuple[Tensor, Tensor]:
+def _features(maps: Maps, tokens: Tokens, sums: Tensor) -> tuple[Tensor, Tensor]:
     """Return what the maps write for queries and keys: `(b, g, r, m)` and `(b, g, 1, m)`."""
-    b, g, _, d = inputs.keys.shape  # einops would take as long as the products do
-    queries = inputs.queries.to(sums.dtype).reshape(b, g, -1, d).transpose(0, 1)
-    keys = inputs.keys.to(sums.dtype).transpose(0, 1)
+    b, g, _, d = tokens.keys.shape  # einops would take as long as the products do
+    queries = tokens.queries.to(sums.dtype).reshape(b, g, -1, d).transpose(0, 1)
+    keys = tokens.keys.to(sums.dtype).transpose(0, 1)
     if maps.query.writes_like(maps.key):  # one product reads the projection once
         both = _write(maps.key, torch.cat([queries, keys], dim=2), sums.shape[1])
         return both[:, :, :-1], both[:, :, -1:]

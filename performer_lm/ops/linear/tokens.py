@@ -1,113 +1,78 @@
-"""The tokens of a block, and their features before they are put on a scale.
+"""A run of tokens: whole, as a caller has it, and as a block of chunks that is worked on at once.
 
-Logarithms are in units of log 2 and relative to an origin near them, as float32 is finest near zero.
-
-Letters: `b` batch times key heads, `g` key heads, `r` queries per key, `n` tokens of the block, `d` head width, `e`
-value width, `m` features.
+Letters: `b` batch, `h` heads, `g` key heads, `r` = h / g queries per key, `n` tokens, `x` = g b, `t` chunks of a block,
+`c` tokens of one, `d` head width, `e` value width.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple, Self
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from performer_lm.ops.linear.fading import Times
 from performer_lm.ops.linear.scratch import Scratch
-from performer_lm.ops.linear.state import Rebased, add_gains, rebase
-from performer_lm.ops.maps import BlockMap
-
-TILE = 32
-"""Tokens that see each other through a matrix: more cost arithmetic, fewer cost passes over the sums."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Maps:
-    """The features of queries and of keys."""
-
-    query: BlockMap
-    key: BlockMap
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors of both."""
-        return (*self.query.tensors, *self.key.tensors)
-
-    def with_tensors(self, tensors: tuple[Tensor, ...]) -> Self:
-        """Return the same maps over other tensors."""
-        count = len(self.query.tensors)
-        return type(self)(query=self.query.with_tensors(tensors[:count]), key=self.key.with_tensors(tensors[count:]))
-
-    @property
-    def code(self) -> str:
-        """Return all but the tensors as text."""
-        return f"{len(self.query.tensors)}|{self.query.code}|{self.key.code}"
-
-    @classmethod
-    def decode(cls, code: str, tensors: tuple[Tensor, ...]) -> Self:
-        """Return the maps that have this code, over these tensors."""
-        count, query, key = code.split("|")
-        own, other = tensors[: int(count)], tensors[int(count) :]
-        return cls(query=BlockMap.decode(query, own), key=BlockMap.decode(key, other))
 
 
 class Tokens(NamedTuple):
-    """What a block is made of, in the dtype of the sums, with nothing left in masked tokens."""
+    """What comes with a run of tokens, or the gradients at it.
 
-    queries: Tensor  # (b, n r, d)
-    keys: Tensor  # (b, n, d)
-    values: Tensor  # (b, n, e + 1): [v, 1]
-    log_gain: Tensor | None  # (b, n)
-    mask: Tensor | None  # (b, n)
-    times: Times
-    groups: int  # g
+    A caller's has the shapes that stand first. In a block batch and key heads are one dimension `(g b)`, so that one
+    product maps all of a head's tokens; vectors are in the dtype of the sums, and masked ones zero.
+    """
 
-    @property
-    def tiles(self) -> int:
-        """Return t: a block is whole tiles, or part of one."""
-        return max(1, self.keys.shape[1] // TILE)
+    queries: Tensor  # (b, h, n, d); block (x, t, c r, d)
+    keys: Tensor  # (b, g, n, d); (x, t, c, d)
+    values: Tensor  # (b, g, n, e); (x, t, c, e + 1), [v, 1]
+    log_gain: Tensor | None  # (b, g, n); (x, t, c): added to all log features of a key
+    log_decay: Tensor | None  # (b, g, n), 0 where masked; (x, t, c)
+    mask: Tensor | None  # (b, n); (x, t, c): False keys are absent
+    documents: Tensor | None  # (b, 1 + n); (x, t, 1 + c): the document of the token before stands first
 
-
-class State(NamedTuple):
-    """The sums of phi(k) [v, 1] over 2^exponent, per feature."""
-
-    sums: Tensor  # (b, m, e + 1)
-    exponent: Tensor  # (b, m), float64
-
-
-class Keys(NamedTuple):
-    """A block's keys as features, before a scale is taken off."""
-
-    rows: Tensor  # (b, n, m): log features, -inf where masked; or features, 0 where masked
-    base: Rebased  # what they are relative to
-    scale: Tensor | None  # (b, 1, m): the largest in sight at the end of the block, likewise; None without logarithms
+    def by_key_heads(self) -> "Tokens":
+        """View all of a caller's as `(g, b, n, ...)`, queries as `(g, b, n, r, d)`: how blocks are cut out of it."""
+        g = self.keys.shape[1]
+        keys, values = (x.transpose(0, 1) for x in (self.keys, self.values))
+        log_gain, log_decay = (None if x is None else x.transpose(0, 1) for x in (self.log_gain, self.log_decay))
+        mask, documents = (None if x is None else x.expand(g, -1, -1) for x in (self.mask, self.documents))
+        return Tokens(by_key_heads(self.queries, g), keys, values, log_gain, log_decay, mask, documents)
 
 
-def flat(x: Tensor, groups: int) -> Tensor:
-    """View `(b, n, ...)` as a map takes it: `(g, n, ...)`, with the tokens of the whole batch."""
-    return x.reshape(groups, -1, x.shape[-1])
+def by_key_heads(x: Tensor, g: int) -> Tensor:
+    """View `(b, h, n, ...)` as `(g, b, n, r, ...)`."""
+    return rearrange(x, "b (g r) n ... -> g b n r ...", g=g)
 
 
-def open_keys(maps: Maps, tokens: Tokens, exponent: Tensor, scratch: Scratch) -> Keys:
-    """Map a block's keys to features."""
-    x, (b, n, _) = flat(tokens.keys, tokens.groups), tokens.keys.shape
-    rows = scratch("keys", b, n, exponent.shape[-1])
-    hidden = None if tokens.mask is None else ~tokens.mask[..., None]
-    if not maps.key.logarithmic:
-        maps.key.write(x, flat(rows, tokens.groups), add=False)
-        return Keys(rows if hidden is None else rows.masked_fill_(hidden, 0.0), rebase(None, exponent), None)
-    gain = maps.key.gain(x)
-    base = rebase(add_gains(None if gain is None else gain.view(b, n), tokens.log_gain), exponent)
-    if base.shift is not None:
-        rows.copy_(base.shift.expand_as(rows))
-    maps.key.write(x, flat(rows, tokens.groups), add=base.shift is not None)
-    rows = rows if hidden is None else rows.masked_fill_(hidden, -torch.inf)
-    return Keys(rows, base, torch.maximum(base.before.to(rows.dtype), rows.amax(dim=1, keepdim=True)))
+def cut(n: int, block: int, chunk: int) -> Iterator[slice]:
+    """Cut n tokens into blocks; what is left over into one of whole chunks, and a last part of a chunk."""
+    start = 0
+    while start < n:
+        size = min(block, n - start)
+        size = size - size % chunk if size > chunk else size
+        yield slice(start, start + size)
+        start += size
 
 
-def pull_map(
-    a_map: BlockMap, x: Tensor, grad: Tensor, groups: int, wanted: bool
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Pull the gradient `(b, n, m)` at features of x `(b, n, d)` back to x and, if `wanted`, the map's tensors."""
-    found, tensors = a_map.pull(flat(x, groups), flat(grad, groups), wanted=wanted)
-    return found.view_as(x), tensors
+def take_block(tokens: Tokens, part: slice, chunk: int, scratch: Scratch) -> Tokens:
+    """Copy a block out of `Tokens.by_key_heads`."""
+    queries, keys, values, *rest = (None if x is None else x[:, :, part] for x in tokens[:6])
+    assert queries is not None
+    assert keys is not None
+    assert values is not None
+    g, b, n, r, d = queries.shape
+    t = max(1, n // chunk)
+    with_ones = scratch("values", *values.shape[:-1], values.shape[-1] + 1)
+    with_ones[..., :-1].copy_(values)
+    with_ones[..., -1] = 1.0
+    shape, dtype = (g * b, t, keys.shape[2] // t), with_ones.dtype
+    queries = queries.reshape(g * b, t, n // t * r, d).to(dtype)
+    keys, with_ones = keys.reshape(*shape, d).to(dtype), with_ones.view(*shape, values.shape[-1] + 1)
+    log_gain, log_decay, mask = (None if x is None else x.reshape(shape) for x in rest)
+    if mask is not None:
+        keys = keys.masked_fill(~mask[..., None], 0.0)
+        with_ones.masked_fill_(~mask[..., None], 0.0)
+    documents = None
+    if tokens.documents is not None:
+        around = tokens.documents[:, :, part.start : part.stop + 1].reshape(g * b, n + 1)
+        documents = around.unfold(1, n // t + 1, n // t)
+    return Tokens(queries, keys, with_ones, log_gain, log_decay, mask, documents)

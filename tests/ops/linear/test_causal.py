@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from performer_lm.ops.linear import LinearState, absorb_keys, causal_linear_attention, empty_state, read_state
-from performer_lm.ops.linear import block as linear_block
-from performer_lm.ops.linear import tokens as linear_tokens
-from performer_lm.ops.linear.state import block_tokens
+from performer_lm.ops.linear import chunks as linear_chunks
+from performer_lm.ops.linear import state as linear_state
 from performer_lm.ops.maps import Exponential
 
 FLOAT64 = 1e-10
@@ -81,13 +80,13 @@ def blockwise(
     )
 
 
-@pytest.fixture(params=["one scale", "tiles", "halves"])
+@pytest.fixture(params=["one chunk a block", "several", "exact"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run a test as inputs decide, with blocks of several tiles, and with the form that asks nothing of inputs."""
-    if request.param != "one scale":
-        monkeypatch.setattr(linear_tokens, "TILE", 2)
-    if request.param == "halves":
-        monkeypatch.setattr(linear_block, "_on_one_scale", lambda keys, times: False)
+    """Run a test as inputs decide, with blocks of several chunks, and with every chunk summed pair by pair."""
+    if request.param != "one chunk a block":
+        monkeypatch.setattr(linear_state, "CHUNK", 2)
+    if request.param == "exact":
+        monkeypatch.setattr(linear_chunks, "REACH", -1.0)
     return str(request.param)
 
 
@@ -235,19 +234,6 @@ def test_gradcheck(names: set[str]) -> None:
     assert torch.autograd.gradcheck(both, (*tensors, state.sums.requires_grad_(), *decay))
 
 
-def test_backward_takes_the_form_that_forward_took(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Denominators are kept on the scale of their form, so a second choice that came out otherwise would be wrong."""
-    tensors = [x.requires_grad_() for x in inputs(13)]
-    for first in (True, False):
-        monkeypatch.setattr(linear_block, "_on_one_scale", lambda keys, times, first=first: first)
-        out, _ = blockwise(*tensors)
-        monkeypatch.setattr(linear_block, "_on_one_scale", lambda keys, times, first=first: not first)
-        found = torch.autograd.grad(out.square().sum(), tensors)
-        expected = torch.autograd.grad(quadratic(*tensors).square().sum(), tensors)
-        for one, other in zip(found, expected, strict=True):
-            assert (one - other).abs().max() < FLOAT64
-
-
 def test_no_features_are_kept_for_the_backward() -> None:
     n, m, e = 256, 5, 3
     q, k, v = (x.requires_grad_() for x in inputs(n))
@@ -270,17 +256,6 @@ def test_runs_without_looking_at_values() -> None:
         out, state = blockwise(q, k, v, mask=torch.ones(2, 13, dtype=torch.bool), log_decay=torch.zeros(2, 2, 13))
     assert out.shape == (2, 4, 13, 3)
     assert state.sums.shape == (2, 2, 5, 4)
-
-
-@pytest.mark.parametrize(
-    ("batch", "features", "expected"),
-    [(1, 266, (128, 512)), (1, 64, (512, 512)), (64, 266, (64, 64)), (4, 64, (128, 512))],
-)
-def test_blocks_hold_about_as_many_features_whatever_the_shape(
-    batch: int, features: int, expected: tuple[int, int]
-) -> None:
-    state = empty_state(batch, 8, features, 8, device=torch.device("meta"), dtype=torch.float32)
-    assert tuple(block_tokens(state, backward=backward) for backward in (True, False)) == expected
 
 
 @pytest.mark.parametrize("backward", [True, False])

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from performer_lm.ops.linear import LinearState, causal_linear_attention, empty_state
-from performer_lm.ops.linear.compiled import _attend, _pull
-from performer_lm.ops.linear.tokens import Maps, State
-from performer_lm.ops.maps import BlockMap, Exponential, Generalized
+from performer_lm.ops.linear.operator import _attend, _pull
+from performer_lm.ops.maps import BlockMap, Exponential, Generalized, Maps
 
 compiled = partial(torch.compile, backend="aot_eager", fullgraph=True)  # a graph break is an error
 
@@ -87,15 +86,15 @@ def test_compiled_steps_are_the_eager_ones() -> None:
 @pytest.mark.parametrize("keep", [False, True])
 def test_operators_keep_what_they_promise(keep: bool) -> None:
     query_map, key_map = maps("softmax", wanted=True)
-    pair = Maps(query=query_map, key=key_map)
-    before = State(*(x.transpose(0, 1).flatten(0, 1) for x in start()))
+    pair = Maps(query=query_map, key=key_map, groups=2)
+    before = LinearState(*(x.transpose(0, 1).flatten(0, 1) for x in start()))
     leaves = [*inputs(7), *before, *pair.tensors]
-    arguments: tuple[Any, ...] = (leaves, "xxx----xxxx", pair.code, 4, keep)
+    arguments: tuple[Any, ...] = (leaves, "xxx----xxxx", pair.code, 2, 4, keep)
     torch.library.opcheck(_attend, arguments, test_utils=("test_schema", "test_faketensor"))
     if keep:
-        trace = [_attend(*arguments)[place].detach() for place in (0, 3, 4, 2, 5)]
-        grads = torch.randn_like(trace[0]), torch.randn_like(before.sums)
+        trace = [x.detach() for x in _attend(*arguments)]
+        grads = [torch.randn_like(x) for x in (trace[0], trace[1], trace[-1])]
         plain = [x.detach() for x in leaves]
         torch.library.opcheck(
-            _pull, (plain, trace, *grads, *arguments[1:4], True), test_utils=("test_schema", "test_faketensor")
+            _pull, (plain, trace, grads, *arguments[1:5], True), test_utils=("test_schema", "test_faketensor")
         )

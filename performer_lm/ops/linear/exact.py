@@ -1,0 +1,85 @@
+"""A block of causal linear attention at any loudness: chunks whose own weights are summed pair by pair, in logarithms.
+
+Every weight a query finds, in its chunk by the definition (`naive.py`) and in the past through the state, is put
+relative to the largest of them, so what vanishes beside it is nothing. Chunks are short, since this costs c x c x m
+exponentials each; `chunks.py` does the rest, and all of a block whose features lie near each other.
+
+Letters: as in `chunks.py`.
+"""
+
+import torch
+from torch import Tensor
+
+from performer_lm.ops.linear.chunks import (
+    Chunks,
+    carry,
+    find_steps,
+    loudest_before,
+    write_keys,
+    write_queries,
+)
+from performer_lm.ops.linear.fading import Fading, sum_up_to
+from performer_lm.ops.linear.naive import log_weights
+from performer_lm.ops.linear.scratch import Scratch
+from performer_lm.ops.linear.state import EMPTY, LinearState
+from performer_lm.ops.linear.tokens import Tokens
+from performer_lm.ops.maps import LOG2_E, Maps
+
+EXACT_CHUNK = 16
+
+
+def open_exact(maps: Maps, tokens: Tokens, state: LinearState, scratch: Scratch, *, after: Tensor) -> Chunks:
+    """Compute what `open_chunks` does, for logarithmic features at any loudness; arguments are the same."""
+    rows, origin = write_keys(maps, tokens, state, scratch)
+    assert origin is not None, "features that are no logarithms always fit"
+    queries = write_queries(maps, tokens, None, rows, scratch)
+    fading, past, visible = _fade(tokens)
+    until = past[..., -1:] - past
+    if tokens.documents is not None:
+        until = until.masked_fill(tokens.documents[..., 1:] != tokens.documents[..., -1:], -torch.inf)
+    ends = rows + until[..., None].to(rows.dtype)
+    ending = (ends.amax(dim=2) + origin).clamp_(min=EMPTY)
+    before, _ = loudest_before(state.exponent, ending, fading)
+    kept = before if fading.total is None else before + fading.total
+    kept = kept if fading.ended is None else kept.masked_fill(fading.ended, EMPTY)
+    steps = find_steps(state.exponent, before, ending, torch.maximum(kept, ending), fading, rows.dtype)
+
+    r = queries.shape[2] // rows.shape[2]
+    from_past = queries + ((before - origin)[:, :, None] + past[..., None]).repeat_interleave(r, dim=2)
+    if tokens.documents is not None:
+        others = tokens.documents[..., 1:] != tokens.documents[..., :1]
+        from_past.masked_fill_(others.repeat_interleave(r, dim=2)[..., None], -torch.inf)
+    keys = rows if tokens.mask is None else rows.masked_fill(~tokens.mask[..., None], 0.0)
+    lag = (past[..., :, None] - past[..., None, :]).to(rows.dtype) / LOG2_E
+
+    def own(queries: Tensor, keys: Tensor) -> Tensor:
+        apart = queries.unflatten(2, (-1, r)).transpose(2, 3)
+        found = log_weights(apart, keys[:, :, None], visible=visible[:, :, None], fading=lag[:, :, None])
+        return found.transpose(2, 3).flatten(2, 3)
+
+    loudness = keys.amax(dim=-1, keepdim=True)  # added last, as float32 is finest near zero
+    logs, pull_own = torch.func.vjp(own, queries / LOG2_E, (keys - loudness) / LOG2_E)
+    logs = LOG2_E * logs.to(origin.dtype) + loudness.mT
+    peak = torch.maximum(from_past.amax(dim=-1, keepdim=True), logs.amax(dim=-1, keepdim=True)).clamp_(min=EMPTY)
+    queries.copy_((from_past - peak).exp2_())
+    rows.copy_((ends - (ending - origin)[:, :, None]).exp2_())
+    states = carry(rows, tokens.values, state.sums, steps, scratch, after=after)
+    scores = (logs - peak).exp2_().to(rows.dtype)
+    return Chunks(queries, rows, scores, states, fading, steps, peak + origin[..., None], pull_own)
+
+
+def _fade(tokens: Tokens) -> tuple[Fading, Tensor, Tensor]:
+    """Return what `find_steps` needs, log2 of what is left of the past at each token `(x, t, c)` by decay, and which
+    keys it sees `(x, t, i, j)`.
+    """
+    x, t, c, _ = tokens.keys.shape
+    visible = torch.ones(c, c, dtype=torch.bool, device=tokens.keys.device).tril_().expand(x, t, c, c)
+    log_decay = tokens.keys.new_zeros(x, t, c) if tokens.log_decay is None else tokens.log_decay
+    past, ended = LOG2_E * sum_up_to(log_decay), None
+    if tokens.mask is not None:
+        visible = visible & tokens.mask[..., None, :]
+    if tokens.documents is not None:
+        first, own, last = tokens.documents[..., :1], tokens.documents[..., 1:], tokens.documents[..., -1:]
+        visible = visible & (own[..., :, None] == own[..., None, :])
+        ended = first != last
+    return Fading(visible, None, None, past[..., -1:], ended), past, visible

@@ -1,0 +1,127 @@
+"""Causal linear attention as PyTorch sees it: an operator with a gradient, which no compiler looks into.
+
+The loop over blocks looks at values, to see whether a block's features fit its form, and works in memory of its own,
+so autograd and `torch.compile` take it whole. An operator knows tensors, numbers and text only: feature maps pass through
+as their tensors and their code, and what is not given is left out of the list.
+
+Letters: `b` batch, `h` heads, `n` tokens, `x` batch times key heads, `e` value width, `m` features.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from performer_lm.ops.linear.sequence import Trace, attend, pull
+from performer_lm.ops.linear.state import Geometry, LinearState
+from performer_lm.ops.linear.tokens import Tokens, cut
+from performer_lm.ops.maps import Maps
+
+FIRST_STATE, FIRST_MAP = len(Tokens._fields), len(Tokens._fields) + len(LinearState._fields)
+FIXED = {Tokens._fields.index("mask"), Tokens._fields.index("documents"), FIRST_MAP - 1}  # the last is the exponent
+
+
+def run(maps: Maps, geometry: Geometry, tokens: Tokens, state: LinearState) -> Trace:
+    """Attend to a sequence from a state `(x, m, e + 1)`, as `sequence.attend` does, with gradients."""
+    leaves = [*tokens, *state, *maps.tensors]
+    given = "".join("-" if leaf is None else "x" for leaf in leaves)
+    there = [leaf for leaf in leaves if leaf is not None]
+    keep = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in there)
+    return Trace(*_attend(there, given, maps.code, *geometry, keep))
+
+
+@torch.library.custom_op("performer_lm::causal_linear_attention", mutates_args=())
+def _attend(
+    leaves: Sequence[Tensor], given: str, code: str, chunk: int, block: int, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the fields of a `Trace`.
+
+    Args:
+        leaves: tokens, state and the maps' tensors, as far as they are there.
+        given: which of them are there: `x` or `-` for each.
+        code: of the maps.
+        chunk: of the geometry.
+        block: likewise.
+        keep: all states, for a backward.
+    """
+    tokens, state, maps = _take_apart(leaves, given, code)
+    return tuple(attend(maps, Geometry(chunk, block), tokens, state, keep=keep))  # type: ignore[return-value]
+
+
+@_attend.register_fake
+def _(
+    leaves: Sequence[Tensor], given: str, code: str, chunk: int, block: int, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tokens, (sums, exponent), _ = _take_apart(leaves, given, code)
+    rows, blocks = tokens.queries.shape[:3], len(list(cut(tokens.queries.shape[2], block, chunk)))
+    return (
+        sums.new_empty(*rows, tokens.values.shape[-1]),
+        exponent.new_empty(rows),
+        sums.new_empty(blocks if keep else 0, *sums.shape),
+        exponent.new_empty(1 + blocks, *exponent.shape),
+        torch.empty_like(sums),
+    )
+
+
+@torch.library.custom_op("performer_lm::pull_causal_linear_attention", mutates_args=())
+def _pull(
+    leaves: Sequence[Tensor],
+    trace: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    given: str,
+    code: str,
+    chunk: int,
+    block: int,
+    wanted: bool,
+) -> list[Tensor]:
+    """Return the gradients at those leaves that have one, in their order, contiguous: a compiler must know strides."""
+    tokens, _, maps = _take_apart(leaves, given, code)
+    found, sums, totals = pull(maps, Geometry(chunk, block), tokens, Trace(*trace), tuple(grads), wanted=wanted)
+    return [x.contiguous() for x in (*found, sums, *totals) if x is not None]
+
+
+@_pull.register_fake
+def _(
+    leaves: Sequence[Tensor],
+    trace: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    given: str,
+    code: str,
+    chunk: int,
+    block: int,
+    wanted: bool,
+) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x, has in zip(leaves, _have_gradients(given, wanted), strict=True) if has]
+
+
+def _take_apart(leaves: Sequence[Tensor], given: str, code: str) -> tuple[Tokens, LinearState, Maps]:
+    rest = iter(leaves)
+    found: list[Any] = [next(rest) if mark == "x" else None for mark in given]
+    tokens, state = Tokens(*found[:FIRST_STATE]), LinearState(*found[FIRST_STATE:FIRST_MAP])
+    return tokens, state, Maps.decode(code, tuple(found[FIRST_MAP:]))
+
+
+def _have_gradients(given: str, wanted: bool) -> list[bool]:
+    """Return True for each leaf that is there and has a gradient: masks, exponents and fixed maps have none."""
+    return [place not in FIXED and (place < FIRST_MAP or wanted) for place, mark in enumerate(given) if mark == "x"]
+
+
+def _keep(ctx: Any, inputs: Any, output: Any) -> None:
+    leaves, ctx.given, ctx.code, ctx.chunk, ctx.block, _ = inputs
+    ctx.count = len(leaves)
+    ctx.mark_non_differentiable(*output[2:4])
+    ctx.save_for_backward(*leaves, *output[:4])
+
+
+def _backward(ctx: Any, grad: Tensor, grad_mass: Tensor, *rest: Tensor) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors  # once: recomputation gives them away
+    leaves, trace = list(saved[: ctx.count]), list(saved[ctx.count :])
+    wanted = any(x.requires_grad for x in leaves[len(leaves) - len(ctx.given) + FIRST_MAP :])
+    grads = [grad, grad_mass, rest[-1]]
+    settings = (ctx.given, ctx.code, ctx.chunk, ctx.block, wanted)
+    found = iter(_pull(leaves, [*trace, rest[-1]], grads, *settings))
+    return [next(found) if has else None for has in _have_gradients(ctx.given, wanted)], None, None, None, None, None
+
+
+_attend.register_autograd(_backward, setup_context=_keep)
