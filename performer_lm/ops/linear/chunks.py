@@ -27,12 +27,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from performer_lm.ops.linear.fading import Fading, fade, sum_up_to
 from performer_lm.ops.linear.scratch import Scratch
 from performer_lm.ops.linear.state import EMPTY, LinearState
 from performer_lm.ops.linear.tokens import Tokens
-from performer_lm.ops.maps import LOG2_E, BlockMap, Maps, precise
+from performer_lm.ops.maps import LOG2_E, Maps
 
 REACH = 120.0
 """How far apart (in factors of 2) the loudest key and the weight that a query surely sees may lie."""
@@ -46,8 +47,8 @@ class Steps(NamedTuple):
     """What sums are multiplied by on their way through a block; None stands for 1."""
 
     first: Tensor | None  # (x, m): those before the block
-    kept: Tensor | None  # (x, t, m or 1): those before a chunk, to be those after it
-    gained: Tensor | None  # (x, t, m): those of a chunk alone, likewise
+    kept: Tensor | None  # (x, t, m or 1): those before a chunk, to be part of those after it
+    gained: Tensor | None  # (x, t, m): those of a chunk's own tokens, likewise
     last: Tensor | None  # (x, m), float64: the exponent of the sums after the block
 
 
@@ -64,9 +65,7 @@ class Chunks(NamedTuple):
     pull_own: PullOwn | None  # from the gradient at log P to those at r and l; None where P = D * (a b^T)
 
 
-def open_chunks(
-    maps: Maps, tokens: Tokens, state: LinearState, scratch: Scratch, *, after: Tensor
-) -> Chunks | None:
+def open_chunks(maps: Maps, tokens: Tokens, state: LinearState, scratch: Scratch, *, after: Tensor) -> Chunks | None:
     """Compute a block's matrices, and the sums after it; None where a chunk reaches too far.
 
     Args:
@@ -74,62 +73,54 @@ def open_chunks(
         tokens: a block.
         state: before it, `(x, m, e + 1)` and `(x, m)`.
         scratch: memory to work in, which the matrices stay in.
-        after: `(x, m, e + 1)`, where the sums after the block go, relative to `Steps.last`.
+        after: `(x, m, e + 1)`, where the sums after the block go, relative to `Steps.last`; may be the state's.
     """
     if not tokens.keys.shape[2]:
         return _open_reading(maps, tokens, state, scratch, after=after)
     fading = fade(tokens.log_decay, tokens.documents, scratch.triangle(tokens.keys.shape[2]))
     rows, origin = write_keys(maps, tokens, state, scratch)
     if origin is None:
-        queries, peak = write_queries(maps, tokens, None, rows, scratch), None
-        total, ended = fading.total, fading.ended
-        kept = None if total is None and ended is None else rows.new_ones(*rows.shape[:2], 1)
-        kept = kept if kept is None or total is None else kept * total.exp2().to(rows.dtype)
-        kept = kept if kept is None or ended is None else kept.masked_fill(ended, 0.0)
-        steps = Steps(None, kept, None, None)
+        queries, peak, left = write_queries(maps, tokens, None, scratch, rows.shape[-1]), None, fading.left
+        steps = Steps(None, None if left is None else left.to(rows.dtype), None, None)
     else:
-        mid, reach = _find_scale(rows, origin, tokens, fading, state.exponent)
-        if not is_within(reach, REACH):
+        scale, reach = _find_scale(rows, origin, tokens, state, fading)
+        if not _is_within(reach, REACH):
             return None
-        shift = (mid - origin).to(rows.dtype)
+        shift = (scale - origin).to(rows.dtype)
         rows.sub_(shift[:, :, None]).exp2_()
-        queries = write_queries(maps, tokens, shift, rows, scratch)
-        largest = queries.amax(dim=-1, keepdim=True) - SHIFT
+        queries = write_queries(maps, tokens, shift, scratch, rows.shape[-1])
+        largest = queries.amax(dim=-1, keepdim=True).sub_(SHIFT)
         queries.sub_(largest).exp2_()
         peak = largest + origin[..., None]
-        after_each = torch.cat([mid[:, 1:], mid[:, -1:]], dim=1)
-        steps = find_steps(state.exponent, mid, mid, after_each, fading, rows.dtype)
+        steps = find_steps(state.exponent, scale, scale, fading, rows.dtype)
     scores = scratch("scores", *queries.shape[:3], rows.shape[2])
-    torch.bmm(queries.flatten(0, 1), rows.flatten(0, 1).mT, out=scores.flatten(0, 1))
+    multiply(queries, rows.mT, out=scores)
     scale_rows(scores, fading.between)
     states = carry(rows, at_end(tokens.values, fading), state.sums, steps, scratch, after=after)
     return Chunks(queries, rows, scores, states, fading, steps, peak, None)
 
 
 def _open_reading(maps: Maps, tokens: Tokens, state: LinearState, scratch: Scratch, *, after: Tensor) -> Chunks:
-    """Compute the matrices of queries that come without keys: all they see is the state."""
-    exponent = state.exponent - state.exponent.amax(dim=-1, keepdim=True)
-    rows, peak = state.sums.new_empty(*tokens.keys.shape[:3], state.sums.shape[1]), None
+    """Compute the matrices of queries that come without keys: all they see is the state, which stays."""
+    rows = tokens.keys.new_empty(*tokens.keys.shape[:3], state.sums.shape[1])
+    exponent, peak = state.exponent - state.exponent.amax(dim=-1, keepdim=True), None
     shift = exponent[:, None].to(rows.dtype) if maps.query.logarithmic else None
-    queries = write_queries(maps, tokens, shift, rows, scratch)
+    queries = write_queries(maps, tokens, shift, scratch, rows.shape[-1])
     if shift is not None:
         peak = queries.amax(dim=-1, keepdim=True)
         queries.sub_(peak).exp2_()
     after.copy_(state.sums)
-    scores, states = queries.new_empty(*queries.shape[:3], 0), after[:, None]
-    still = Steps(None, None, None, None)
-    fading = Fading(queries.new_ones(1, 1, 0), None, None, None, None)
-    return Chunks(queries, rows, scores, states, fading, still, peak, None)
+    scores, fading = queries.new_empty(*queries.shape[:3], 0), Fading(queries.new_ones(1, 1, 0), None, None, None, None)
+    return Chunks(queries, rows, scores, after[:, None], fading, Steps(None, None, None, None), peak, None)
 
 
 def read_chunks(chunks: Chunks, values: Tensor, scratch: Scratch) -> Tensor:
     """Return what the queries see, N `(x, t, c r, e + 1)`, given V `(x, t, c, e + 1)`."""
     seen = scratch("seen", *chunks.queries.shape[:3], values.shape[-1])
-    torch.bmm(chunks.queries.flatten(0, 1), chunks.states.flatten(0, 1), out=seen.flatten(0, 1))
+    multiply(chunks.queries, chunks.states, out=seen)
     if chunks.fading.since_start is not None:
         scale_rows(seen, chunks.fading.since_start)
-    seen.flatten(0, 1).baddbmm_(chunks.scores.flatten(0, 1), values.flatten(0, 1))
-    return seen
+    return multiply(chunks.scores, values, out=seen, add=True)
 
 
 def pull_chunks(
@@ -150,22 +141,19 @@ def pull_chunks(
     """
     queries, rows, scores, states, fading, steps, peak, pull_own = chunks
     late = grad if fading.since_start is None else scale_rows(scratch.take("late", grad), fading.since_start)
-    grad_gained, grad_before = carry_back(queries, late, grad_after, steps, scratch)
-    grad_scores = scratch("grad scores", *scores.shape)
-    torch.bmm(grad.flatten(0, 1), values.flatten(0, 1).mT, out=grad_scores.flatten(0, 1))
-    grad_queries, grad_keys = scratch("grad queries", *queries.shape), scratch("grad keys", *rows.shape)
-    torch.bmm(late.flatten(0, 1), states.flatten(0, 1).mT, out=grad_queries.flatten(0, 1))
-    torch.bmm(at_end(values, fading).flatten(0, 1), grad_gained.flatten(0, 1).mT, out=grad_keys.flatten(0, 1))
+    grad_gained, grad_before = _carry_back(queries, late, grad_after, steps, scratch)
+    grad_scores = multiply(grad, values.mT, out=scratch("grad scores", *scores.shape))
+    grad_queries = multiply(late, states.mT, out=scratch("grad queries", *queries.shape))
+    grad_keys = multiply(at_end(values, fading), grad_gained.mT, out=scratch("grad keys", *rows.shape))
     e = values.shape[-1] - 1
-    grad_values = scratch("grad values", *values.shape[:3], e)
-    torch.bmm(rows.flatten(0, 1), grad_gained[..., :e].flatten(0, 1), out=grad_values.flatten(0, 1))
+    grad_values = multiply(rows, grad_gained[..., :e], out=scratch("grad values", *values.shape[:3], e))
     if fading.until_end is not None:
         grad_values.mul_(fading.until_end)
-    grad_values.flatten(0, 1).baddbmm_(scores.flatten(0, 1).mT, grad[..., :e].flatten(0, 1))
+    multiply(scores.mT, grad[..., :e], out=grad_values, add=True)
     if pull_own is None:
         scale_rows(grad_scores, fading.between)
-        grad_queries.flatten(0, 1).baddbmm_(grad_scores.flatten(0, 1), rows.flatten(0, 1))
-        grad_keys.flatten(0, 1).baddbmm_(grad_scores.flatten(0, 1).mT, queries.flatten(0, 1))
+        multiply(grad_scores, rows, out=grad_queries, add=True)
+        multiply(grad_scores.mT, queries, out=grad_keys, add=True)
     if peak is not None:
         grad_queries, grad_keys = queries.mul_(grad_queries), rows.mul_(grad_keys)
     if pull_own is not None:
@@ -202,9 +190,9 @@ def write_keys(maps: Maps, tokens: Tokens, state: LinearState, scratch: Scratch)
     return (rows if tokens.mask is None else rows.masked_fill_(~tokens.mask[..., None], -torch.inf)), origin
 
 
-def write_queries(maps: Maps, tokens: Tokens, shift: Tensor | None, rows: Tensor, scratch: Scratch) -> Tensor:
+def write_queries(maps: Maps, tokens: Tokens, shift: Tensor | None, scratch: Scratch, m: int) -> Tensor:
     """Map queries to features `(x, t, c r, m)`, with `shift` `(x, t, m)` added to all of a chunk's."""
-    queries = scratch("queries", *tokens.queries.shape[:3], rows.shape[-1])
+    queries = scratch("queries", *tokens.queries.shape[:3], m)
     if shift is not None:
         queries.copy_(shift[:, :, None].expand_as(queries))
     maps.query.write(maps.flat(tokens.queries), maps.flat(queries), add=shift is not None)
@@ -212,58 +200,63 @@ def write_queries(maps: Maps, tokens: Tokens, shift: Tensor | None, rows: Tensor
 
 
 def _find_scale(
-    rows: Tensor, origin: Tensor, tokens: Tokens, fading: Fading, exponent: Tensor
+    rows: Tensor, origin: Tensor, tokens: Tokens, state: LinearState, fading: Fading
 ) -> tuple[Tensor, Tensor]:
     """Return each chunk's scale `(x, t, m)`, and how far chunks reach at most, from keys `(x, t, c, m)`."""
-    high = rows.amax(dim=2) + origin
-    low = rows if tokens.mask is None else rows.masked_fill(~tokens.mask[..., None], torch.inf)
-    low = (low.amin(dim=2) + origin).masked_fill_(high == -torch.inf, -torch.inf)
-    ending = high
+    ending = high = rows.amax(dim=2) + origin
+    if tokens.mask is None:
+        low = rows.amin(dim=2) + origin
+    else:
+        low = rows.masked_fill(~tokens.mask[..., None], torch.inf).amin(dim=2) + origin
+        low.masked_fill_(high == -torch.inf, -torch.inf)
     if tokens.documents is not None:
         gone = tokens.documents[..., 1:] != tokens.documents[..., -1:]
         ending = rows.masked_fill(gone[..., None], -torch.inf).amax(dim=2) + origin
-    loudest, least = loudest_before(exponent, ending, fading)
-    sure = least if fading.total is None else least + fading.total
+    past = loudest_before(state, ending, fading)
+    sure = least = past
+    if fading.total is not None:  # the loudest key of a chunk may have faded all through it
+        least = past + fading.total.amin(dim=1, keepdim=True)
+        sure = least + fading.total
     sure = torch.maximum(sure if fading.ended is None else sure.masked_fill(fading.ended, EMPTY), low)
     if tokens.mask is not None:  # masked tokens at the start see the past alone
         lone = ~tokens.mask[..., :1] & (least > EMPTY / 2)
         sure = torch.where(lone, torch.minimum(sure, least), sure)
-    top = torch.maximum(loudest, high)
-    return (0.5 * (top + sure)).round_(), (top - sure).amax()
+    top = torch.maximum(past, high)
+    return (top + sure).mul_(0.5).round_(), (top - sure).amax()
 
 
-def loudest_before(exponent: Tensor, ending: Tensor, fading: Fading) -> tuple[Tensor, Tensor]:
-    """Bound the exponent of the sums before each chunk, from above and from below: `(x, t, m)` each.
+def loudest_before(state: LinearState, ending: Tensor, fading: Fading) -> Tensor:
+    """Bound the exponent of the sums before each chunk from above: `(x, t, m)`.
 
     Args:
-        exponent: `(x, m)`, before the first.
-        ending: `(x, t, m)`, of the loudest key of each that is there at its end, before it has faded.
+        state: before the first.
+        ending: `(x, t, m)`, of the loudest key of each that is there at its end, as if it did not fade in its own.
         fading: of the chunks.
     """
-    ending = ending.clamp(min=EMPTY)
+    first = (state.exponent + state.sums[..., -1].log2()).clamp_(min=EMPTY)[:, None]
+    if ending.shape[1] == 1:
+        return first
+    others = ending[:, :-1].clamp(min=EMPTY)
     if fading.total is None:
-        found = _running_max(exponent, ending, fading.ended)
-        return found, found
+        return _running_max(torch.cat([first, others], dim=1), fading.ended)
     upto = sum_up_to(fading.total.mT).mT
-    before = upto - fading.total
-    loudest, least = (_running_max(exponent, ending - part, fading.ended) + before for part in (upto, before))
-    return loudest, least
+    found = torch.cat([first, others - upto[:, :-1]], dim=1)
+    return _running_max(found, fading.ended) + (upto - fading.total)
 
 
-def _running_max(first: Tensor, others: Tensor, ended: Tensor | None) -> Tensor:
-    """Return the maxima of `(x, m)` and the chunks' `(x, t, m)` before each chunk, since a document last `ended`."""
-    found, step = torch.cat([first[:, None], others[:, :-1]], dim=1), 1
-    closed = None if ended is None else torch.nn.functional.pad(ended[:, :-1], (0, 0, 1, 0))
-    while step < found.shape[1]:
-        more = torch.maximum(found[:, step:], found[:, :-step])
+def _running_max(x: Tensor, ended: Tensor | None) -> Tensor:
+    """Return the maxima of `(x, t, m)` over the chunks up to each, since a document last `ended` before it."""
+    step, closed = 1, None if ended is None else pad(ended[:, :-1], (0, 0, 1, 0))
+    while step < x.shape[1]:
+        more = torch.maximum(x[:, step:], x[:, :-step])
         if closed is not None:
-            more = torch.where(closed[:, step:], found[:, step:], more)
+            more = torch.where(closed[:, step:], x[:, step:], more)
             closed = torch.cat([closed[:, :step], closed[:, step:] | closed[:, :-step]], dim=1)
-        found, step = torch.cat([found[:, :step], more], dim=1), 2 * step
-    return found
+        x, step = torch.cat([x[:, :step], more], dim=1), 2 * step
+    return x
 
 
-def is_within(reach: Tensor, limit: float) -> bool:
+def _is_within(reach: Tensor, limit: float) -> bool:
     """Return True if `reach` is at most `limit`. This look is all that the engine asks of values, once a block."""
     return reach.is_meta or bool(reach <= limit)
 
@@ -271,64 +264,54 @@ def is_within(reach: Tensor, limit: float) -> bool:
 # --- sums over chunks -------------------------------------------------------------------------------------------------
 
 
-def find_steps(
-    exponent: Tensor, before: Tensor, own: Tensor, after: Tensor, fading: Fading, dtype: torch.dtype
-) -> Steps:
-    """Return what sums are multiplied by, from exponents: `(x, m)` before the block, `(x, t, m)` of each chunk.
+def find_steps(exponent: Tensor, before: Tensor, own: Tensor, fading: Fading, dtype: torch.dtype) -> Steps:
+    """Return what sums are multiplied by to be on the exponents that they shall have.
 
     Args:
-        exponent: of the sums before the block.
-        before: that the sums before each chunk shall have.
-        own: that each chunk's own sums have.
-        after: that the sums after each chunk shall have.
+        exponent: `(x, m)`, that the sums before the block have.
+        before: `(x, t, m)`, that the sums before each chunk shall have; those after the block keep the last chunk's.
+        own: `(x, t, m)`, that the sums of each chunk's own tokens have.
         fading: of the chunks.
         dtype: of the sums.
     """
+    after = torch.cat([before[:, 1:], before[:, -1:]], dim=1)
     kept = before - after if fading.total is None else before - after + fading.total
     first, kept, gained = (
-        x.clamp(max=126.0).exp2_().to(dtype) for x in (exponent - before[:, 0], kept, own - after)
+        x.clamp_(max=126.0).exp2_().to(dtype) for x in (exponent - before[:, 0], kept, own - after)
     )
     return Steps(first, kept if fading.ended is None else kept.masked_fill_(fading.ended, 0.0), gained, after[:, -1])
 
 
-def carry(
-    rows: Tensor, values: Tensor, sums: Tensor, steps: Steps, scratch: Scratch, *, after: Tensor
-) -> Tensor:
-    """Return the sums before each chunk `(x, t, m, e + 1)`, and write those after the last; `after` may be `sums`."""
-    gained = scratch("gained", *rows.shape[:2], *sums.shape[1:])
-    torch.bmm(rows.flatten(0, 1).mT, values.flatten(0, 1), out=gained.flatten(0, 1))
+def carry(rows: Tensor, values: Tensor, sums: Tensor, steps: Steps, scratch: Scratch, *, after: Tensor) -> Tensor:
+    """Return the sums before each chunk `(x, t, m, e + 1)`, and write those after the last."""
+    gained = multiply(rows.mT, values, out=scratch("gained", *rows.shape[:2], *sums.shape[1:]))
     if steps.gained is not None:
         gained.mul_(steps.gained[..., None])
     states = scratch("states", *gained.shape)
-    _multiply(sums, steps.first, out=states[:, 0])
-    each = zip(gained.unbind(1), states.unbind(1), [*states.unbind(1)[1:], after], strict=True)
-    for chunk, (own, before, out) in enumerate(each):
+    _weigh(sums, steps.first, out=states[:, 0])
+    for chunk, out in enumerate([*states.unbind(1)[1:], after]):
         if steps.kept is None:
-            torch.add(own, before, out=out)
+            torch.add(gained[:, chunk], states[:, chunk], out=out)
         else:
-            torch.addcmul(own, before, steps.kept[:, chunk, :, None], out=out)
+            torch.addcmul(gained[:, chunk], states[:, chunk], steps.kept[:, chunk, :, None], out=out)
     return states
 
 
-def carry_back(
+def _carry_back(
     queries: Tensor, late: Tensor, grad_after: Tensor, steps: Steps, scratch: Scratch
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients at each chunk's own sums `(x, t, m, e + 1)` and at those before the block `(x, m, e + 1)`."""
+    """Return the gradients at each chunk's own sums `(x, t, m, e + 1)` and at those before the block."""
     lost = scratch("gained", *queries.shape[:2], *grad_after.shape[1:])
-    torch.bmm(queries.flatten(0, 1).mT, late.flatten(0, 1), out=lost.flatten(0, 1))
+    multiply(queries.mT, late, out=lost)
     found, following = scratch("grad gained", *lost.shape), grad_after
     for chunk in reversed(range(lost.shape[1])):
-        _multiply(following, None if steps.gained is None else steps.gained[:, chunk], out=found[:, chunk])
+        _weigh(following, None if steps.gained is None else steps.gained[:, chunk], out=found[:, chunk])
         own = lost[:, chunk]
-        if steps.kept is None:
-            own.add_(following)
-        else:
-            own.addcmul_(following, steps.kept[:, chunk, :, None])
-        following = own
-    return found, _multiply(following, steps.first, out=torch.empty_like(grad_after))
+        following = own.add_(following) if steps.kept is None else own.addcmul_(following, steps.kept[:, chunk, :, None])
+    return found, _weigh(following, steps.first, out=torch.empty_like(grad_after))
 
 
-def _multiply(sums: Tensor, factor: Tensor | None, *, out: Tensor) -> Tensor:
+def _weigh(sums: Tensor, factor: Tensor | None, *, out: Tensor) -> Tensor:
     """Multiply sums `(x, m, e + 1)` by a factor `(x, m)`."""
     return out.copy_(sums) if factor is None else torch.mul(sums, factor[..., None], out=out)
 
@@ -336,6 +319,16 @@ def _multiply(sums: Tensor, factor: Tensor | None, *, out: Tensor) -> Tensor:
 def at_end(values: Tensor, fading: Fading) -> Tensor:
     """Return what is left of the values at the end of their chunks, until * V."""
     return values if fading.until_end is None else values * fading.until_end
+
+
+def multiply(one: Tensor, other: Tensor, *, out: Tensor, add: bool = False) -> Tensor:
+    """Write the matrix product of `(x, t, i, k)` and `(x, t, k, j)` to `out`, or add it to that."""
+    flat = out.flatten(0, 1)
+    if add:
+        flat.baddbmm_(one.flatten(0, 1), other.flatten(0, 1))
+    else:
+        torch.bmm(one.flatten(0, 1), other.flatten(0, 1), out=flat)
+    return out
 
 
 def scale_rows(x: Tensor, factor: Tensor) -> Tensor:

@@ -39,10 +39,8 @@ def open_exact(maps: Maps, tokens: Tokens, state: LinearState, scratch: Scratch,
         until = until.masked_fill(tokens.documents[..., 1:] != tokens.documents[..., -1:], -torch.inf)
     ends = rows + until[..., None].to(rows.dtype)
     ending = (ends.amax(dim=2) + origin).clamp_(min=EMPTY)
-    before, _ = loudest_before(state.exponent, ending, fading)
-    kept = before if fading.total is None else before + fading.total
-    kept = kept if fading.ended is None else kept.masked_fill(fading.ended, EMPTY)
-    steps = find_steps(state.exponent, before, ending, torch.maximum(kept, ending), fading, rows.dtype)
+    before = loudest_before(state, ending, fading)
+    steps = find_steps(state.exponent, before, ending, fading, rows.dtype)
 
     r = queries.shape[2] // rows.shape[2]
     from_past = queries + ((before - origin)[:, :, None] + past[..., None]).repeat_interleave(r, dim=2)

@@ -19,6 +19,14 @@ class Fading(NamedTuple):
     total: Tensor | None  # (x, t, 1), float64, at most 0: log2 of what decay leaves of the state at the end
     ended: Tensor | None  # (x, t, 1) bool: whether a document ends, and nothing of the state is left
 
+    @property
+    def left(self) -> Tensor | None:
+        """Return what is left of the state at the end, `(x, t, 1)`."""
+        if self.ended is None:
+            return None if self.total is None else self.total.exp2()
+        stays = (~self.ended).to(precise(self.ended.device))
+        return stays if self.total is None else stays * self.total.exp2()
+
 
 def fade(log_decay: Tensor | None, documents: Tensor | None, triangle: Tensor) -> Fading:
     """Compute the factors of chunks.
@@ -31,14 +39,14 @@ def fade(log_decay: Tensor | None, documents: Tensor | None, triangle: Tensor) -
     between, since, until, total, ended = triangle, None, None, None, None
     if log_decay is not None:
         past = sum_up_to(log_decay) * LOG2_E
-        between, since = _exp2_differences(past, triangle), past.exp2().to(triangle.dtype)
+        between, since = _exp2_differences(past, between), past.exp2().to(between.dtype)
         total = past[..., -1:]
-        until = (total - past).exp2().to(triangle.dtype)
+        until = (total - past).exp2_().to(between.dtype)
     if documents is not None:
         first, own, last = documents[..., :1], documents[..., 1:], documents[..., -1:]
         between = between * (own[..., :, None] == own[..., None, :])
         since, until = (
-            seen.to(triangle.dtype) if factor is None else factor * seen
+            seen.to(between.dtype) if factor is None else factor * seen
             for factor, seen in ((since, own == first), (until, own == last))
         )
         ended = first != last

@@ -45,6 +45,8 @@ def attend(maps: Maps, geometry: Geometry, tokens: Tokens, state: LinearState, *
             sums[index] = state.sums
         state = walk.forward(part, state, (by_key_heads(out, g), by_key_heads(mass, g)))
         exponents.append(state.exponent)
+    if maps.key.logarithmic:
+        exponents[-1] = _settle(state.sums, state.exponent)
     return Trace(out, mass, sums, torch.stack(exponents), state.sums)
 
 
@@ -120,7 +122,7 @@ class Walk:
             mass.masked_fill_(mass == 0, 1.0)
             seen = seen.view(*out.shape[:-1], seen.shape[-1])
             torch.div(seen[..., :-1], seen[..., -1:], out=out)
-        return state if chunks.steps.last is None else _settle(state.sums, chunks.steps.last)
+        return state if chunks.steps.last is None else LinearState(state.sums, chunks.steps.last)
 
     def backward(
         self,
@@ -221,13 +223,13 @@ class Walk:
         return found.view(x.shape)
 
 
-def _settle(sums: Tensor, exponent: Tensor) -> LinearState:
-    """Put sums, in place, on the exponent at which each feature's mass is about one."""
+def _settle(sums: Tensor, exponent: Tensor) -> Tensor:
+    """Put sums, in place, on the exponent at which each feature's mass is about one, and return that."""
     mass = sums[..., -1]
     empty = mass == 0
     lower = mass.masked_fill(empty, 1.0).log2().round_()
     sums.mul_(lower.neg().exp2_()[..., None])
-    return LinearState(sums, (exponent + lower).masked_fill_(empty, EMPTY))
+    return (exponent + lower).masked_fill_(empty, EMPTY)
 
 
 def _pull_decay(totals: Tensor, before: Tensor) -> Tensor:
