@@ -22,7 +22,7 @@ from performer_lm.ops.linear import (
     empty_state,
     read_state,
 )
-from performer_lm.ops.linear.state import CHUNK
+from performer_lm.ops.linear.state import CPU_TILE
 from performer_lm.ops.maps import BlockMap
 from performer_lm.ranges import Count, Share, Whole, ranged
 
@@ -204,7 +204,7 @@ class FavorAttention(Attention[LinearState]):
 
     def count_flops(self, queries: int, keys: int, *, causal: bool) -> int:
         """Count features, sums over keys, what queries read of them and, causal, the scores within a tile."""
-        m, tile = self.features.num_features, min(self.chunk_size or CHUNK, CHUNK)
+        m, tile = self.features.num_features, min(self.chunk_size or CPU_TILE, CPU_TILE)
         features = m * self.dim_head * (self.heads * queries + self.key_heads * keys)
         sums = m * (self.dim_value + 1) * (self.heads * queries + self.key_heads * keys)
         scores = self.heads * queries * tile * (m + self.dim_value + 1) if causal else 0

@@ -183,7 +183,7 @@ class Exponential(BlockMap):
         """Return -norm |x|^2: of long vectors more than float32 holds, if a weight is to have five digits."""
         if not self.norm:
             return None
-        return torch.linalg.vector_norm(x, dim=-1, dtype=precise(x.device)).square_().mul_(-self.norm)
+        return torch.linalg.vector_norm(x, dim=-1, dtype=precise(x.device)).square() * -self.norm
 
     def pull(self, x: Tensor, grad: Tensor, *, wanted: bool) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """Pull by two matrix products."""

@@ -1,25 +1,21 @@
-"""A block of causal linear attention: chunks of tokens, each on a scale of its own, all worked on at once.
+"""A block of causal linear attention as matrices: tiles of tokens on a scale, which all find each other's weights on.
 
-With log2 features r of a chunk's queries and l of its keys, and `mid`, the chunk's scale, a number per feature,
+With log2 features r of a tile's queries and l of its keys, and `mid`, the scale, a number per feature,
 
     a = 2^(r + mid - largest)     P = D * (a b^T)             D: what is left of key j at query i, 0 for j > i
     b = 2^(l - mid)               N = P V + since * (a S)     V = [v, 1], S relative to 2^mid
                                   S' = across * S + b^T (until * V)
 
-N holds numerators and denominators, on a scale per query that their quotient does not feel. The gradients are
+N holds numerators and denominators, on a scale per query that their quotient does not feel. `sums.py` has the products.
 
-    da = (D * (dN V^T)) b + (since * dN) S^T       dr = a * da
-    db = (D * (dN V^T))^T a + (until * V) dS'^T    dl = b * db
-    dV = P^T dN + until * (b dS')                  dS = a^T (since * dN) + across * dS'
-
-`mid` lies midway between the loudest key in sight, of the chunk or before it, and the weight that each query surely
+`mid` lies midway between the loudest key in sight, of the tile or before it, and the weight that each query surely
 sees. Where these lie at most `REACH` factors of 2 apart, float32 loses less than 2^-40 of what a query finds, however
 loud the keys after it: a <= 2^SHIFT, the best weight in sight is at least 2^(SHIFT - REACH / 2), and what is lost was
-below 2^-126 before it was multiplied by at most 2^(REACH / 2). A chunk that reaches further is for `exact.py`.
+below 2^-126 before it was multiplied by at most 2^(REACH / 2). A block that reaches further is for `exact.py`.
 Features that are no logarithms have no scale (mid = 0) and always fit.
 
-Letters: `x` batch times key heads, `r` queries per key, `t` chunks, `c` tokens of one (`i` queries, `j` keys), `m`
-features, `e` value width.
+Letters: `x` batch times key heads, `r` queries per key, `t` tiles, `c` tokens of one (`i` queries, `j` keys), `s` scales
+(one per tile, or one for all), `m` features, `e` value width.
 """
 
 from collections.abc import Callable
@@ -47,8 +43,8 @@ class Steps(NamedTuple):
     """What sums are multiplied by on their way through a block; None stands for 1."""
 
     first: Tensor | None  # (x, m): those before the block
-    kept: Tensor | None  # (x, t, m or 1): those before a chunk, to be part of those after it
-    gained: Tensor | None  # (x, t, m): those of a chunk's own tokens, likewise
+    kept: Tensor | None  # (x, t, m or 1): those before a tile, to be part of those after it
+    gained: Tensor | None  # (x, t, m or 1): those of a tile's own tokens, likewise
     last: Tensor | None  # (x, m), float64: the exponent of the sums after the block
 
 
@@ -57,33 +53,35 @@ class Chunks(NamedTuple):
 
     queries: Tensor  # (x, t, c r, m): a, weights of the past
     keys: Tensor  # (x, t, c, m): b, weights at the end
-    scores: Tensor  # (x, t, c r, c): P, weights of the chunk itself
-    states: Tensor  # (x, t, m, e + 1): S before each chunk
+    scores: Tensor  # (x, t, c r, c): P, weights of the tile itself
     fading: Fading
     steps: Steps
     peak: Tensor | None  # (x, t, c r, 1), float64: the exponent that weights are relative to; None stands for 0
     pull_own: PullOwn | None  # from the gradient at log P to those at r and l; None where P = D * (a b^T)
 
 
-def open_chunks(maps: Maps, tokens: Tokens, state: LinearState, scratch: Scratch, *, after: Tensor) -> Chunks | None:
-    """Compute a block's matrices, and the sums after it; None where a chunk reaches too far.
+def open_chunks(
+    maps: Maps, tokens: Tokens, state: LinearState, scratch: Scratch, *, one_scale: bool
+) -> Chunks | None:
+    """Compute a block's matrices, in `scratch`; None where it reaches too far.
 
     Args:
         maps: of queries and keys.
         tokens: a block.
         state: before it, `(x, m, e + 1)` and `(x, m)`.
-        scratch: memory to work in, which the matrices stay in.
-        after: `(x, m, e + 1)`, where the sums after the block go, relative to `Steps.last`; may be the state's.
+        scratch: memory to work in.
+        one_scale: whether all tiles share a scale.
     """
     if not tokens.keys.shape[2]:
-        return _open_reading(maps, tokens, state, scratch, after=after)
-    fading = fade(tokens.log_decay, tokens.documents, scratch.triangle(tokens.keys.shape[2]))
-    rows, origin = write_keys(maps, tokens, state, scratch)
+        return _open_reading(maps, tokens, state, scratch)
+    c = tokens.keys.shape[2]
+    fading = fade(tokens.log_decay, tokens.documents, scratch, c, gains=maps.key.logarithmic)
+    rows, origin = write_keys(maps, tokens, state, scratch, gain=fading.gain)
     if origin is None:
-        queries, peak, left = write_queries(maps, tokens, None, scratch, rows.shape[-1]), None, fading.left
-        steps = Steps(None, None if left is None else left.to(rows.dtype), None, None)
+        queries, peak = write_queries(maps, tokens, None, scratch, rows.shape[-1]), None
+        steps = Steps(None, fading.left(rows.dtype), None, None)
     else:
-        scale, reach = _find_scale(rows, origin, tokens, state, fading)
+        scale, reach = _find_scale(rows, origin, tokens, state, fading, scratch, one_scale=one_scale)
         if not _is_within(reach, REACH):
             return None
         shift = (scale - origin).to(rows.dtype)
@@ -92,15 +90,14 @@ def open_chunks(maps: Maps, tokens: Tokens, state: LinearState, scratch: Scratch
         largest = queries.amax(dim=-1, keepdim=True).sub_(SHIFT)
         queries.sub_(largest).exp2_()
         peak = largest + origin[..., None]
-        steps = find_steps(state.exponent, scale, scale, fading, rows.dtype)
-    scores = scratch("scores", *queries.shape[:3], rows.shape[2])
-    multiply(queries, rows.mT, out=scores)
-    scale_rows(scores, fading.between)
-    states = carry(rows, at_end(tokens.values, fading), state.sums, steps, scratch, after=after)
-    return Chunks(queries, rows, scores, states, fading, steps, peak, None)
+        if fading.gain is not None:
+            peak = (peak.unflatten(2, (c, queries.shape[2] // c)) - fading.gain[..., None, None]).flatten(2, 3)
+        steps = _find_steps(state.exponent, scale, fading, rows.dtype)
+    scores = multiply(queries, rows.mT, out=scratch("scores", *queries.shape[:3], c))
+    return Chunks(queries, rows, scale_rows(scores, fading.between), fading, steps, peak, None)
 
 
-def _open_reading(maps: Maps, tokens: Tokens, state: LinearState, scratch: Scratch, *, after: Tensor) -> Chunks:
+def _open_reading(maps: Maps, tokens: Tokens, state: LinearState, scratch: Scratch) -> Chunks:
     """Compute the matrices of queries that come without keys: all they see is the state, which stays."""
     rows = tokens.keys.new_empty(*tokens.keys.shape[:3], state.sums.shape[1])
     exponent, peak = state.exponent - state.exponent.amax(dim=-1, keepdim=True), None
@@ -109,81 +106,35 @@ def _open_reading(maps: Maps, tokens: Tokens, state: LinearState, scratch: Scrat
     if shift is not None:
         peak = queries.amax(dim=-1, keepdim=True)
         queries.sub_(peak).exp2_()
-    after.copy_(state.sums)
-    scores, fading = queries.new_empty(*queries.shape[:3], 0), Fading(queries.new_ones(1, 1, 0), None, None, None, None)
-    return Chunks(queries, rows, scores, after[:, None], fading, Steps(None, None, None, None), peak, None)
-
-
-def read_chunks(chunks: Chunks, values: Tensor, scratch: Scratch) -> Tensor:
-    """Return what the queries see, N `(x, t, c r, e + 1)`, given V `(x, t, c, e + 1)`."""
-    seen = scratch("seen", *chunks.queries.shape[:3], values.shape[-1])
-    multiply(chunks.queries, chunks.states, out=seen)
-    if chunks.fading.since_start is not None:
-        scale_rows(seen, chunks.fading.since_start)
-    return multiply(chunks.scores, values, out=seen, add=True)
-
-
-def pull_chunks(
-    chunks: Chunks, values: Tensor, grad: Tensor, grad_after: Tensor, scratch: Scratch
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pull gradients back through a block, using its matrices up.
-
-    Args:
-        chunks: of `open_chunks` or `open_exact`.
-        values: V `(x, t, c, e + 1)`.
-        grad: `(x, t, c r, e + 1)`, at N.
-        grad_after: `(x, m, e + 1)`, at the sums after the block, relative to `Steps.last`.
-        scratch: memory to work in.
-
-    Returns:
-        The gradients at the queries' and the keys' features (at natural logarithms, where they are logarithms), at v
-        `(x, t, c, e)` and at the sums before the block.
-    """
-    queries, rows, scores, states, fading, steps, peak, pull_own = chunks
-    late = grad if fading.since_start is None else scale_rows(scratch.take("late", grad), fading.since_start)
-    grad_gained, grad_before = _carry_back(queries, late, grad_after, steps, scratch)
-    grad_scores = multiply(grad, values.mT, out=scratch("grad scores", *scores.shape))
-    grad_queries = multiply(late, states.mT, out=scratch("grad queries", *queries.shape))
-    grad_keys = multiply(at_end(values, fading), grad_gained.mT, out=scratch("grad keys", *rows.shape))
-    e = values.shape[-1] - 1
-    grad_values = multiply(rows, grad_gained[..., :e], out=scratch("grad values", *values.shape[:3], e))
-    if fading.until_end is not None:
-        grad_values.mul_(fading.until_end)
-    multiply(scores.mT, grad[..., :e], out=grad_values, add=True)
-    if pull_own is None:
-        scale_rows(grad_scores, fading.between)
-        multiply(grad_scores, rows, out=grad_queries, add=True)
-        multiply(grad_scores.mT, queries, out=grad_keys, add=True)
-    if peak is not None:
-        grad_queries, grad_keys = queries.mul_(grad_queries), rows.mul_(grad_keys)
-    if pull_own is not None:
-        for whole, own in zip((grad_queries, grad_keys), pull_own(grad_scores.mul_(scores)), strict=True):
-            whole.add_(own)
-    return grad_queries, grad_keys, grad_values, grad_before
+    fading = Fading(queries.new_ones(1, 1, 0), *[None] * 5)
+    scores = queries.new_empty(*queries.shape[:3], 0)
+    return Chunks(queries, rows, scores, fading, Steps(None, None, None, None), peak, None)
 
 
 # --- features and their scale -----------------------------------------------------------------------------------------
 
 
-def write_keys(maps: Maps, tokens: Tokens, state: LinearState, scratch: Scratch) -> tuple[Tensor, Tensor | None]:
+def write_keys(
+    maps: Maps, tokens: Tokens, state: LinearState, scratch: Scratch, *, gain: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """Map keys to features `(x, t, c, m)`: log2 relative to `origin` `(x, t, 1)`, or values, which have no origin.
 
-    Masked keys are -inf, or zeros. The origin is near the keys' gains, as float32 is finest near zero.
+    Logarithms have `gain` `(x, t, c)` added. Masked keys are -inf, or zeros. The origin is near the keys' gains, as
+    float32 is finest near zero.
     """
     rows = scratch("keys", *tokens.keys.shape[:3], state.sums.shape[1])
     flat, out = maps.flat(tokens.keys), maps.flat(rows)
     if not maps.key.logarithmic:
         maps.key.write(flat, out, add=False)
         return (rows if tokens.mask is None else rows.masked_fill_(~tokens.mask[..., None], 0.0)), None
-    gain = maps.key.gain(flat)
-    gain = None if gain is None else gain.view(rows.shape[:3])
-    if tokens.log_gain is not None:
-        gain = tokens.log_gain if gain is None else gain + tokens.log_gain
+    for more in (maps.key.gain(flat), tokens.log_gain):
+        if more is not None:
+            more = LOG2_E * more.to(state.exponent.dtype).view(rows.shape[:3])
+            gain = more if gain is None else gain + more
     if gain is None:
         maps.key.write(flat, out, add=False)
         origin = state.exponent.new_zeros(*rows.shape[:2], 1)
     else:
-        gain = LOG2_E * gain.to(state.exponent.dtype)
         origin = gain.amax(dim=-1, keepdim=True).round_()
         rows.copy_((gain - origin)[..., None].expand_as(rows))
         maps.key.write(flat, out, add=True)
@@ -200,58 +151,68 @@ def write_queries(maps: Maps, tokens: Tokens, shift: Tensor | None, scratch: Scr
 
 
 def _find_scale(
-    rows: Tensor, origin: Tensor, tokens: Tokens, state: LinearState, fading: Fading
+    rows: Tensor, origin: Tensor, tokens: Tokens, state: LinearState, fading: Fading, scratch: Scratch, *, one_scale: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return each chunk's scale `(x, t, m)`, and how far chunks reach at most, from keys `(x, t, c, m)`."""
-    ending = high = rows.amax(dim=2) + origin
+    """Return the scale `(x, s, m)`, and how far the block reaches at most, from its keys `(x, t, c, m)`."""
+    high = rows.amax(dim=2) + origin
     if tokens.mask is None:
         low = rows.amin(dim=2) + origin
     else:
         low = rows.masked_fill(~tokens.mask[..., None], torch.inf).amin(dim=2) + origin
-        low.masked_fill_(high == -torch.inf, -torch.inf)
-    if tokens.documents is not None:
-        gone = tokens.documents[..., 1:] != tokens.documents[..., -1:]
-        ending = rows.masked_fill(gone[..., None], -torch.inf).amax(dim=2) + origin
-    past = loudest_before(state, ending, fading)
-    sure = least = past
-    if fading.total is not None:  # the loudest key of a chunk may have faded all through it
-        least = past + fading.total.amin(dim=1, keepdim=True)
-        sure = least + fading.total
-    sure = torch.maximum(sure if fading.ended is None else sure.masked_fill(fading.ended, EMPTY), low)
-    if tokens.mask is not None:  # masked tokens at the start see the past alone
-        lone = ~tokens.mask[..., :1] & (least > EMPTY / 2)
+    ending, total, ended = high, fading.total, fading.ended
+    if one_scale:
+        high, low = high.amax(dim=1, keepdim=True), low.amin(dim=1, keepdim=True)
+        total = None if total is None else total.sum(dim=1, keepdim=True)
+        ended = None if ended is None else ended.any(dim=1, keepdim=True)
+        past = least = loudest(state)
+    else:
+        if tokens.documents is not None:
+            gone = tokens.documents[..., 1:] != tokens.documents[..., -1:]
+            ending = rows.masked_fill(gone[..., None], -torch.inf).amax(dim=2) + origin
+        is_mild = total is not None and fading.until_end is None  # then keys stand as they would at their tile's start
+        past = least = loudest_before(state, ending + total if is_mild else ending, fading, scratch)
+        if total is not None and not is_mild:  # the loudest key of a tile may have faded all through it
+            least = past + total.amin(dim=1, keepdim=True)
+    sure = least if total is None else least + total
+    sure = torch.maximum(sure if ended is None else sure.masked_fill(ended, EMPTY), low)
+    if tokens.mask is not None:
+        sure.masked_fill_(high == -torch.inf, EMPTY)  # no key at all
+        lone = ~tokens.mask[:, : sure.shape[1], :1] & (least > EMPTY / 2)  # tokens that see the past alone
         sure = torch.where(lone, torch.minimum(sure, least), sure)
     top = torch.maximum(past, high)
     return (top + sure).mul_(0.5).round_(), (top - sure).amax()
 
 
-def loudest_before(state: LinearState, ending: Tensor, fading: Fading) -> Tensor:
-    """Bound the exponent of the sums before each chunk from above: `(x, t, m)`.
+def loudest(state: LinearState) -> Tensor:
+    """Return the exponent of what a state's sums hold, `(x, 1, m)`."""
+    return (state.exponent + state.sums[..., -1].log2()).clamp_(min=EMPTY)[:, None]
+
+
+def loudest_before(state: LinearState, ending: Tensor, fading: Fading, scratch: Scratch) -> Tensor:
+    """Bound the exponent of the sums before each tile from above: `(x, t, m)`.
 
     Args:
         state: before the first.
-        ending: `(x, t, m)`, of the loudest key of each that is there at its end, as if it did not fade in its own.
-        fading: of the chunks.
+        ending: `(x, t, m)`, of the loudest key of each that is there at its end, or more.
+        fading: of the tiles.
+        scratch: holds triangles.
     """
-    first = (state.exponent + state.sums[..., -1].log2()).clamp_(min=EMPTY)[:, None]
-    if ending.shape[1] == 1:
-        return first
     others = ending[:, :-1].clamp(min=EMPTY)
     if fading.total is None:
-        return _running_max(torch.cat([first, others], dim=1), fading.ended)
-    upto = sum_up_to(fading.total.mT).mT
-    found = torch.cat([first, others - upto[:, :-1]], dim=1)
+        return _running_max(torch.cat([loudest(state), others], dim=1), fading.ended)
+    upto = sum_up_to(fading.total.mT, scratch).mT
+    found = torch.cat([loudest(state), others - upto[:, :-1]], dim=1)
     return _running_max(found, fading.ended) + (upto - fading.total)
 
 
 def _running_max(x: Tensor, ended: Tensor | None) -> Tensor:
-    """Return the maxima of `(x, t, m)` over the chunks up to each, since a document last `ended` before it."""
-    step, closed = 1, None if ended is None else pad(ended[:, :-1], (0, 0, 1, 0))
+    """Return the maxima of `(x, t, m)` over the tiles up to each, since a document last `ended` before it."""
+    if ended is None:
+        return x.cummax(dim=1).values
+    step, closed = 1, pad(ended[:, :-1], (0, 0, 1, 0))
     while step < x.shape[1]:
-        more = torch.maximum(x[:, step:], x[:, :-step])
-        if closed is not None:
-            more = torch.where(closed[:, step:], x[:, step:], more)
-            closed = torch.cat([closed[:, :step], closed[:, step:] | closed[:, :-step]], dim=1)
+        more = torch.where(closed[:, step:], x[:, step:], torch.maximum(x[:, step:], x[:, :-step]))
+        closed = torch.cat([closed[:, :step], closed[:, step:] | closed[:, :-step]], dim=1)
         x, step = torch.cat([x[:, :step], more], dim=1), 2 * step
     return x
 
@@ -261,64 +222,38 @@ def _is_within(reach: Tensor, limit: float) -> bool:
     return reach.is_meta or bool(reach <= limit)
 
 
-# --- sums over chunks -------------------------------------------------------------------------------------------------
+def _find_steps(exponent: Tensor, scale: Tensor, fading: Fading, dtype: torch.dtype) -> Steps:
+    """Return what sums are multiplied by, given the exponent that they have `(x, m)` and the scales `(x, s, m)`."""
+    left, is_mild, gained = fading.left(dtype), fading.gain is not None and fading.until_end is None, None
+    if scale.shape[1] > 1:
+        gained = _factor(scale, torch.cat([scale[:, 1:], scale[:, -1:]], dim=1), dtype)
+    kept = gained if left is None else left if gained is None else left * gained
+    first = _factor(exponent, scale[:, 0], dtype)
+    return Steps(first, kept, kept if is_mild else gained, scale[:, -1])
 
 
-def find_steps(exponent: Tensor, before: Tensor, own: Tensor, fading: Fading, dtype: torch.dtype) -> Steps:
-    """Return what sums are multiplied by to be on the exponents that they shall have.
+def steps_between(exponent: Tensor, before: Tensor, own: Tensor, after: Tensor, fading: Fading, like: Tensor) -> Steps:
+    """Return what sums are multiplied by, in the dtype of `like`, to be on the exponents that they shall have.
 
     Args:
         exponent: `(x, m)`, that the sums before the block have.
-        before: `(x, t, m)`, that the sums before each chunk shall have; those after the block keep the last chunk's.
-        own: `(x, t, m)`, that the sums of each chunk's own tokens have.
-        fading: of the chunks.
-        dtype: of the sums.
+        before: `(x, t, m)`, that the sums before each tile shall have.
+        own: `(x, t, m)`, that the sums of each tile's own tokens have.
+        after: `(x, t, m)`, that the sums after each tile shall have.
+        fading: of the tiles.
+        like: the sums, or features.
     """
-    after = torch.cat([before[:, 1:], before[:, -1:]], dim=1)
-    kept = before - after if fading.total is None else before - after + fading.total
-    first, kept, gained = (
-        x.clamp_(max=126.0).exp2_().to(dtype) for x in (exponent - before[:, 0], kept, own - after)
-    )
-    return Steps(first, kept if fading.ended is None else kept.masked_fill_(fading.ended, 0.0), gained, after[:, -1])
+    kept = _factor(before if fading.total is None else before + fading.total, after, like.dtype)
+    kept = kept if fading.ended is None else kept.masked_fill_(fading.ended, 0.0)
+    return Steps(_factor(exponent, before[:, 0], like.dtype), kept, _factor(own, after, like.dtype), after[:, -1])
 
 
-def carry(rows: Tensor, values: Tensor, sums: Tensor, steps: Steps, scratch: Scratch, *, after: Tensor) -> Tensor:
-    """Return the sums before each chunk `(x, t, m, e + 1)`, and write those after the last."""
-    gained = multiply(rows.mT, values, out=scratch("gained", *rows.shape[:2], *sums.shape[1:]))
-    if steps.gained is not None:
-        gained.mul_(steps.gained[..., None])
-    states = scratch("states", *gained.shape)
-    _weigh(sums, steps.first, out=states[:, 0])
-    for chunk, out in enumerate([*states.unbind(1)[1:], after]):
-        if steps.kept is None:
-            torch.add(gained[:, chunk], states[:, chunk], out=out)
-        else:
-            torch.addcmul(gained[:, chunk], states[:, chunk], steps.kept[:, chunk, :, None], out=out)
-    return states
+def _factor(exponent: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what takes sums from one exponent to another. Where it would overflow the sums are zero, or too loud."""
+    return (exponent - other).clamp_(max=126.0).exp2_().to(dtype)
 
 
-def _carry_back(
-    queries: Tensor, late: Tensor, grad_after: Tensor, steps: Steps, scratch: Scratch
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients at each chunk's own sums `(x, t, m, e + 1)` and at those before the block."""
-    lost = scratch("gained", *queries.shape[:2], *grad_after.shape[1:])
-    multiply(queries.mT, late, out=lost)
-    found, following = scratch("grad gained", *lost.shape), grad_after
-    for chunk in reversed(range(lost.shape[1])):
-        _weigh(following, None if steps.gained is None else steps.gained[:, chunk], out=found[:, chunk])
-        own = lost[:, chunk]
-        following = own.add_(following) if steps.kept is None else own.addcmul_(following, steps.kept[:, chunk, :, None])
-    return found, _weigh(following, steps.first, out=torch.empty_like(grad_after))
-
-
-def _weigh(sums: Tensor, factor: Tensor | None, *, out: Tensor) -> Tensor:
-    """Multiply sums `(x, m, e + 1)` by a factor `(x, m)`."""
-    return out.copy_(sums) if factor is None else torch.mul(sums, factor[..., None], out=out)
-
-
-def at_end(values: Tensor, fading: Fading) -> Tensor:
-    """Return what is left of the values at the end of their chunks, until * V."""
-    return values if fading.until_end is None else values * fading.until_end
+# --- products ---------------------------------------------------------------------------------------------------------
 
 
 def multiply(one: Tensor, other: Tensor, *, out: Tensor, add: bool = False) -> Tensor:

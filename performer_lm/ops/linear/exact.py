@@ -10,14 +10,7 @@ Letters: as in `chunks.py`.
 import torch
 from torch import Tensor
 
-from performer_lm.ops.linear.chunks import (
-    Chunks,
-    carry,
-    find_steps,
-    loudest_before,
-    write_keys,
-    write_queries,
-)
+from performer_lm.ops.linear.chunks import Chunks, loudest_before, steps_between, write_keys, write_queries
 from performer_lm.ops.linear.fading import Fading, sum_up_to
 from performer_lm.ops.linear.naive import log_weights
 from performer_lm.ops.linear.scratch import Scratch
@@ -25,22 +18,25 @@ from performer_lm.ops.linear.state import EMPTY, LinearState
 from performer_lm.ops.linear.tokens import Tokens
 from performer_lm.ops.maps import LOG2_E, Maps
 
-EXACT_CHUNK = 16
+EXACT_TILE = 16
 
 
-def open_exact(maps: Maps, tokens: Tokens, state: LinearState, scratch: Scratch, *, after: Tensor) -> Chunks:
-    """Compute what `open_chunks` does, for logarithmic features at any loudness; arguments are the same."""
-    rows, origin = write_keys(maps, tokens, state, scratch)
+def open_exact(maps: Maps, tokens: Tokens, state: LinearState, scratch: Scratch) -> Chunks:
+    """Compute what `open_chunks` does, for logarithmic features at any loudness; each tile has a scale of its own."""
+    rows, origin = write_keys(maps, tokens, state, scratch, gain=None)
     assert origin is not None, "features that are no logarithms always fit"
-    queries = write_queries(maps, tokens, None, rows, scratch)
-    fading, past, visible = _fade(tokens)
+    queries = write_queries(maps, tokens, None, scratch, rows.shape[-1])
+    fading, past, visible = _fade(tokens, scratch)
     until = past[..., -1:] - past
     if tokens.documents is not None:
         until = until.masked_fill(tokens.documents[..., 1:] != tokens.documents[..., -1:], -torch.inf)
     ends = rows + until[..., None].to(rows.dtype)
     ending = (ends.amax(dim=2) + origin).clamp_(min=EMPTY)
-    before = loudest_before(state, ending, fading)
-    steps = find_steps(state.exponent, before, ending, fading, rows.dtype)
+    before = loudest_before(state, ending, fading, scratch)
+    stays = before if fading.total is None else before + fading.total
+    stays = stays if fading.ended is None else stays.masked_fill(fading.ended, EMPTY)
+    after = torch.cat([before[:, 1:], torch.maximum(stays, ending)[:, -1:]], dim=1)
+    steps = steps_between(state.exponent, before, ending, after, fading, rows)
 
     r = queries.shape[2] // rows.shape[2]
     from_past = queries + ((before - origin)[:, :, None] + past[..., None]).repeat_interleave(r, dim=2)
@@ -61,23 +57,22 @@ def open_exact(maps: Maps, tokens: Tokens, state: LinearState, scratch: Scratch,
     peak = torch.maximum(from_past.amax(dim=-1, keepdim=True), logs.amax(dim=-1, keepdim=True)).clamp_(min=EMPTY)
     queries.copy_((from_past - peak).exp2_())
     rows.copy_((ends - (ending - origin)[:, :, None]).exp2_())
-    states = carry(rows, tokens.values, state.sums, steps, scratch, after=after)
     scores = (logs - peak).exp2_().to(rows.dtype)
-    return Chunks(queries, rows, scores, states, fading, steps, peak + origin[..., None], pull_own)
+    return Chunks(queries, rows, scores, fading, steps, peak + origin[..., None], pull_own)
 
 
-def _fade(tokens: Tokens) -> tuple[Fading, Tensor, Tensor]:
-    """Return what `find_steps` needs, log2 of what is left of the past at each token `(x, t, c)` by decay, and which
+def _fade(tokens: Tokens, scratch: Scratch) -> tuple[Fading, Tensor, Tensor]:
+    """Return what `steps_between` needs, log2 of what is left of the past at each token `(x, t, c)` by decay, and which
     keys it sees `(x, t, i, j)`.
     """
     x, t, c, _ = tokens.keys.shape
     visible = torch.ones(c, c, dtype=torch.bool, device=tokens.keys.device).tril_().expand(x, t, c, c)
     log_decay = tokens.keys.new_zeros(x, t, c) if tokens.log_decay is None else tokens.log_decay
-    past, ended = LOG2_E * sum_up_to(log_decay), None
+    past, ended = LOG2_E * sum_up_to(log_decay, scratch), None
     if tokens.mask is not None:
         visible = visible & tokens.mask[..., None, :]
     if tokens.documents is not None:
         first, own, last = tokens.documents[..., :1], tokens.documents[..., 1:], tokens.documents[..., -1:]
         visible = visible & (own[..., :, None] == own[..., None, :])
         ended = first != last
-    return Fading(visible, None, None, past[..., -1:], ended), past, visible
+    return Fading(visible, None, None, None, past[..., -1:], ended), past, visible

@@ -33,7 +33,7 @@ def run(maps: Maps, geometry: Geometry, tokens: Tokens, state: LinearState) -> T
 
 @torch.library.custom_op("performer_lm::causal_linear_attention", mutates_args=())
 def _attend(
-    leaves: Sequence[Tensor], given: str, code: str, chunk: int, block: int, keep: bool
+    leaves: Sequence[Tensor], given: str, code: str, tile: int, block: int, one_scale: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the fields of a `Trace`.
 
@@ -41,20 +41,21 @@ def _attend(
         leaves: tokens, state and the maps' tensors, as far as they are there.
         given: which of them are there: `x` or `-` for each.
         code: of the maps.
-        chunk: of the geometry.
+        tile: of the geometry.
         block: likewise.
+        one_scale: likewise.
         keep: all states, for a backward.
     """
     tokens, state, maps = _take_apart(leaves, given, code)
-    return tuple(attend(maps, Geometry(chunk, block), tokens, state, keep=keep))  # type: ignore[return-value]
+    return tuple(attend(maps, Geometry(tile, block, one_scale), tokens, state, keep=keep))  # type: ignore[return-value]
 
 
 @_attend.register_fake
 def _(
-    leaves: Sequence[Tensor], given: str, code: str, chunk: int, block: int, keep: bool
+    leaves: Sequence[Tensor], given: str, code: str, tile: int, block: int, one_scale: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens, (sums, exponent), _ = _take_apart(leaves, given, code)
-    rows, blocks = tokens.queries.shape[:3], len(list(cut(tokens.queries.shape[2], block, chunk)))
+    rows, blocks = tokens.queries.shape[:3], len(list(cut(tokens.queries.shape[2], block, tile)))
     return (
         sums.new_empty(*rows, tokens.values.shape[-1]),
         exponent.new_empty(rows),
@@ -70,14 +71,18 @@ def _pull(
     trace: Sequence[Tensor],
     grads: Sequence[Tensor],
     given: str,
+    pulled: str,
     code: str,
-    chunk: int,
+    tile: int,
     block: int,
+    one_scale: bool,
     wanted: bool,
 ) -> list[Tensor]:
     """Return the gradients at those leaves that have one, in their order, contiguous: a compiler must know strides."""
     tokens, _, maps = _take_apart(leaves, given, code)
-    found, sums, totals = pull(maps, Geometry(chunk, block), tokens, Trace(*trace), tuple(grads), wanted=wanted)
+    rest = iter(grads)
+    each = [next(rest) if mark == "x" else None for mark in pulled]
+    found, sums, totals = pull(maps, Geometry(tile, block, one_scale), tokens, Trace(*trace), each, wanted=wanted)
     return [x.contiguous() for x in (*found, sums, *totals) if x is not None]
 
 
@@ -87,9 +92,11 @@ def _(
     trace: Sequence[Tensor],
     grads: Sequence[Tensor],
     given: str,
+    pulled: str,
     code: str,
-    chunk: int,
+    tile: int,
     block: int,
+    one_scale: bool,
     wanted: bool,
 ) -> list[Tensor]:
     return [x.new_empty(x.shape) for x, has in zip(leaves, _have_gradients(given, wanted), strict=True) if has]
@@ -108,20 +115,22 @@ def _have_gradients(given: str, wanted: bool) -> list[bool]:
 
 
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
-    leaves, ctx.given, ctx.code, ctx.chunk, ctx.block, _ = inputs
+    leaves, ctx.given, ctx.code, *ctx.geometry, _ = inputs
     ctx.count = len(leaves)
     ctx.mark_non_differentiable(*output[2:4])
-    ctx.save_for_backward(*leaves, *output[:4])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*leaves, *output)
 
 
-def _backward(ctx: Any, grad: Tensor, grad_mass: Tensor, *rest: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     saved = ctx.saved_tensors  # once: recomputation gives them away
     leaves, trace = list(saved[: ctx.count]), list(saved[ctx.count :])
     wanted = any(x.requires_grad for x in leaves[len(leaves) - len(ctx.given) + FIRST_MAP :])
-    grads = [grad, grad_mass, rest[-1]]
-    settings = (ctx.given, ctx.code, ctx.chunk, ctx.block, wanted)
-    found = iter(_pull(leaves, [*trace, rest[-1]], grads, *settings))
-    return [next(found) if has else None for has in _have_gradients(ctx.given, wanted)], None, None, None, None, None
+    each = (grads[0], grads[1], grads[-1])
+    pulled = "".join("-" if grad is None else "x" for grad in each)
+    settings = (ctx.given, pulled, ctx.code, *ctx.geometry, wanted)
+    found = iter(_pull(leaves, trace, [grad for grad in each if grad is not None], *settings))
+    return [next(found) if has else None for has in _have_gradients(ctx.given, wanted)], *[None] * 6
 
 
 _attend.register_autograd(_backward, setup_context=_keep)

@@ -9,6 +9,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from performer_lm.ops.maps import precise as exponent_dtype
+
 
 class Scratch:
     """Tensors by name, each a view of memory that grows to the largest block and is then used again.
@@ -32,9 +34,10 @@ class Scratch:
         """Return a copy of x."""
         return self(name, *x.shape).copy_(x)
 
-    def triangle(self, size: int) -> Tensor:
-        """Return a lower triangle of ones, `(size, size)`."""
-        name = f"triangle of {size}"
+    def triangle(self, size: int, *, precise: bool = False) -> Tensor:
+        """Return a lower triangle of ones, `(size, size)`; `precise` is for sums of logarithms."""
+        name = f"triangle of {size}{' precise' if precise else ''}"
         if name not in self._held:
-            self._held[name] = torch.ones(size, size, dtype=self._dtype, device=self._device).tril_()
+            dtype = exponent_dtype(self._device) if precise else self._dtype
+            self._held[name] = torch.ones(size, size, dtype=dtype, device=self._device).tril_()
         return self._held[name]

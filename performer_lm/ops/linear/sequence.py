@@ -8,16 +8,18 @@ Letters: `b` batch, `h` heads, `g` key heads, `r` = h / g queries per key, `n` t
 `c` tokens of one, `d` head width, `e` value width, `m` features.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from performer_lm.ops.linear.chunks import Chunks, open_chunks, pull_chunks, read_chunks
-from performer_lm.ops.linear.exact import EXACT_CHUNK, open_exact
+from performer_lm.ops.linear.chunks import Chunks, open_chunks
+from performer_lm.ops.linear.exact import EXACT_TILE, open_exact
 from performer_lm.ops.linear.fading import sum_up_to
 from performer_lm.ops.linear.scratch import Scratch
 from performer_lm.ops.linear.state import EMPTY, Geometry, LinearState
+from performer_lm.ops.linear.sums import attend_tiles, pull_tiles
 from performer_lm.ops.linear.tokens import Tokens, by_key_heads, cut, take_block
 from performer_lm.ops.maps import LOG2_E, BlockMap, Maps
 
@@ -35,8 +37,8 @@ class Trace(NamedTuple):
 def attend(maps: Maps, geometry: Geometry, tokens: Tokens, state: LinearState, *, keep: bool) -> Trace:
     """Attend to a sequence from a state `(x, m, e + 1)`, keeping all the states on the way or none."""
     (b, h, n, _), (g, e) = tokens.queries.shape, tokens.values.shape[1::2]
-    parts = list(cut(n, geometry.block, geometry.chunk))
-    walk = Walk(maps, tokens, geometry.chunk, Scratch(state.sums.dtype, state.sums.device))
+    parts = list(cut(n, geometry.block, geometry.tile))
+    walk = Walk(maps, tokens, geometry, Scratch(state.sums.dtype, state.sums.device))
     out, mass = state.sums.new_empty(b, h, n, e), state.exponent.new_empty(b, h, n)
     sums = state.sums.new_empty(len(parts) if keep else 0, *state.sums.shape)
     state, exponents = LinearState(state.sums.clone(), state.exponent), [state.exponent]
@@ -45,13 +47,12 @@ def attend(maps: Maps, geometry: Geometry, tokens: Tokens, state: LinearState, *
             sums[index] = state.sums
         state = walk.forward(part, state, (by_key_heads(out, g), by_key_heads(mass, g)))
         exponents.append(state.exponent)
-    if maps.key.logarithmic:
-        exponents[-1] = _settle(state.sums, state.exponent)
+    exponents[-1] = exponents[-1].masked_fill(state.sums[..., -1] == 0, EMPTY)  # nothing has no size
     return Trace(out, mass, sums, torch.stack(exponents), state.sums)
 
 
 def pull(
-    maps: Maps, geometry: Geometry, tokens: Tokens, trace: Trace, grads: tuple[Tensor, ...], *, wanted: bool
+    maps: Maps, geometry: Geometry, tokens: Tokens, trace: Trace, grads: Sequence[Tensor | None], *, wanted: bool
 ) -> tuple[Tokens, Tensor, list[Tensor | None]]:
     """Walk the blocks from the end.
 
@@ -60,23 +61,24 @@ def pull(
         geometry: likewise.
         tokens: likewise.
         trace: of a forward that kept its states.
-        grads: at the output, the masses and the sums after the last token.
+        grads: at the output, the masses and the sums after the last token, where they have any.
         wanted: whether the maps' tensors want gradients.
 
     Returns:
         The gradients at tokens, the state's sums and the maps' tensors.
     """
     g = tokens.keys.shape[1]
-    walk = Walk(maps, tokens, geometry.chunk, Scratch(trace.out.dtype, trace.out.device))
+    walk = Walk(maps, tokens, geometry, Scratch(trace.out.dtype, trace.out.device))
     rooms = (None if x is None else torch.empty_like(x) for x in tokens[:5])
     found = Tokens(*rooms, mask=None, documents=None)  # type: ignore[arg-type]
-    outer = [by_key_heads(x, g) for x in (trace.out, trace.mass, *grads[:2])]
-    grad_sums, totals = grads[2], [torch.zeros_like(x) if wanted else None for x in maps.tensors]
-    for index, part in reversed(list(enumerate(cut(trace.out.shape[2], geometry.block, geometry.chunk)))):
+    outer = [None if x is None else by_key_heads(x, g) for x in (trace.out, trace.mass, *grads[:2])]
+    grad_sums, totals = None if grads[2] is None else grads[2].clone(), [torch.zeros_like(x) if wanted else None for x in maps.tensors]
+    for index, part in reversed(list(enumerate(cut(trace.out.shape[2], geometry.block, geometry.tile)))):
         before = LinearState(trace.sums[index], trace.exponents[index])
         room = Gradients(found.by_key_heads(), totals)
         grad_sums = walk.backward(part, before, trace.exponents[index + 1], outer, grad_sums, room)
-    return found, grad_sums, totals
+    assert grad_sums is not None or not trace.out.shape[2]
+    return found, torch.zeros_like(trace.after) if grad_sums is None else grad_sums, totals
 
 
 class Gradients(NamedTuple):
@@ -92,12 +94,12 @@ class Walk:
     Args:
         maps: of queries and keys.
         tokens: of the caller.
-        chunk: tokens of a chunk.
+        geometry: of blocks.
         scratch: memory to work in.
     """
 
-    def __init__(self, maps: Maps, tokens: Tokens, chunk: int, scratch: Scratch) -> None:
-        self.maps, self.tokens, self.chunk, self.scratch = maps, tokens.by_key_heads(), chunk, scratch
+    def __init__(self, maps: Maps, tokens: Tokens, geometry: Geometry, scratch: Scratch) -> None:
+        self.maps, self.tokens, self.geometry, self.scratch = maps, tokens.by_key_heads(), geometry, scratch
 
     def forward(self, part: slice, state: LinearState, room: tuple[Tensor, Tensor] | None) -> LinearState:
         """Take the tokens of `part` in, and overwrite the sums of `state`.
@@ -107,21 +109,24 @@ class Walk:
             state: before it.
             room: outputs `(g, b, n, r, e)` and masses `(g, b, n, r)` of the sequence; None to leave them out.
         """
-        opened = self._open(part, state, after=state.sums)
+        opened = self._open(part, state)
         if isinstance(opened, list):
             for smaller in opened:
                 state = self.forward(smaller, state, room)
             return state
         block, chunks = opened
+        in_place = self.geometry.one_scale and chunks.pull_own is None
+        seen = attend_tiles(chunks, block.values, state.sums, self.scratch, in_place=in_place, after=state.sums)
         if room is not None:
             out, kept = (x[:, :, part] for x in room)
-            seen = read_chunks(chunks, block.values, self.scratch)
             mass = seen[..., -1:]
             found = mass if chunks.peak is None else mass.to(kept.dtype).log2() + chunks.peak
-            kept.copy_(found.view(kept.shape))
-            mass.masked_fill_(mass == 0, 1.0)
-            seen = seen.view(*out.shape[:-1], seen.shape[-1])
-            torch.div(seen[..., :-1], seen[..., -1:], out=out)
+            kept.copy_(found.reshape(kept.shape))
+            if self._may_see_nothing(block):
+                mass.masked_fill_(mass == 0, 1.0)
+            g, b, n, r, _ = out.shape
+            seen = seen.unflatten(0, (g, b)).unflatten(3, (n // seen.shape[1], r))
+            torch.div(seen[..., :-1], seen[..., -1:], out=out.unflatten(2, seen.shape[2:4]))
         return state if chunks.steps.last is None else LinearState(state.sums, chunks.steps.last)
 
     def backward(
@@ -129,8 +134,8 @@ class Walk:
         part: slice,
         before: LinearState,
         exponent: Tensor,
-        outer: list[Tensor],
-        grad_sums: Tensor,
+        outer: list[Tensor | None],
+        grad_sums: Tensor | None,
         room: Gradients,
     ) -> Tensor:
         """Pull gradients back through the tokens of `part`, and return that at the sums before them.
@@ -143,7 +148,7 @@ class Walk:
             grad_sums: `(x, m, e + 1)`, at the sums after it.
             room: for what is found.
         """
-        opened = self._open(part, before, after=self.scratch("after", *before.sums.shape))
+        opened = self._open(part, before)
         if isinstance(opened, list):
             state, states = LinearState(before.sums.clone(), before.exponent), []
             for smaller in opened:
@@ -154,19 +159,24 @@ class Walk:
                 grad_sums = self.backward(smaller, start, stop, outer, grad_sums, room)
             return grad_sums
         block, chunks = opened
-        if chunks.steps.last is not None:
+        if grad_sums is None:
+            grad_sums = torch.zeros_like(before.sums)
+        elif chunks.steps.last is not None:
             higher = (chunks.steps.last - exponent).masked_fill_(exponent == EMPTY, 0.0)
-            grad_sums = grad_sums * higher.exp2_().to(grad_sums.dtype)[..., None]
+            grad_sums.mul_(higher.exp2_().to(grad_sums.dtype)[..., None])
         grad = self._pull_division(part, block, chunks, outer)
         features = chunks.keys
-        queries, keys, values, grad_before = pull_chunks(chunks, block.values, grad, grad_sums, self.scratch)
+        in_place = self.geometry.one_scale and chunks.pull_own is None
+        queries, keys, values, grad_before = pull_tiles(
+            chunks, block.values, grad, before.sums, grad_sums, self.scratch, in_place=in_place
+        )
         if block.mask is not None and not self.maps.key.logarithmic:
             keys.masked_fill_(~block.mask[..., None], 0.0)
         log_gain = log_decay = None
         if block.log_gain is not None or block.log_decay is not None:
             log_gain = (keys if self.maps.key.logarithmic else keys * features).sum(dim=-1)
         if block.log_decay is not None and log_gain is not None:
-            log_decay = _pull_decay(log_gain, (grad_before * before.sums).sum(dim=(1, 2)))
+            log_decay = _pull_decay(log_gain, (grad_before * before.sums).sum(dim=(1, 2)), self.scratch)
         count = len(self.maps.query.tensors)
         found = Tokens(
             self._pull_map(self.maps.query, block.queries, queries, room.tensors, 0),
@@ -176,39 +186,49 @@ class Walk:
         for whole, piece in zip(room.tokens, found, strict=True):
             if whole is not None and piece is not None:
                 place = whole[:, :, part]
-                place.copy_(piece.view(place.shape))
+                place.copy_(piece.reshape(place.shape))
         return grad_before
 
-    def _open(self, part: slice, state: LinearState, *, after: Tensor) -> tuple[Tokens, Chunks] | list[slice]:
+    def _open(self, part: slice, state: LinearState) -> tuple[Tokens, Chunks] | list[slice]:
         """Return a block and its matrices, or the parts it has to be taken in, as its features lie too far apart."""
-        block = take_block(self.tokens, part, self.chunk, self.scratch)
-        chunks = open_chunks(self.maps, block, state, self.scratch, after=after)
+        tile, _, one_scale = self.geometry
+        block = take_block(self.tokens, part, tile, self.scratch)
+        chunks = open_chunks(self.maps, block, state, self.scratch, one_scale=one_scale)
         if chunks is not None:
             return block, chunks
-        n, size = part.stop - part.start, EXACT_CHUNK
-        if after.device.type == "cpu" and n > EXACT_CHUNK:  # looks cost nothing: find the few tokens that are loud
-            size = self.chunk if n > self.chunk else EXACT_CHUNK
+        n, size = part.stop - part.start, EXACT_TILE
+        if one_scale and n > EXACT_TILE:  # looks cost nothing on a CPU: find the few tokens that are loud
+            size = tile if n > tile else EXACT_TILE
             return [slice(start, min(start + size, part.stop)) for start in range(part.start, part.stop, size)]
-        if n > EXACT_CHUNK and n % EXACT_CHUNK:
+        if n > EXACT_TILE and n % EXACT_TILE:
             return [slice(part.start, part.stop - n % size), slice(part.stop - n % size, part.stop)]
-        block = take_block(self.tokens, part, EXACT_CHUNK, self.scratch)
-        return block, open_exact(self.maps, block, state, self.scratch, after=after)
+        block = take_block(self.tokens, part, EXACT_TILE, self.scratch)
+        return block, open_exact(self.maps, block, state, self.scratch)
 
-    def _pull_division(self, part: slice, block: Tokens, chunks: Chunks, outer: list[Tensor]) -> Tensor:
+    def _may_see_nothing(self, block: Tokens) -> bool:
+        """Return True if a query's denominator may be 0: all keys may be masked, or features may vanish."""
+        return block.mask is not None or not self.maps.key.logarithmic or not block.keys.shape[2]
+
+    def _pull_division(self, part: slice, block: Tokens, chunks: Chunks, outer: list[Tensor | None]) -> Tensor:
         """Return the gradient at numerators and denominators `(x, t, c r, e + 1)`."""
-        out, kept, grad, grad_mass = (x[:, :, part] for x in outer)
+        out, kept, grad, grad_mass = (None if x is None else x[:, :, part] for x in outer)
+        assert out is not None
+        assert kept is not None
+        if grad is None:
+            grad = torch.zeros_like(out)
         shape = (*chunks.queries.shape[:3], 1)
         mass = kept.reshape(shape)
-        if chunks.peak is None:
+        if chunks.peak is not None:
+            mass = (mass - chunks.peak).exp2_()
+        if self._may_see_nothing(block):
             mass = mass.masked_fill(mass == 0, 1.0)
-        else:
-            mass = (mass - chunks.peak).masked_fill_(mass == -torch.inf, 0.0).exp2_()
         mass = mass.to(out.dtype).view(*out.shape[:-1], 1)
         found = self.scratch("grad seen", *out.shape[:-1], out.shape[-1] + 1)
         numerator = torch.div(grad, mass, out=found[..., :-1])
         torch.sum(numerator * out, dim=-1, out=found[..., -1]).neg_()
-        more = grad_mass[..., None].to(mass.dtype)
-        found[..., -1:].add_(more if chunks.peak is None else LOG2_E * more / mass)
+        if grad_mass is not None:
+            more = grad_mass[..., None].to(mass.dtype)
+            found[..., -1:].add_(more if chunks.peak is None else LOG2_E * more / mass)
         return found.view(*shape[:3], found.shape[-1])
 
     def _pull_map(
@@ -223,16 +243,7 @@ class Walk:
         return found.view(x.shape)
 
 
-def _settle(sums: Tensor, exponent: Tensor) -> Tensor:
-    """Put sums, in place, on the exponent at which each feature's mass is about one, and return that."""
-    mass = sums[..., -1]
-    empty = mass == 0
-    lower = mass.masked_fill(empty, 1.0).log2().round_()
-    sums.mul_(lower.neg().exp2_()[..., None])
-    return (exponent + lower).masked_fill_(empty, EMPTY)
-
-
-def _pull_decay(totals: Tensor, before: Tensor) -> Tensor:
+def _pull_decay(totals: Tensor, before: Tensor, scratch: Scratch) -> Tensor:
     """Return the gradient at log_decay `(x, t, c)`.
 
     To fade at token j is to weaken all keys before it: for a query before j, all that it sees, which cancels.
@@ -240,8 +251,9 @@ def _pull_decay(totals: Tensor, before: Tensor) -> Tensor:
     Args:
         totals: `(x, t, c)`, the gradients at the logarithms of the keys' weights.
         before: `(x,)`, that at the logarithm of the state's.
+        scratch: holds triangles.
     """
-    upto = sum_up_to(totals)
-    chunks = upto[..., -1]
-    earlier = upto - totals + (sum_up_to(chunks) - chunks + before[:, None])[..., None]
+    upto = sum_up_to(totals, scratch)
+    tiles = upto[..., -1]
+    earlier = upto - totals + (sum_up_to(tiles, scratch) - tiles + before[:, None])[..., None]
     return earlier.to(totals.dtype)

@@ -1,8 +1,9 @@
-"""Linear attention's state: all that it keeps of the keys it has seen, of one size whatever their number.
+"""Linear attention's state, which is all that it keeps of the keys it has seen, and how a sequence is cut for a device.
 
-Letters: `b` batch, `g` key heads, `n` tokens, `m` features, `e` value width.
+Letters: `b` batch, `g` key heads, `m` features, `e` value width.
 """
 
+from math import log2
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ class LinearState(NamedTuple):
     """The sums of phi(k) [v, 1] over 2^exponent, per feature."""
 
     sums: Tensor  # (b, g, m, e + 1)
-    exponent: Tensor  # (b, g, m), float64: integers near log2 of the sum of the keys' features
+    exponent: Tensor  # (b, g, m), float64
 
 
 def empty_state(
@@ -31,31 +32,36 @@ def empty_state(
 
 
 class Geometry(NamedTuple):
-    """How a sequence is cut: results depend on it by rounding only."""
+    """How a sequence is cut; results depend on it by rounding only."""
 
-    chunk: int
+    tile: int
     """Tokens that see each other through a matrix of weights."""
     block: int
-    """Tokens worked on at once: whole chunks. One state per block is kept for the backward."""
+    """Tokens worked on at once, in whole tiles. For a backward, one state per block is kept."""
+    one_scale: bool
+    """Whether the tiles of a block share a scale, and join the sums in place; else each has its own, and all join at
+    once."""
 
 
 def choose_geometry(state: LinearState, *, block: int | None) -> Geometry:
-    """Cut a sequence for a device: what caches hold on a CPU, as much as memory holds elsewhere.
+    """Cut a sequence for a device: as caches like it on a CPU, in as few and as large operations as may be elsewhere.
 
     Args:
-        state: whose device counts, and how many features a token has in it.
+        state: its device counts, and how many features a token has in it.
         block: tokens per block where the caller wants another number.
     """
     b, g, m, _ = state.sums.shape
-    features = CACHED if state.sums.device.type == "cpu" else HELD
-    most = 512 if state.sums.device.type == "cpu" else 1 << 20
-    fitting = 1 << (max(1, features // max(1, b * g * m)).bit_length() - 1)
-    block = block or min(max(CHUNK, fitting), most)
-    return Geometry(min(CHUNK, block), block - block % min(CHUNK, block))
+    on_host = state.sums.device.type == "cpu"
+    if block is None:
+        fitting = (CACHED if on_host else HELD) / max(1, b * g * m)
+        block = 2 ** round(min(max(log2(fitting), 6), 9 if on_host else 20))
+    tile = min(CPU_TILE if on_host else TILE, block)
+    return Geometry(tile, block - block % tile, on_host)
 
 
-CHUNK = 64
+CPU_TILE, TILE = 32, 64
+"""More tokens cost arithmetic, fewer cost passes over the sums."""
 CACHED = 1 << 19
-"""Features (of all tokens, heads and sequences) of a block on a CPU: with gradients beside them, what caches hold."""
+"""Features (of all tokens, heads and sequences) of a block on a CPU: with their gradients, about what caches hold."""
 HELD = 1 << 27
 """The same on an accelerator: half a GiB in float32."""

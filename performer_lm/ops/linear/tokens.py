@@ -1,6 +1,6 @@
-"""A run of tokens: whole, as a caller has it, and as a block of chunks that is worked on at once.
+"""A run of tokens: whole, as a caller has it, and as a block of tiles that is worked on at once.
 
-Letters: `b` batch, `h` heads, `g` key heads, `r` = h / g queries per key, `n` tokens, `x` = g b, `t` chunks of a block,
+Letters: `b` batch, `h` heads, `g` key heads, `r` = h / g queries per key, `n` tokens, `x` = g b, `t` tiles of a block,
 `c` tokens of one, `d` head width, `e` value width.
 """
 
@@ -43,24 +43,24 @@ def by_key_heads(x: Tensor, g: int) -> Tensor:
     return rearrange(x, "b (g r) n ... -> g b n r ...", g=g)
 
 
-def cut(n: int, block: int, chunk: int) -> Iterator[slice]:
-    """Cut n tokens into blocks; what is left over into one of whole chunks, and a last part of a chunk."""
+def cut(n: int, block: int, tile: int) -> Iterator[slice]:
+    """Cut n tokens into blocks; what is left over into one of whole tiles, and a last part of a tile."""
     start = 0
     while start < n:
         size = min(block, n - start)
-        size = size - size % chunk if size > chunk else size
+        size = size - size % tile if size > tile else size
         yield slice(start, start + size)
         start += size
 
 
-def take_block(tokens: Tokens, part: slice, chunk: int, scratch: Scratch) -> Tokens:
+def take_block(tokens: Tokens, part: slice, tile: int, scratch: Scratch) -> Tokens:
     """Copy a block out of `Tokens.by_key_heads`."""
     queries, keys, values, *rest = (None if x is None else x[:, :, part] for x in tokens[:6])
     assert queries is not None
     assert keys is not None
     assert values is not None
     g, b, n, r, d = queries.shape
-    t = max(1, n // chunk)
+    t = max(1, n // tile)
     with_ones = scratch("values", *values.shape[:-1], values.shape[-1] + 1)
     with_ones[..., :-1].copy_(values)
     with_ones[..., -1] = 1.0

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from performer_lm.ops.linear import LinearState, absorb_keys, causal_linear_attention, empty_state, read_state
+from performer_lm.ops.linear import causal as linear_causal
 from performer_lm.ops.linear import chunks as linear_chunks
 from performer_lm.ops.linear import state as linear_state
 from performer_lm.ops.maps import Exponential
@@ -80,11 +81,14 @@ def blockwise(
     )
 
 
-@pytest.fixture(params=["one chunk a block", "several", "exact"])
+@pytest.fixture(params=["one tile a block", "several", "at once", "exact"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run a test as inputs decide, with blocks of several chunks, and with every chunk summed pair by pair."""
-    if request.param != "one chunk a block":
-        monkeypatch.setattr(linear_state, "CHUNK", 2)
+    """Run a test with blocks of one tile, of several on one scale, of several on their own, and pair by pair."""
+    if request.param != "one tile a block":
+        monkeypatch.setattr(linear_state, "CPU_TILE", 2)
+    if request.param == "at once":  # as on an accelerator
+        choose = linear_state.choose_geometry
+        monkeypatch.setattr(linear_causal, "choose_geometry", lambda *a, **k: choose(*a, **k)._replace(one_scale=False))
     if request.param == "exact":
         monkeypatch.setattr(linear_chunks, "REACH", -1.0)
     return str(request.param)

@@ -89,12 +89,12 @@ def test_operators_keep_what_they_promise(keep: bool) -> None:
     pair = Maps(query=query_map, key=key_map, groups=2)
     before = LinearState(*(x.transpose(0, 1).flatten(0, 1) for x in start()))
     leaves = [*inputs(7), *before, *pair.tensors]
-    arguments: tuple[Any, ...] = (leaves, "xxx----xxxx", pair.code, 2, 4, keep)
+    arguments: tuple[Any, ...] = (leaves, "xxx----xxxx", pair.code, 2, 4, True, keep)
     torch.library.opcheck(_attend, arguments, test_utils=("test_schema", "test_faketensor"))
     if keep:
         trace = [x.detach() for x in _attend(*arguments)]
         grads = [torch.randn_like(x) for x in (trace[0], trace[1], trace[-1])]
         plain = [x.detach() for x in leaves]
         torch.library.opcheck(
-            _pull, (plain, trace, grads, *arguments[1:5], True), test_utils=("test_schema", "test_faketensor")
+            _pull, (plain, trace, grads, arguments[1], "xxx", *arguments[2:6], True), test_utils=("test_schema", "test_faketensor")
         )
