@@ -88,9 +88,10 @@ def bidirectional_linear_attention(
 ) -> Tensor:
     """Attend from each token to all of its own document, before and after it: `(b, h, n, e)` in q's dtype.
 
-    Arguments are those of `causal_linear_attention`. It runs twice: over the tokens, and over the tokens in reverse with
-    every key one place later, so that a token's own key, which the first pass has seen, is not seen again. Both outputs
-    are averages, to be joined by their masses. Without documents, `absorb_keys` and `read_state` do the same for less.
+    Arguments are those of `causal_linear_attention`, which runs twice: over the tokens, and over the tokens in reverse
+    with every key one place later, so that a token's own key, which the first pass has seen, is not seen again. Both
+    outputs are averages, to be joined by their masses. Without documents, `absorb_keys` and `read_state` do the same
+    for less.
     """
     mask = check_per_key(k, mask=mask, segments=segments, log_decay=None)
     (b, g, n, d), dtype = k.shape, torch.promote_types(k.dtype, torch.float32)

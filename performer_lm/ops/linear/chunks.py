@@ -14,8 +14,8 @@ loud the keys after it: a <= 2^SHIFT, the best weight in sight is at least 2^(SH
 below 2^-126 before it was multiplied by at most 2^(REACH / 2). A block that reaches further is for `exact.py`.
 Features that are no logarithms have no scale (mid = 0) and always fit.
 
-Letters: `x` batch times key heads, `r` queries per key, `t` tiles, `c` tokens of one (`i` queries, `j` keys), `s` scales
-(one per tile, or one for all), `m` features, `e` value width.
+Letters: `x` batch times key heads, `r` queries per key, `t` tiles, `c` tokens of one (`i` queries, `j` keys), `s`
+scales (one per tile, or one for all), `m` features, `e` value width.
 """
 
 from collections.abc import Callable
@@ -60,9 +60,7 @@ class Chunks(NamedTuple):
     pull_own: PullOwn | None  # from the gradient at log P to those at r and l; None where P = D * (a b^T)
 
 
-def open_chunks(
-    maps: Maps, tokens: Tokens, state: LinearState, scratch: Scratch, *, one_scale: bool
-) -> Chunks | None:
+def open_chunks(maps: Maps, tokens: Tokens, state: LinearState, scratch: Scratch, *, one_scale: bool) -> Chunks | None:
     """Compute a block's matrices, in `scratch`; None where it reaches too far.
 
     Args:
@@ -151,7 +149,14 @@ def write_queries(maps: Maps, tokens: Tokens, shift: Tensor | None, scratch: Scr
 
 
 def _find_scale(
-    rows: Tensor, origin: Tensor, tokens: Tokens, state: LinearState, fading: Fading, scratch: Scratch, *, one_scale: bool
+    rows: Tensor,
+    origin: Tensor,
+    tokens: Tokens,
+    state: LinearState,
+    fading: Fading,
+    scratch: Scratch,
+    *,
+    one_scale: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the scale `(x, s, m)`, and how far the block reaches at most, from its keys `(x, t, c, m)`."""
     high = rows.amax(dim=2) + origin

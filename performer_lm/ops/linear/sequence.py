@@ -72,7 +72,10 @@ def pull(
     rooms = (None if x is None else torch.empty_like(x) for x in tokens[:5])
     found = Tokens(*rooms, mask=None, documents=None)  # type: ignore[arg-type]
     outer = [None if x is None else by_key_heads(x, g) for x in (trace.out, trace.mass, *grads[:2])]
-    grad_sums, totals = None if grads[2] is None else grads[2].clone(), [torch.zeros_like(x) if wanted else None for x in maps.tensors]
+    grad_sums, totals = (
+        None if grads[2] is None else grads[2].clone(),
+        [torch.zeros_like(x) if wanted else None for x in maps.tensors],
+    )
     for index, part in reversed(list(enumerate(cut(trace.out.shape[2], geometry.block, geometry.tile)))):
         before = LinearState(trace.sums[index], trace.exponents[index])
         room = Gradients(found.by_key_heads(), totals)
@@ -231,9 +234,7 @@ class Walk:
             found[..., -1:].add_(more if chunks.peak is None else LOG2_E * more / mass)
         return found.view(*shape[:3], found.shape[-1])
 
-    def _pull_map(
-        self, a_map: BlockMap, x: Tensor, grad: Tensor, totals: list[Tensor | None], first: int
-    ) -> Tensor:
+    def _pull_map(self, a_map: BlockMap, x: Tensor, grad: Tensor, totals: list[Tensor | None], first: int) -> Tensor:
         """Pull the gradient at features of x back to x, and add that at the map's tensors to the totals."""
         wanted = any(total is not None for total in totals)
         found, tensors = a_map.pull(self.maps.flat(x), self.maps.flat(grad), wanted=wanted)

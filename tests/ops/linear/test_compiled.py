@@ -96,5 +96,7 @@ def test_operators_keep_what_they_promise(keep: bool) -> None:
         grads = [torch.randn_like(x) for x in (trace[0], trace[1], trace[-1])]
         plain = [x.detach() for x in leaves]
         torch.library.opcheck(
-            _pull, (plain, trace, grads, arguments[1], "xxx", *arguments[2:6], True), test_utils=("test_schema", "test_faketensor")
+            _pull,
+            (plain, trace, grads, arguments[1], "xxx", *arguments[2:6], True),
+            test_utils=("test_schema", "test_faketensor"),
         )
