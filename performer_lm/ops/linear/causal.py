@@ -102,8 +102,11 @@ def bidirectional_linear_attention(
     forth, _ = _run(maps, Tokens(q, k, v, log_gain, None, mask, _documents(segments)), state, chunk_size)
     turned, own = (x.flip(-1) for x in (segments, mask))
     follows = torch.nn.functional.pad(own[:, :-1] & (turned[:, 1:] == turned[:, :-1]), (1, 0))
-    later = [None if x is None else x.flip(2).roll(1, dims=2) for x in (k, v, log_gain)]
-    back, _ = _run(maps, Tokens(q.flip(2), *later, None, follows, _documents(turned)), state, chunk_size)
+    q_back, *later = (x.flip(2) for x in (q, k, v))
+    k_back, v_back = (x.roll(1, dims=2) for x in later)
+    gain_back = None if log_gain is None else log_gain.flip(2).roll(1, dims=2)
+    tokens = Tokens(q_back, k_back, v_back, gain_back, None, follows, _documents(turned))
+    back, _ = _run(maps, tokens, state, chunk_size)
     share = _share(forth.mass, back.mass.flip(2), logarithmic=key_map.logarithmic)[..., None].to(forth.out.dtype)
     return (share * forth.out + (1.0 - share) * back.out.flip(2)).to(q.dtype)
 

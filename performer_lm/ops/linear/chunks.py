@@ -174,9 +174,10 @@ def _find_scale(
         if tokens.documents is not None:
             gone = tokens.documents[..., 1:] != tokens.documents[..., -1:]
             ending = rows.masked_fill(gone[..., None], -torch.inf).amax(dim=2) + origin
-        is_mild = total is not None and fading.until_end is None  # then keys stand as they would at their tile's start
-        past = least = loudest_before(state, ending + total if is_mild else ending, fading, scratch)
-        if total is not None and not is_mild:  # the loudest key of a tile may have faded all through it
+        if total is not None and fading.is_mild:
+            ending = ending + total
+        past = least = loudest_before(state, ending, fading, scratch)
+        if total is not None and not fading.is_mild:  # the loudest key of a tile may have faded all through it
             least = past + total.amin(dim=1, keepdim=True)
     sure = least if total is None else least + total
     sure = torch.maximum(sure if ended is None else sure.masked_fill(ended, EMPTY), low)
@@ -229,12 +230,12 @@ def _is_within(reach: Tensor, limit: float) -> bool:
 
 def _find_steps(exponent: Tensor, scale: Tensor, fading: Fading, dtype: torch.dtype) -> Steps:
     """Return what sums are multiplied by, given the exponent that they have `(x, m)` and the scales `(x, s, m)`."""
-    left, is_mild, gained = fading.left(dtype), fading.gain is not None and fading.until_end is None, None
+    left, gained = fading.left(dtype), None
     if scale.shape[1] > 1:
         gained = _factor(scale, torch.cat([scale[:, 1:], scale[:, -1:]], dim=1), dtype)
     kept = gained if left is None else left if gained is None else left * gained
     first = _factor(exponent, scale[:, 0], dtype)
-    return Steps(first, kept, kept if is_mild else gained, scale[:, -1])
+    return Steps(first, kept, kept if fading.is_mild else gained, scale[:, -1])
 
 
 def steps_between(exponent: Tensor, before: Tensor, own: Tensor, after: Tensor, fading: Fading, like: Tensor) -> Steps:

@@ -52,7 +52,7 @@ def open_exact(maps: Maps, tokens: Tokens, state: LinearState, scratch: Scratch)
         return found.transpose(2, 3).flatten(2, 3)
 
     loudness = keys.amax(dim=-1, keepdim=True)  # added last, as float32 is finest near zero
-    logs, pull_own = torch.func.vjp(own, queries / LOG2_E, (keys - loudness) / LOG2_E)
+    logs, pull_own = torch.func.vjp(own, queries / LOG2_E, (keys - loudness) / LOG2_E)[:2]
     logs = LOG2_E * logs.to(origin.dtype) + loudness.mT
     peak = torch.maximum(from_past.amax(dim=-1, keepdim=True), logs.amax(dim=-1, keepdim=True)).clamp_(min=EMPTY)
     queries.copy_((from_past - peak).exp2_())

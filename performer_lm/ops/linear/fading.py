@@ -33,6 +33,11 @@ class Fading(NamedTuple):
     total: Tensor | None  # (x, t, 1), float64, at most 0: log2 of what decay leaves of the state at the end
     ended: Tensor | None  # (x, t, 1) bool: whether a document ends, and nothing of the state is left
 
+    @property
+    def is_mild(self) -> bool:
+        """Return True if all decay is a gain of keys, which then stand as they would at their tile's start."""
+        return self.gain is not None and self.until_end is None
+
     def left(self, dtype: torch.dtype) -> Tensor | None:
         """Return what is left of the state at the end, `(x, t, 1)`."""
         left = None if self.total is None else self.total.exp2().to(dtype)

@@ -1,8 +1,8 @@
 """Causal linear attention as PyTorch sees it: an operator with a gradient, which no compiler looks into.
 
 The loop over blocks looks at values, to see whether a block's features fit its form, and works in memory of its own,
-so autograd and `torch.compile` take it whole. An operator knows tensors, numbers and text only: feature maps pass through
-as their tensors and their code, and what is not given is left out of the list.
+so autograd and `torch.compile` take it whole. An operator knows tensors, numbers and text only: feature maps pass
+through as their tensors and their code, and what is not given is left out of the list.
 
 Letters: `b` batch, `h` heads, `n` tokens, `x` batch times key heads, `e` value width, `m` features.
 """

@@ -69,8 +69,9 @@ def pull(
     """
     g = tokens.keys.shape[1]
     walk = Walk(maps, tokens, geometry, Scratch(trace.out.dtype, trace.out.device))
-    rooms = (None if x is None else torch.empty_like(x) for x in tokens[:5])
-    found = Tokens(*rooms, mask=None, documents=None)  # type: ignore[arg-type]
+    q, k, v = (torch.empty_like(x) for x in tokens[:3])
+    log_gain, log_decay = (None if x is None else torch.empty_like(x) for x in tokens[3:5])
+    found = Tokens(q, k, v, log_gain, log_decay, None, None)
     outer = [None if x is None else by_key_heads(x, g) for x in (trace.out, trace.mass, *grads[:2])]
     grad_sums, totals = (
         None if grads[2] is None else grads[2].clone(),
@@ -160,6 +161,7 @@ class Walk:
             exponents = [*(state.exponent for state in states[1:]), exponent]
             for smaller, start, stop in reversed(list(zip(opened, states, exponents, strict=True))):
                 grad_sums = self.backward(smaller, start, stop, outer, grad_sums, room)
+            assert grad_sums is not None
             return grad_sums
         block, chunks = opened
         if grad_sums is None:

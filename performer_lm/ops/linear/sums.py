@@ -6,8 +6,8 @@ With the matrices a, b, P of `chunks.py`, dN the gradient at what queries see an
     da = (D * (dN V^T)) b + (since * dN) S^T   db = (D * (dN V^T))^T a + (until * V) dS'^T
     dV = P^T dN + until * (b dS')              dS = a^T (since * dN) + across * dS'
 
-Tiles on one scale join the sums one after the other, in place, where a cache holds them. Tiles on scales of their own are
-for devices that want few and large operations: one product for all of them, then a pass that adds up.
+Tiles on one scale join the sums one after the other, in place, where a cache holds them. Tiles on scales of their own
+are for devices that want few and large operations: one product for all of them, then a pass that adds up.
 
 Letters: as in `chunks.py`.
 """
@@ -141,8 +141,8 @@ def _pull_in_place(given: _Given, sums: Tensor, grad_after: Tensor, scratch: Scr
         if steps.kept is not None and steps.gained is None:
             grad_after.mul_(steps.kept[:, tile, :, None])
         grad_after.baddbmm_(queries[:, tile].mT, late[:, tile])
-    before = _weigh(grad_after, steps.first, out=grad_after)
-    return Pulled(*(x.transpose(0, 1) for x in (grad_queries, grad_keys, grad_values)), before)
+    queries, rows, values = (x.transpose(0, 1) for x in (grad_queries, grad_keys, grad_values))
+    return Pulled(queries, rows, values, _weigh(grad_after, steps.first, out=grad_after))
 
 
 def _join(sums: Tensor, rows: Tensor, values: Tensor, steps: Steps, tile: int) -> None:

@@ -7,7 +7,6 @@ Letters: `b` batch, `h` heads, `g` key heads, `r` = h / g queries per key, `n` t
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
 from einops import rearrange
 from torch import Tensor
 
