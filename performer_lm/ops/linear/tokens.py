@@ -62,7 +62,7 @@ def take_block(tokens: Tokens, part: slice, tile: int, scratch: Scratch) -> Toke
     t = max(1, n // tile)
     with_ones = scratch("values", *values.shape[:-1], values.shape[-1] + 1)
     with_ones[..., :-1].copy_(values)
-    with_ones[..., -1] = 1.0
+    with_ones[..., -1].fill_(1.0)
     shape, dtype = (g * b, t, keys.shape[2] // t), with_ones.dtype
     queries = queries.reshape(g * b, t, n // t * r, d).to(dtype)
     keys, with_ones = keys.reshape(*shape, d).to(dtype), with_ones.view(*shape, values.shape[-1] + 1)
