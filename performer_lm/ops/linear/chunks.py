@@ -180,9 +180,10 @@ def _find_scale(
         if total is not None and not fading.is_mild:  # the loudest key of a tile may have faded all through it
             least = past + total.amin(dim=1, keepdim=True)
     sure = least if total is None else least + total
+    if tokens.mask is not None:
+        low.masked_fill_(high == -torch.inf, EMPTY)  # no key at all
     sure = torch.maximum(sure if ended is None else sure.masked_fill(ended, EMPTY), low)
     if tokens.mask is not None:
-        sure.masked_fill_(high == -torch.inf, EMPTY)  # no key at all
         lone = ~tokens.mask[:, : sure.shape[1], :1] & (least > EMPTY / 2)  # tokens that see the past alone
         sure = torch.where(lone, torch.minimum(sure, least), sure)
     top = torch.maximum(past, high)

@@ -47,7 +47,7 @@ def open_exact(maps: Maps, tokens: Tokens, state: LinearState, scratch: Scratch)
     lag = (past[..., :, None] - past[..., None, :]).to(rows.dtype) / LOG2_E
 
     def own(queries: Tensor, keys: Tensor) -> Tensor:
-        apart = queries.unflatten(2, (-1, r)).transpose(2, 3)
+        apart = queries.unflatten(2, (keys.shape[2], r)).transpose(2, 3)
         found = log_weights(apart, keys[:, :, None], visible=visible[:, :, None], fading=lag[:, :, None])
         return found.transpose(2, 3).flatten(2, 3)
 

@@ -58,7 +58,7 @@ def count(n: int, *, decay: bool) -> Kernels:
     return found
 
 
-@pytest.mark.parametrize(("decay", "kernels", "share"), [(False, 260, 32), (True, 340, 36)])
+@pytest.mark.parametrize(("decay", "kernels", "share"), [(False, 260, 33), (True, 340, 36)])
 def test_a_layer_launches_few_kernels_and_moves_few_bytes(decay: bool, kernels: int, share: int) -> None:
     found = count(2048, decay=decay)
     least = 8 * 4 * B * H * 2048 * D  # q, k, v, the output and their gradients once
