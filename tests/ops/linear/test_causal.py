@@ -11,6 +11,7 @@ from torch import Tensor
 from performer_lm.ops.linear import LinearState, absorb_keys, causal_linear_attention, empty_state, read_state
 from performer_lm.ops.linear import causal as linear_causal
 from performer_lm.ops.linear import chunks as linear_chunks
+from performer_lm.ops.linear import naive
 from performer_lm.ops.linear import state as linear_state
 from performer_lm.ops.maps import Exponential
 
@@ -23,33 +24,9 @@ def identity(x: Tensor) -> Exponential:
     return Exponential((torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).repeat(2, 1, 1),))
 
 
-def quadratic(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = True,
-    mask: Tensor | None = None,
-    segments: Tensor | None = None,
-    log_decay: Tensor | None = None,
-) -> Tensor:
-    """Write the definition out in float64: weights sum_m exp(q_im + k_jm), normalised over the keys in sight."""
-    group = q.shape[1] // k.shape[1]
-    q, k, v = q.double(), *(x.double().repeat_interleave(group, dim=1) for x in (k, v))
-    logits = (q[..., :, None, :] + k[..., None, :, :]).logsumexp(dim=-1)
-    visible = torch.ones(logits.shape[-2:], dtype=torch.bool)
-    visible = (visible.tril() if causal else visible).expand_as(logits)
-    if mask is not None:
-        visible = visible & mask[:, None, None]
-    if segments is not None:
-        visible = visible & (segments[:, None, :, None] == segments[:, None, None, :])
-    if log_decay is not None:
-        if mask is not None:
-            log_decay = log_decay * mask[:, None]  # an absent key takes its decay with it
-        total = log_decay.double().repeat_interleave(group, dim=1).cumsum(dim=-1)
-        logits = logits + (total[..., :, None] - total[..., None, :])
-    weights = logits.masked_fill(~visible, -torch.inf).softmax(dim=-1)
-    return weights.masked_fill(~visible, 0.0) @ v
+def quadratic(q: Tensor, k: Tensor, v: Tensor, **chosen: Any) -> Tensor:
+    """Attend by the definition in float64."""
+    return naive.quadratic(*(x.double() for x in (q, k, v)), **chosen)
 
 
 def inputs(n: int, *, std: float = 1.0, dtype: torch.dtype = torch.float64, m: int = 5) -> tuple[Tensor, ...]:
@@ -148,6 +125,34 @@ def test_a_loud_key_moves_nothing_before_it(std: float) -> None:
     changed, _ = blockwise(q, later, v, chunk_size=16)
     assert torch.equal(changed[..., :16, :], out[..., :16, :])
     assert (changed[..., 16:20, :] - out[..., 16:20, :]).abs().max() < 2e-5
+
+
+@form_laws
+@pytest.mark.parametrize("span", [60, 100, 119, 120, 121, 140, 160, 240])  # factors of 2, around REACH
+@pytest.mark.parametrize("shape", ["late keys are louder", "in turn", "each feature at its own time", "one falls"])
+def test_keys_far_apart_in_loudness_are_exact(span: int, shape: str) -> None:
+    """Whether a chunk is put on one scale or taken pair by pair, what comes later moves the past by rounding at most."""
+    q, k, v = inputs(32, dtype=torch.float32)
+    at = torch.arange(32)[:, None]
+    louder = {
+        "late keys are louder": (at >= 11).expand(32, 5),
+        "in turn": (at % 2 == 1).expand(32, 5),
+        "each feature at its own time": at >= 3 + 6 * torch.arange(5),
+        "one falls": torch.where(torch.arange(5) == 1, (at < 11) & (at % 2 == 1), at >= 11),
+    }[shape]
+    k = k + span * torch.log(torch.tensor(2.0)) * louder
+    if shape == "one falls":  # and weighs as little as may just be lost: the worst case of `chunks.py`
+        q[..., 1] -= 167 * torch.log(torch.tensor(2.0))
+    tensors = [x.requires_grad_() for x in (q, k, v)]
+    out, _ = blockwise(*tensors, chunk_size=16)
+    reference = [x.detach().double().requires_grad_() for x in tensors]
+    expected = quadratic(*reference)
+    assert (out - expected).abs().max() < 2e-5
+    ours, theirs = (torch.autograd.grad(x.square().sum(), xs) for x, xs in ((out, tensors), (expected, reference)))
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one - other).abs().max() < 1e-5 * other.abs().max()
+    quiet, _ = blockwise(q, torch.where(at > 7, torch.full_like(k, -200.0), k), v, chunk_size=16)
+    assert (quiet[:, :, :8] - out[:, :, :8]).abs().max() < 2e-5
 
 
 @form_laws
