@@ -128,7 +128,7 @@ def test_a_loud_key_moves_nothing_before_it(std: float) -> None:
 
 
 @form_laws
-@pytest.mark.parametrize("span", [60, 100, 119, 120, 121, 140, 160, 240])  # factors of 2, around REACH
+@pytest.mark.parametrize("span", [60, 100, 119, 120, 121, 140, 160, 180, 240])  # factors of 2, around REACH
 @pytest.mark.parametrize("shape", ["late keys are louder", "in turn", "each feature at its own time", "one falls"])
 def test_keys_far_apart_in_loudness_are_exact(span: int, shape: str) -> None:
     """Whether a chunk is put on one scale or taken pair by pair, what comes later moves the past by rounding at most."""
@@ -142,7 +142,7 @@ def test_keys_far_apart_in_loudness_are_exact(span: int, shape: str) -> None:
     }[shape]
     k = k + span * torch.log(torch.tensor(2.0)) * louder
     if shape == "one falls":  # and weighs as little as may just be lost: the worst case of `chunks.py`
-        q[..., 1] -= 167 * torch.log(torch.tensor(2.0))
+        q[..., 1] -= 192 * torch.log(torch.tensor(2.0))
     tensors = [x.requires_grad_() for x in (q, k, v)]
     out, _ = blockwise(*tensors, chunk_size=16)
     reference = [x.detach().double().requires_grad_() for x in tensors]
