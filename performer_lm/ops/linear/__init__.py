@@ -4,17 +4,17 @@ Keys and values are absorbed into a state of fixed size, which queries read. The
 with the state going in and coming out, so training, prefill and decoding are one function. Features are any
 `FeatureMap`; sums are float32 or wider, on a running exponent per feature, and no epsilon is added to anything.
 
-| room | holds |
+| file | holds |
 |---|---|
-| `causal.py` | `causal_linear_attention`, with its gradient |
+| `naive.py` | the definition, by which all else is tested |
+| `causal.py` | what callers see: `causal_linear_attention` and attention without an order |
+| `operator.py` | the operator that autograd and compilers see |
 | `sequence.py` | the loop over blocks, forward and backward |
-| `block.py` | one block: the choice of form, scales |
-| `tokens.py` | its tokens, and what a map makes of them |
-| `dense.py`, `halves.py` | the two forms of one block: on one scale, and at any loudness |
-| `fading.py` | decay and documents inside a block |
+| `chunks.py`, `exact.py`, `sums.py` | a block as matrices, on a scale or pair by pair; its products |
+| `fading.py`, `tokens.py` | decay and documents; a run of tokens |
 | `step.py` | the step of decoding |
-| `reading.py`, `documents.py` | attention without an order: from a state; within documents |
-| `state.py`, `scratch.py` | the state and its exponents; memory that blocks share |
+| `state.py`, `scratch.py` | the state, and how a sequence is cut; memory that blocks share |
+| `signed.py` | features that may be negative |
 """
 
 from performer_lm.ops.linear.causal import absorb_keys as absorb_keys
