@@ -19,7 +19,7 @@ from measure import RESULTS, THREADS, write_results
 from PIL import Image
 from torch import Tensor
 
-from performer_lm.ops.features import exponential, optimal_damping, second_order_taylor
+from performer_lm.ops.maps import Exponential, Taylor, optimal_damping
 from performer_lm.ops.projections import draw_projection, haar
 
 matplotlib.use("Agg")
@@ -78,8 +78,8 @@ def random_features(
     ).double()
     rows = torch.cat([rows, -rows], dim=1) if antithetic else rows
     a = torch.as_tensor(damping, dtype=torch.float64).expand(DIM)
-    bias = (rows.square() @ a)[:, None]
-    x, y = (exponential(each, rows * (1.0 - 4.0 * a).sqrt()).log_scale + bias for each in vectors)
+    features = Exponential((rows * (1.0 - 4.0 * a).sqrt(), rows.square() @ a), norm=0.5)
+    x, y = (features(each).log_scale + features.gain(each)[..., None] for each in vectors)
     constant = 0.5 * float((1.0 - 4.0 * a).log().sum()) - math.log(count)
     x_peak, y_peak = (logs.amax(dim=-1, keepdim=True) for logs in (x, y))
     return ((x - x_peak).exp() @ (y - y_peak).exp().mT).log() + x_peak + y_peak.mT + constant
@@ -120,7 +120,8 @@ def taylor(vectors: Vectors, count: int) -> Tensor:
     """Estimate by 1 + s + s^2 / 2 of as many random directions as fit in `count` features, as `taylor2` starts."""
     width = max(w for w in range(1, DIM + 1) if 1 + w + w * (w + 1) // 2 <= count)
     axes = haar(DRAWS, DIM, generator=torch.Generator().manual_seed(1))[:, :width] * math.sqrt(DIM / width)
-    x, y = (second_order_taylor(each @ axes.mT if width < DIM else each).values for each in vectors)
+    features = Taylor((axes,) if width < DIM else ())
+    x, y = (features(each).values for each in vectors)
     return (x @ y.mT).log()
 
 

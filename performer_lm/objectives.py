@@ -20,7 +20,7 @@ from performer_lm.language_model import LanguageModel
 from performer_lm.model import PerformerLM
 from performer_lm.ops.cross_entropy import linear_cross_entropy
 from performer_lm.ops.hashing import mix
-from performer_lm.ops.softmax import sum_dtype
+from performer_lm.ops.precision import sum_dtype
 from performer_lm.ranges import Count, Fraction, ranged
 
 WHOLE: Final = 2**26  # logits of a micro-batch that are held at once: 256 MiB of float32

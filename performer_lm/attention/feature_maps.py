@@ -15,8 +15,7 @@ from annotated_types import Gt, Le
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
-from performer_lm.ops.features import optimal_damping
-from performer_lm.ops.maps import Exponential, FeatureMap
+from performer_lm.ops.maps import Exponential, FeatureMap, optimal_damping
 from performer_lm.ops.projections import default_num_features, draw_projection
 from performer_lm.ranges import Count, ranged
 

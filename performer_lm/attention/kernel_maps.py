@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from performer_lm.attention.feature_maps import AttentionFeatures, RandomFeatures, count_features
-from performer_lm.ops.features import ACTIVATIONS, POSITIVE
-from performer_lm.ops.maps import Exponential, FeatureMap, Generalized, Taylor, Trigonometric
+from performer_lm.ops.maps import ACTIVATIONS, POSITIVE, Exponential, FeatureMap, Generalized, Taylor, Trigonometric
 from performer_lm.ops.projections import haar, mix_seed
 from performer_lm.ranges import Count, NotNegative, ranged
 

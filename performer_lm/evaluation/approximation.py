@@ -13,7 +13,7 @@ from torch import Tensor
 
 from performer_lm.attention.favor import FavorAttention
 from performer_lm.evaluation.pairs import Pairs
-from performer_lm.ops.softmax import no_autocast
+from performer_lm.ops.precision import no_autocast
 
 
 class Approximation(NamedTuple):

@@ -17,7 +17,7 @@ from performer_lm.data.windows import IGNORE, FiniteWindows
 from performer_lm.evaluation.base import Evaluation, Subject
 from performer_lm.language_model import LanguageModel
 from performer_lm.objectives import Objective, choose_chunk_size
-from performer_lm.ops.softmax import sum_dtype
+from performer_lm.ops.precision import sum_dtype
 from performer_lm.ops.terms import slices
 
 

@@ -14,8 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from performer_lm.attention.favor import FavorAttention
-from performer_lm.ops.features import Features
-from performer_lm.ops.maps import FeatureMap
+from performer_lm.ops.maps import FeatureMap, Features
 from performer_lm.ops.terms import slices
 from performer_lm.ranges import Count, ranged
 

@@ -8,15 +8,15 @@ and key chunk, `x` = b g, `y` = r c.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import isqrt, log
+from math import isqrt
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from performer_lm.ops.precision import LOG2_E
 from performer_lm.ops.terms import Terms, slices
 
-LOG2_E = 1.0 / log(2.0)
 BLOCK_SCORES = 2**19  # of all heads together: the largest block that caches still hold
 KEY_MULTIPLE = 256
 FEWEST_QUERIES = 64  # below it the matrix products slow down more than the cache helps

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from performer_lm.ops.softmax import no_autocast, sum_dtype
+from performer_lm.ops.precision import no_autocast, sum_dtype
 
 
 def linear_cross_entropy(

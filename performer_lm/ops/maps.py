@@ -1,31 +1,53 @@
-"""Feature maps as the engine evaluates them: on a block of tokens, into memory it has, with their gradients.
+"""Feature maps phi whose dot products stand in for a kernel, phi(x) . phi(y) ~ K(x, y), with their gradients.
 
 A `FeatureMap` is a function with its tensors. A `BlockMap` is one without negative features, which the causal engine
-writes block by block and pulls gradients through, so that features never outlive their block. Its log features are
-written in units of log 2, since exp2 is several times as fast as exp.
+writes block by block, into memory it has, and pulls gradients through, so that features never outlive their block.
+Exponentials stay logarithms, where nothing overflows or vanishes; they are written in units of log 2.
+
+Constant factors common to all features (m^-1/2 and the like) are left out: normalised attention cancels them.
 
 Letters: `g` key heads, `n` tokens (of all sequences in the batch), `d` head width, `m` features.
 """
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from math import log
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from performer_lm.ops.features import Features, generalized, second_order_taylor, trigonometric
+from performer_lm.ops.precision import LOG2_E, precise
 
-LOG2_E = 1.0 / log(2.0)
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "abs": torch.abs,
+    "cos": torch.cos,
+    "elu": lambda x: functional.elu(x) + 1.0,
+    "exp": torch.exp,
+    "gelu": functional.gelu,
+    "identity": lambda x: x,
+    "leaky_relu": functional.leaky_relu,
+    "relu": functional.relu,
+    "relu_squared": lambda x: functional.relu(x).square(),
+    "sigmoid": torch.sigmoid,
+    "silu": functional.silu,
+    "softplus": functional.softplus,
+    "square": torch.square,
+    "tanh": torch.tanh,
+}
+"""What a generalized kernel may apply, by name."""
+
+POSITIVE = frozenset({"abs", "elu", "exp", "relu", "relu_squared", "sigmoid", "softplus", "square"})
+"""The activations that never go below zero, so that their attention is an average and may be causal."""
 
 
-def precise(device: torch.device) -> torch.dtype:
-    """Return the dtype of what must be known better than to seven digits: the sizes of logarithms, before they cancel.
+class Features(NamedTuple):
+    """The features values * exp(log_scale) of n tokens, `(..., n, m)`; None stands for values 1 or log scale 0."""
 
-    Apple's GPUs have nothing wider than float32.
-    """
-    return torch.float32 if device.type == "mps" else torch.float64
+    values: Tensor | None
+    log_scale: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,13 +78,19 @@ class FeatureMap(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Trigonometric(FeatureMap):
-    """`trigonometric` features of scale * x; the tensor is W `(g, m / 2, d)`."""
+    """exp(|x|^2 / 2) [cos w.x, sin w.x] of scale * x (2009.14794, eq. 4): unbiased but signed.
+
+    The tensor is W `(g, m / 2, d)`.
+    """
 
     scale: float = 1.0
 
     def __call__(self, x: Tensor) -> Features:
         """Map x to sines and cosines."""
-        return trigonometric(self.scale * x, *self.tensors)
+        x = self.scale * x
+        angles = x @ self.tensors[0].mT
+        values = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return Features(values, (0.5 * x.square().sum(dim=-1, keepdim=True)).expand_as(values))
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +123,7 @@ class BlockMap(FeatureMap):
         """Turn the gradient at features, or natural log features, into those at x and, if `wanted`, at the tensors."""
 
     def writes_like(self, other: "BlockMap") -> bool:
-        """Tell whether `write` is the same function for both."""
+        """Return True if `write` is the same function for both."""
         return self is other
 
     @property
@@ -152,7 +180,12 @@ class Maps:
 
 @dataclass(frozen=True, eq=False)
 class Exponential(BlockMap):
-    """exp(scale W x + bias - norm |x|^2); the tensors are W `(g, m, d)` and, if any, the bias `(g, m)`."""
+    """exp(scale W x + bias - norm |x|^2); the tensors are W `(g, m, d)` and, if any, the bias `(g, m)`.
+
+    With norm 1/2 these are FAVOR+'s positive features (2009.14794, lemma 1). With scale sqrt(1 - 4A) and bias A |w|^2,
+    A < 0, they are the bounded ones of FAVOR++ (2205.15317, without its factor (1 - 4A)^(d/4)). Rows [w, -w] make
+    either hyperbolic.
+    """
 
     logarithmic = True
 
@@ -175,7 +208,7 @@ class Exponential(BlockMap):
             out.add_(more[:, None], alpha=LOG2_E)
 
     def writes_like(self, other: BlockMap) -> bool:
-        """Tell whether `write` is the same function for both: gains may differ."""
+        """Return True if `write` is the same function for both, though gains may differ."""
         same = isinstance(other, Exponential) and self.scale == other.scale and len(self.tensors) == len(other.tensors)
         return same and all(one is two for one, two in zip(self.tensors, other.tensors, strict=True))
 
@@ -232,22 +265,40 @@ class Pointwise(BlockMap):
 
 @dataclass(frozen=True, eq=False)
 class Generalized(Pointwise):
-    """`generalized` features f(W x) + epsilon; the tensor is W `(g, m, d)`."""
+    """f(W x) + epsilon, or f(x) + epsilon (2009.14794, eq. 5); the tensor, if any, is W `(g, m, d)`."""
 
     activation: str = "relu"
     epsilon: float = 0.0
 
     def __call__(self, x: Tensor) -> Features:
         """Apply the activation."""
-        return generalized(x, *self.tensors, activation=self.activation, epsilon=self.epsilon)
+        rows = x @ self.tensors[0].mT if self.tensors else x
+        return Features(ACTIVATIONS[self.activation](rows) + self.epsilon, None)
 
 
 @dataclass(frozen=True, eq=False)
 class Taylor(Pointwise):
-    """`second_order_taylor` features of scale * x, or of W x where there is a tensor W `(g, d', d)`."""
+    """[1, y, y_i y_j / sqrt 2] of y = scale * x, or of y = W x where there is a tensor W `(g, d', d)`.
+
+    Their products are 1 + s + s^2 / 2 >= 1/2 at s = y.y' (Based, 2402.18668). The symmetric half of the squares is
+    packed away: m = 1 + d + d (d + 1) / 2.
+    """
 
     scale: float = 1.0
 
     def __call__(self, x: Tensor) -> Features:
         """Map x to its products."""
-        return second_order_taylor(x @ self.tensors[0].mT if self.tensors else self.scale * x)
+        x = x @ self.tensors[0].mT if self.tensors else self.scale * x
+        rows, columns = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
+        weight = torch.where(rows == columns, math.sqrt(0.5), 1.0).to(x.dtype)
+        squares = x[..., rows] * x[..., columns] * weight
+        return Features(torch.cat([torch.ones_like(x[..., :1]), x, squares], dim=-1), None)
+
+
+def optimal_damping(mean_square: Tensor, dim: int) -> Tensor:
+    """Return the A that minimises the variance when |x + y|^2 is `mean_square` on average (2205.15317, theorem 3.4).
+
+    It is never positive, and 0, which is FAVOR+, where all vectors vanish.
+    """
+    ratio = 2.0 * mean_square / dim
+    return (1.0 - ratio - torch.sqrt((ratio + 1.0).square() + 4.0 * ratio)) / 16.0

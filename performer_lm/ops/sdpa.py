@@ -19,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from performer_lm.ops.checks import check_bias
 from performer_lm.ops.options import Options, gather_terms
-from performer_lm.ops.softmax import fold_heads, sum_dtype
+from performer_lm.ops.precision import sum_dtype
+from performer_lm.ops.softmax import fold_heads
 from performer_lm.ops.terms import ALL, Terms
 
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]

@@ -4,13 +4,12 @@ Letters: `b` batch, `h` heads, `g` key heads, `r` query heads per key head, `i` 
 value width.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
 from performer_lm.ops.options import gather_terms
+from performer_lm.ops.precision import no_autocast, sum_dtype
 from performer_lm.ops.terms import ALL, Block, Terms, fold_batch
 
 
@@ -83,21 +82,6 @@ def exact_attention(
     with no_autocast(q.device):
         out = _attend(*fold_heads(q, k, v, dtype=sum_dtype(q, k, v)), terms)
     return out.reshape(*q.shape[:-1], v.shape[-1]).to(q.dtype)
-
-
-def sum_dtype(*tensors: Tensor) -> torch.dtype:
-    """Return the dtype in which sums over `tensors` are taken: their widest, and float32 at least."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
-
-
-def no_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Return a context in which autocast leaves the scores in the dtype they are computed in."""
-    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
 
 
 def fold_heads(q: Tensor, k: Tensor, v: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

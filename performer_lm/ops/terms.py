@@ -16,6 +16,7 @@ from torch import Tensor
 
 from performer_lm.ops.checks import Shape, check_bias, check_pair_mask
 from performer_lm.ops.dropout import keep_mask
+from performer_lm.ops.precision import high_low
 
 Block = Callable[[slice, slice], Tensor]
 """A function of (query slice, key slice) that returns that block, broadcastable to `(..., h, rows, cols)`."""
@@ -101,9 +102,7 @@ class Terms:
         if self.decay is not None:
             older, newer = self.decay[:, :, None, cols], self._at_rows(self.decay, self.rows_at(rows))[..., None]
             grouped = rearrange(scores, "b (g r) i j -> b g r i j", g=self.decay.shape[1])
-            for key_part, query_part in zip(
-                _high_low(older, scores.dtype), _high_low(newer, scores.dtype), strict=True
-            ):
+            for key_part, query_part in zip(high_low(older, scores.dtype), high_low(newer, scores.dtype), strict=True):
                 grouped.add_((key_part - query_part)[:, :, None], alpha=unit)
             # the same memory: autograd does not follow writes through one view of what needed no gradient to another
             scores = rearrange(grouped, "b g r i j -> b (g r) i j")
@@ -162,9 +161,3 @@ def fold(block: Tensor, batch: tuple[int, ...]) -> Tensor:
 def fold_batch(x: Tensor, last: int) -> Tensor:
     """Fold all dimensions but the `last` ones into one; there may be none, and any may be empty."""
     return x[None].flatten(0, x.ndim - last)
-
-
-def _high_low(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Split float64 into two parts of `dtype`, so that differences of near numbers lose nothing."""
-    high = wide.to(dtype)
-    return high, (wide - high).to(dtype)

@@ -15,7 +15,7 @@ from performer_lm.attention.kernel_maps import (
     TaylorFeatures,
     TrigonometricFeatures,
 )
-from performer_lm.ops.features import optimal_damping
+from performer_lm.ops.maps import optimal_damping
 
 DRAWN = {"coupling": "orthogonal", "regularized": False}
 SOFTMAX = partial(SoftmaxFeatures, **DRAWN)

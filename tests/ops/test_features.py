@@ -8,15 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from performer_lm.ops.features import (
+from performer_lm.ops.maps import (
     ACTIVATIONS,
     POSITIVE,
+    Exponential,
     Features,
-    exponential,
-    generalized,
+    Generalized,
+    Taylor,
+    Trigonometric,
     optimal_damping,
-    second_order_taylor,
-    trigonometric,
 )
 from performer_lm.ops.projections import draw_projection
 
@@ -45,8 +45,18 @@ def product(one: Features, other: Features) -> Tensor:
     return (values * logs.exp()).mean(dim=-1).squeeze(-1)
 
 
+def exponential(x: Tensor, w: Tensor, *, damping: float = 0.0) -> Features:
+    """Return FAVOR+'s features of x, or with `damping` those of FAVOR++."""
+    bias = (damping * w.square().sum(dim=-1),) if damping else ()
+    a_map = Exponential((w, *bias), scale=math.sqrt(1.0 - 4.0 * damping), norm=0.5)
+    logs, gain = a_map(x.expand(len(w), -1, -1)).log_scale, a_map.gain(x.expand(len(w), -1, -1))
+    assert logs is not None
+    assert gain is not None
+    return Features(None, logs + gain[..., None])
+
+
 def near(estimates: Tensor, expected: float) -> bool:
-    """Tell whether the mean lies within four standard errors."""
+    """Return True if the mean lies within four standard errors."""
     return bool((estimates.mean() - expected).abs() < 4 * estimates.std() / math.sqrt(len(estimates)))
 
 
@@ -68,7 +78,7 @@ def test_maps_of_the_softmax_kernel_are_unbiased(name: str, coupling: str, where
     damping = 0.0
     if name == "trigonometric":
         # cosines and sines share one draw: their mean over 2 m features is half the kernel
-        one, other, share = trigonometric(x, w), trigonometric(y, w), 2.0
+        one, other, share = *(Trigonometric((w,))(z) for z in (x, y)), 2.0
     else:
         w = torch.cat([w, -w], dim=1) if name == "hyperbolic" else w
         damping = optimal_damping(torch.tensor(1.5), WIDTH).item() if name == "optimal" else 0.0
@@ -137,7 +147,7 @@ def test_optimal_features_err_less_than_favor(square: float) -> None:
 
 def test_taylor_is_the_first_terms_of_the_exponential() -> None:
     x, y = torch.randn(2, 5, 4, dtype=torch.float64)
-    one, other = second_order_taylor(x).values, second_order_taylor(y).values
+    one, other = (Taylor(())(z).values for z in (x, y))
     assert one is not None
     assert other is not None
     assert one.shape[-1] == 1 + 4 + 10
@@ -148,6 +158,6 @@ def test_taylor_is_the_first_terms_of_the_exponential() -> None:
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
 def test_positive_activations_are_those_that_never_go_below_zero(name: str) -> None:
     x = torch.linspace(-20, 20, 4001, dtype=torch.float64)[:, None]
-    values = generalized(x, None, activation=name, epsilon=0.0).values
+    values = Generalized((), activation=name)(x).values
     assert values is not None
     assert bool((values >= 0).all()) == (name in POSITIVE)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from performer_lm.ops.maps import LOG2_E, BlockMap, Exponential, Generalized, Taylor
+from performer_lm.ops.maps import BlockMap, Exponential, Generalized, Taylor
+from performer_lm.ops.precision import LOG2_E
 
 
 def draw(*shape: int) -> Tensor:

@@ -14,8 +14,8 @@ from performer_lm.ops.linear.sequence import Trace
 from performer_lm.ops.linear.state import LinearState, choose_geometry, empty_state
 from performer_lm.ops.linear.step import attend_token
 from performer_lm.ops.linear.tokens import Tokens
-from performer_lm.ops.maps import LOG2_E, BlockMap, FeatureMap, Maps
-from performer_lm.ops.softmax import no_autocast
+from performer_lm.ops.maps import BlockMap, FeatureMap, Maps
+from performer_lm.ops.precision import LOG2_E, no_autocast
 
 
 def causal_linear_attention(

@@ -29,7 +29,8 @@ from performer_lm.ops.linear.fading import Fading, fade, sum_up_to
 from performer_lm.ops.linear.scratch import Scratch
 from performer_lm.ops.linear.state import EMPTY, LinearState
 from performer_lm.ops.linear.tokens import Tokens
-from performer_lm.ops.maps import LOG2_E, Maps
+from performer_lm.ops.maps import Maps
+from performer_lm.ops.precision import LOG2_E
 
 REACH = 120.0
 """How far apart (in factors of 2) the loudest key and the weight that a query surely sees may lie."""

@@ -16,7 +16,8 @@ from performer_lm.ops.linear.naive import log_weights
 from performer_lm.ops.linear.scratch import Scratch
 from performer_lm.ops.linear.state import EMPTY, LinearState
 from performer_lm.ops.linear.tokens import Tokens
-from performer_lm.ops.maps import LOG2_E, Maps
+from performer_lm.ops.maps import Maps
+from performer_lm.ops.precision import LOG2_E
 
 EXACT_TILE = 16
 

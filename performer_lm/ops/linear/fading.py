@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from performer_lm.ops.linear.scratch import Scratch
-from performer_lm.ops.maps import LOG2_E
+from performer_lm.ops.precision import LOG2_E
 
 MILD = 24.0
 """By how many factors of 2 a tile may fade for all of its decay to be a gain of keys: float32 loses as many digits."""

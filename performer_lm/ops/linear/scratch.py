@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from performer_lm.ops.maps import precise as exponent_dtype
+from performer_lm.ops.precision import precise as exponent_dtype
 
 
 class Scratch:

@@ -21,7 +21,8 @@ from performer_lm.ops.linear.scratch import Scratch
 from performer_lm.ops.linear.state import EMPTY, Geometry, LinearState
 from performer_lm.ops.linear.sums import attend_tiles, pull_tiles
 from performer_lm.ops.linear.tokens import Tokens, by_key_heads, cut, take_block
-from performer_lm.ops.maps import LOG2_E, BlockMap, Maps
+from performer_lm.ops.maps import BlockMap, Maps
+from performer_lm.ops.precision import LOG2_E
 
 
 class Trace(NamedTuple):

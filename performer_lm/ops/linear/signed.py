@@ -10,7 +10,8 @@ from einops import rearrange
 from torch import Tensor
 
 from performer_lm.ops.linear.state import LinearState
-from performer_lm.ops.maps import LOG2_E, FeatureMap
+from performer_lm.ops.maps import FeatureMap
+from performer_lm.ops.precision import LOG2_E
 
 
 def absorb(k: Tensor, v: Tensor, state: LinearState, *, key_map: FeatureMap, mask: Tensor | None) -> LinearState:

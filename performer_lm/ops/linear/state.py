@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from performer_lm.ops.maps import precise
+from performer_lm.ops.precision import precise
 
 EMPTY = -(2.0**100)
 """The exponent of nothing: so low that any key outweighs it, yet finite, so that differences stay numbers."""

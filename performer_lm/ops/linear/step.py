@@ -11,7 +11,8 @@ from torch import Tensor
 
 from performer_lm.ops.linear.state import LinearState
 from performer_lm.ops.linear.tokens import Tokens
-from performer_lm.ops.maps import LOG2_E, BlockMap, Maps
+from performer_lm.ops.maps import BlockMap, Maps
+from performer_lm.ops.precision import LOG2_E
 
 ROOM = 40.0
 """How far above the stored exponent a key may lie (in factors of 2) before the sums are put on a higher one."""

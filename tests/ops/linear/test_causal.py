@@ -8,10 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from performer_lm.ops.linear import LinearState, absorb_keys, causal_linear_attention, empty_state, read_state
+from performer_lm.ops.linear import LinearState, absorb_keys, causal_linear_attention, empty_state, naive, read_state
 from performer_lm.ops.linear import causal as linear_causal
 from performer_lm.ops.linear import chunks as linear_chunks
-from performer_lm.ops.linear import naive
 from performer_lm.ops.linear import state as linear_state
 from performer_lm.ops.maps import Exponential
 
@@ -131,7 +130,7 @@ def test_a_loud_key_moves_nothing_before_it(std: float) -> None:
 @pytest.mark.parametrize("span", [60, 100, 119, 120, 121, 140, 160, 180, 240])  # factors of 2, around REACH
 @pytest.mark.parametrize("shape", ["late keys are louder", "in turn", "each feature at its own time", "one falls"])
 def test_keys_far_apart_in_loudness_are_exact(span: int, shape: str) -> None:
-    """Whether a chunk is put on one scale or taken pair by pair, what comes later moves the past by rounding at most."""
+    """On one scale or pair by pair, what comes later in a chunk moves the past by rounding at most."""
     q, k, v = inputs(32, dtype=torch.float32)
     at = torch.arange(32)[:, None]
     louder = {
