@@ -1,7 +1,8 @@
 """Kill training at random moments, resume it, and compare all that it leaves with an unbroken run, bit for bit.
 
-    python benchmarks/kill_test.py      the whole matrix: 32 cases, 2 kills each; writes results/kill_test.json
-    python benchmarks/kill_test.py --cases 2 --kills 1 --saves 5 --seed 7
+    python benchmarks/kill_test.py      the whole matrix: 32 cases in each precision, 2 kills each; writes
+                                        results/kill_test.json
+    python benchmarks/kill_test.py --cases 2 --kills 1 --saves 5 --seed 7 --precision bf16-mixed
 
 Every run is the real train.py, in a process forked from one that has imported what it needs, ended by SIGKILL and
 started again with `ckpt=auto`. Compared are the losses and gradient norms of every step, every validation and sample,
@@ -52,6 +53,7 @@ MATRIX = [
         ("optimizer=muon", "optimizer=adamw"),
     )
 ]
+PRECISIONS = ["32-true", "bf16-mixed"]
 VOLATILE = {"train/tokens_per_second", "train/mfu"}
 
 
@@ -189,11 +191,13 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=2, help="of each case")
     parser.add_argument("--saves", type=int, default=100, help="how many saves to kill")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--precision", nargs="+", default=PRECISIONS, help="of the runs, each through all cases")
     args = parser.parse_args()
     assert performer_lm.training.prepare is not None
     chance = random.Random(args.seed)
     results: list[dict[str, Any]] = []
-    for options in chance.sample(MATRIX, args.cases):
+    cases = itertools.product(args.precision, chance.sample(MATRIX, args.cases))
+    for options in ([f"trainer.precision={precision}", *case] for precision, case in cases):
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
             hit, differing = run_case(options, kills=args.kills, chance=chance)
         results.append({"options": options, "kills": hit, "survived": 0 if differing else hit})
@@ -203,7 +207,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         lost = kill_saves(args.saves, chance=chance)
     print(f"saves killed {args.saves} / checkpoints lost {lost}", flush=True)
-    if args.cases >= len(MATRIX):
+    if args.cases >= len(MATRIX) and args.precision == PRECISIONS:
         counts = {"tried": tried, "survived": survived, "saves_killed": args.saves, "checkpoints_lost": lost}
         text = json.dumps({**counts, "cases": results}, indent=2) + "\n"
         (ROOT / "benchmarks" / "results" / "kill_test.json").write_text(text)

@@ -28,7 +28,7 @@ def load() -> Any:
 def test_killed_runs_are_the_unbroken_ones_and_killed_saves_lose_nothing(tmp_path: Path) -> None:
     elsewhere = tmp_path / "tmp"  # not where checkpoints lie: nothing may be staged there
     elsewhere.mkdir()
-    command = [sys.executable, str(SCRIPT), "--cases", "6", "--kills", "2", "--saves", "30"]
+    command = [sys.executable, str(SCRIPT), "--cases", "3", "--kills", "2", "--saves", "30"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
