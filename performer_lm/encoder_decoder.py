@@ -137,13 +137,3 @@ class PerformerEncoderDecoder(LanguageModel):
         source, target = (tokens + 1) // 2, tokens // 2
         stacks = self.encoder.count_flops(source) + self.decoder.count_flops(target, context=source)
         return stacks + 2 * target * self.head.weight.numel()
-
-    def redraw(self, step: int) -> None:
-        """Set every random projection to that of optimizer step `step`; call it between steps only."""
-        self.encoder.redraw(step)
-        self.decoder.redraw(step)
-
-    def fix_projections(self) -> None:
-        """Keep every random projection as it is from now on, checkpoints included."""
-        self.encoder.fix_projections()
-        self.decoder.fix_projections()

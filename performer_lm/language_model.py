@@ -7,10 +7,11 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
+from performer_lm.attention.favor import Redrawable
 from performer_lm.performer import PerformerState
 
 
-class LanguageModel(nn.Module, ABC):
+class LanguageModel(Redrawable, ABC):
     """A model over a vocabulary, with an embedding of tokens and an output layer."""
 
     embedding: nn.Embedding
@@ -67,14 +68,6 @@ class LanguageModel(nn.Module, ABC):
     @abstractmethod
     def count_flops(self, tokens: int) -> int:
         """Return the arithmetic of a forward over a window of so many tokens, matrix products only."""
-
-    @abstractmethod
-    def redraw(self, step: int) -> None:
-        """Set every random projection to that of optimizer step `step`; call it between steps only."""
-
-    @abstractmethod
-    def fix_projections(self) -> None:
-        """Keep every random projection as it is from now on, checkpoints included."""
 
 
 def initialise_vocabulary(embedding: nn.Embedding, head: nn.Linear) -> None:

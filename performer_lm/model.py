@@ -147,14 +147,6 @@ class PerformerLM(LanguageModel):
         """Return the arithmetic of a forward over a window of so many tokens, matrix products only."""
         return self.performer.count_flops(tokens) + 2 * tokens * self.head.weight.numel()
 
-    def redraw(self, step: int) -> None:
-        """Set every random projection to that of optimizer step `step`; call it between steps only."""
-        self.performer.redraw(step)
-
-    def fix_projections(self) -> None:
-        """Keep every random projection as it is from now on, checkpoints included."""
-        self.performer.fix_projections()
-
 
 def _check_padding(mask: Tensor, *, may_have_gaps: bool) -> None:
     """Raise ValueError unless the padding of prompts, False in the mask `(b, n)`, stands on their left."""

@@ -11,7 +11,8 @@ import torch
 from annotated_types import Ge, Le
 from torch import Tensor, nn
 
-from performer_lm.attention.base import Attention, AttentionFactory
+from performer_lm.attention.base import AttentionFactory
+from performer_lm.attention.favor import Redrawable
 from performer_lm.attention.split import SplitAttention
 from performer_lm.nn.attention import CrossAttention, MultiHeadAttention
 from performer_lm.nn.branch import Body, Branch, BranchState
@@ -33,7 +34,7 @@ class PerformerState(NamedTuple):
 
 
 @ranged
-class Performer(nn.Module):
+class Performer(Redrawable):
     """Layers of attention and feed-forward over `(b, n, dim)`, whose heads run any attention backend.
 
     Args:
@@ -227,18 +228,6 @@ class Performer(nn.Module):
             states.append(branch_state)
         length = state.length + (x.shape[1] if mask is None else mask.sum(1))
         return self.norm(self.residual.close(streams)), PerformerState(length, tuple(states))
-
-    def redraw(self, step: int) -> None:
-        """Set every random projection to that of optimizer step `step`; call it between steps only."""
-        for module in self.modules():
-            if isinstance(module, Attention):
-                module.redraw(step)
-
-    def fix_projections(self) -> None:
-        """Keep every random projection as it is from now on, checkpoints included."""
-        for module in self.modules():
-            if isinstance(module, Attention):
-                module.fix_projections()
 
     def count_flops(self, tokens: int, *, context: int = 0) -> int:
         """Return the arithmetic of one sequence's forward: two operations for each multiply-add of a matrix product."""

@@ -9,7 +9,7 @@ and step are therefore the same method, and a backend has one mathematics, wheth
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NotRequired, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,37 @@ State = TypeVar("State")
 Forked = TypeVar("Forked")
 
 
+class Sizes(TypedDict):
+    """The arguments that every backend takes: the sizes that a model gives to a factory, and the dropout.
+
+    A backend with options of its own takes them as `**sizes: Unpack[Sizes]` and hands them to `Attention`.
+    """
+
+    heads: Count
+    key_heads: Count
+    dim_head: Count
+    dim_value: Count
+    layer: Whole
+    dropout: NotRequired[Share]
+
+
 @ranged
 class Attention(nn.Module, ABC, Generic[State]):
     """What a model's heads run: `heads` queries over `key_heads` keys and values, built once per layer.
 
     A backend stands in the config as a factory (`_partial_`) that the model calls with the first five arguments below;
-    whatever else a backend takes comes from its yaml, `dropout` (the share of attention probabilities dropped in
-    training) among it.
+    the others come from the backend's yaml.
+
+    Args:
+        heads: query heads.
+        key_heads: key heads; `heads / key_heads` queries share each.
+        dim_head: `d`.
+        dim_value: `e`.
+        layer: the layer's number, from 0, so that layers can differ.
+        dropout: share of the attention probabilities dropped in training; 0 for a backend that has none to drop.
+
+    Raises:
+        ValueError: for heads that key_heads does not divide, or a dropout that the backend cannot do.
     """
 
     attends_across: bool = True
@@ -54,8 +78,8 @@ class Attention(nn.Module, ABC, Generic[State]):
         self.layer = layer
 
     @property
-    def sizes(self) -> dict[str, int]:
-        """Return the sizes that it was built for: what a factory takes to build another in its place."""
+    def sizes(self) -> Sizes:
+        """Return the sizes with which a factory builds another backend in the place of this one."""
         return {
             "heads": self.heads,
             "key_heads": self.key_heads,
@@ -70,7 +94,6 @@ class Attention(nn.Module, ABC, Generic[State]):
         Raises:
             ValueError: naming a backend or features that can.
         """
-        del causal, packed
 
     @abstractmethod
     def forward(
@@ -142,13 +165,6 @@ class Attention(nn.Module, ABC, Generic[State]):
     @abstractmethod
     def count_flops(self, queries: int, keys: int, *, causal: bool) -> int:
         """Return the arithmetic of one sequence's forward: two operations for each multiply-add of a matrix product."""
-
-    def redraw(self, step: int) -> None:
-        """Set random projections to those of optimizer step `step`. Most backends draw none."""
-        del step
-
-    def fix_projections(self) -> None:
-        """Keep random projections as they are from now on, checkpoints included. Most backends have none."""
 
 
 AttentionFactory = Callable[..., Attention[Any]]

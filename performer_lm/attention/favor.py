@@ -6,12 +6,13 @@ Letters: `b` batch, `h` heads, `g` key heads, `i` queries, `j` keys, `n` tokens,
 
 from collections.abc import Callable
 from functools import partial
+from typing import Unpack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from performer_lm.attention.base import Attention
+from performer_lm.attention.base import Attention, Sizes
 from performer_lm.attention.feature_maps import AttentionFeatures, SoftmaxFeatures
 from performer_lm.ops.checks import check_per_key
 from performer_lm.ops.linear import (
@@ -24,7 +25,7 @@ from performer_lm.ops.linear import (
 )
 from performer_lm.ops.linear.tokens import TILE
 from performer_lm.ops.maps import BlockMap
-from performer_lm.ranges import Count, Share, Whole, ranged
+from performer_lm.ranges import Count, Whole, ranged
 
 
 @ranged
@@ -36,43 +37,36 @@ class FavorAttention(Attention[LinearState]):
     no epsilon is added, sums are float32.
 
     Args:
-        heads: query heads.
-        key_heads: key heads; `heads / key_heads` queries share each.
-        dim_head: `d`.
-        dim_value: `e`.
-        layer: the layer's number, so that projections differ.
         features: factory of the feature map (`feature_maps.py`, `kernel_maps.py`).
         num_features: `m`; None lets the map choose, for random features d ln d.
         seed: of the projections.
         redraw_interval: optimizer steps between new projections; None never redraws.
         redraw_until: last step at which they may be redrawn; None sets no end.
         chunk_size: tokens per block, which trades speed and memory, never the result; None for as many as caches hold.
-        dropout: 0: random features hold no probabilities that could be dropped.
+        sizes: those of `Attention`; the projections of two layers differ.
     """
 
     def __init__(
         self,
         *,
-        heads: int,
-        key_heads: int,
-        dim_head: int,
-        dim_value: int,
-        layer: int,
         features: Callable[..., AttentionFeatures],
         num_features: Count | None,
         seed: int,
         redraw_interval: Count | None,
         redraw_until: Whole | None,
         chunk_size: Count | None,
-        dropout: Share = 0.0,
+        **sizes: Unpack[Sizes],
     ) -> None:
-        super().__init__(
-            heads=heads, key_heads=key_heads, dim_head=dim_head, dim_value=dim_value, layer=layer, dropout=dropout
-        )
+        super().__init__(**sizes)
         self.chunk_size = chunk_size
         self.redraw_interval, self.redraw_until = redraw_interval, redraw_until
         self.features = features(
-            heads=heads, key_heads=key_heads, dim_head=dim_head, num_features=num_features, layer=layer, seed=seed
+            heads=self.heads,
+            key_heads=self.key_heads,
+            dim_head=self.dim_head,
+            num_features=num_features,
+            layer=self.layer,
+            seed=seed,
         )
         if redraw_interval is not None and not self.features.redrawn:
             name = type(self.features).__name__
@@ -171,7 +165,6 @@ class FavorAttention(Attention[LinearState]):
 
     def init_state(self, batch: int, *, max_len: int, device: torch.device, dtype: torch.dtype) -> LinearState:
         """Return the state of no tokens; its size does not depend on `max_len`."""
-        del max_len
         return empty_state(
             batch, self.key_heads, self.features.num_features, self.dim_value, device=device, dtype=dtype
         )
@@ -211,18 +204,32 @@ class FavorAttention(Attention[LinearState]):
         return 2 * (features + sums + scores)
 
     def redraw(self, step: int) -> None:
-        """Set the projections to those of optimizer step `step`: redraw index step // interval, up to the last step.
-
-        Running averages of the features take in what they have observed since the last call.
-        """
-        self.features.settle()
+        """Set the projections to those of optimizer step `step`: redraw index step // interval, up to the last step."""
         if self.redraw_interval is not None:
             last = step if self.redraw_until is None else min(step, self.redraw_until)
             self.features.redraw(last // self.redraw_interval)
 
+
+class Redrawable(nn.Module):
+    """A module that may hold FAVOR backends, and the changes to their features between optimizer steps."""
+
+    def settle(self) -> None:
+        """Let the features' running averages take in the batches observed since the last call."""
+        for attention in self._favor():
+            attention.features.settle()
+
+    def redraw(self, step: int) -> None:
+        """Set every random projection to that of optimizer step `step`."""
+        for attention in self._favor():
+            attention.redraw(step)
+
     def fix_projections(self) -> None:
-        """Keep the projections as they are from now on, checkpoints included."""
-        self.features.fix()
+        """Keep every random projection as it is from now on, checkpoints included."""
+        for attention in self._favor():
+            attention.features.fixed = True
+
+    def _favor(self) -> list[FavorAttention]:
+        return [module for module in self.modules() if isinstance(module, FavorAttention)]
 
 
 def favor(*, num_features: int | None, seed: int) -> partial[FavorAttention]:

@@ -3,17 +3,17 @@
 Letters: `b` batch, `h` heads, `g` key heads, `n` new tokens, `w` window, `d` head width, `e` value width.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from performer_lm.attention.base import Attention
+from performer_lm.attention.base import Attention, Sizes
 from performer_lm.ops.checks import check_batch, check_per_key
 from performer_lm.ops.local import kept_last, local_attention, take_tokens
 from performer_lm.ops.softmax import exact_attention
-from performer_lm.ranges import Count, Share, ranged
+from performer_lm.ranges import Count, ranged
 
 
 class LocalCache(NamedTuple):
@@ -27,24 +27,17 @@ class LocalCache(NamedTuple):
 
 @ranged
 class LocalAttention(Attention[LocalCache]):
-    """Softmax over the keys less than `window` tokens back (bidirectional: away), in O(n window)."""
+    """Softmax over the keys less than `window` tokens back (bidirectional: away), in O(n window).
+
+    Args:
+        window: how many keys a token sees, itself among them; bidirectional, that many on each side.
+        sizes: those of `Attention`.
+    """
 
     attends_across = False  # a window needs one order of queries and keys
 
-    def __init__(
-        self,
-        *,
-        heads: int,
-        key_heads: int,
-        dim_head: int,
-        dim_value: int,
-        layer: int,
-        window: Count,
-        dropout: Share = 0.0,
-    ) -> None:
-        super().__init__(
-            heads=heads, key_heads=key_heads, dim_head=dim_head, dim_value=dim_value, layer=layer, dropout=dropout
-        )
+    def __init__(self, *, window: Count, **sizes: Unpack[Sizes]) -> None:
+        super().__init__(**sizes)
         self.window = window
 
     def forward(
@@ -70,7 +63,6 @@ class LocalAttention(Attention[LocalCache]):
 
     def init_state(self, batch: int, *, max_len: int, device: torch.device, dtype: torch.dtype) -> LocalCache:
         """Return a state in which every key is masked; it never grows, so `max_len` does not matter."""
-        del max_len
         held = self.window - 1
         k = torch.zeros(batch, self.key_heads, held, self.dim_head, device=device, dtype=dtype)
         v = torch.zeros(batch, self.key_heads, held, self.dim_value, device=device, dtype=dtype)

@@ -3,9 +3,10 @@ from typing import NotRequired, TypedDict, Unpack
 import pytest
 from omegaconf import OmegaConf
 
+from performer_lm.building import parameters
 from performer_lm.cli.annotations import Section
 from performer_lm.cli.errors import UsageError
-from performer_lm.cli.schema import check, parameters
+from performer_lm.cli.schema import check
 
 WHOLE = {"_target_": "performer_lm.sample.Whole", "dim": 4}
 PART = {"_target_": "performer_lm.sample.Part", "size": 1}
