@@ -8,7 +8,6 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from performer_lm.language_model import LanguageModel, initialise_vocabulary
-from performer_lm.nn.problems import Problems
 from performer_lm.ops.checks import check_mask
 from performer_lm.performer import Performer, PerformerState
 from performer_lm.ranges import Count, Whole, ranged
@@ -32,7 +31,7 @@ class PerformerEncoderDecoder(LanguageModel):
         start_id: the id that a target starts with; None takes the last, which ends documents.
 
     Raises:
-        ValueError: for sizes or options that do not fit together; all that is wrong, a line each.
+        ValueError: for the first sizes or options that do not fit together.
     """
 
     def __init__(
@@ -48,24 +47,19 @@ class PerformerEncoderDecoder(LanguageModel):
         start_id: Whole | None = None,
     ) -> None:
         super().__init__()
-        problems = Problems()
         self.start_id = vocab_size - 1 if start_id is None else start_id
-        problems.unless(
-            0 <= self.start_id < vocab_size, f"start_id must be within 0..{vocab_size - 1}, got {self.start_id}"
-        )
-        with problems.gathered():
-            self.encoder = encoder(dim=dim)
-            problems.unless(not self.encoder.causal, "the encoder must be bidirectional: set encoder.causal to false")
-            problems.unless(
-                not self.encoder.cross_attend, "the encoder has nothing to look at: set encoder.cross_attend to false"
-            )
-        with problems.gathered():
-            self.decoder = decoder(dim=dim)
-            problems.unless(self.decoder.causal, "the decoder must be causal: set decoder.causal to true")
-            problems.unless(
-                self.decoder.cross_attend, "the decoder would never see the source: set decoder.cross_attend to true"
-            )
-        problems.raise_any()
+        if self.start_id >= vocab_size:
+            raise ValueError(f"start_id must be within 0..{vocab_size - 1}, got {self.start_id}")
+        self.encoder = encoder(dim=dim)
+        if self.encoder.causal:
+            raise ValueError("the encoder must be bidirectional: set encoder.causal to false")
+        if self.encoder.cross_attend:
+            raise ValueError("the encoder has nothing to look at: set encoder.cross_attend to false")
+        self.decoder = decoder(dim=dim)
+        if not self.decoder.causal:
+            raise ValueError("the decoder must be causal: set decoder.causal to true")
+        if not self.decoder.cross_attend:
+            raise ValueError("the decoder would never see the source: set decoder.cross_attend to true")
         self.embedding = nn.Embedding(vocab_size, dim)
         self.source_embedding = self.embedding
         if source_vocab_size is not None:

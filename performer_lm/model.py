@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from performer_lm.language_model import LanguageModel, initialise_vocabulary
-from performer_lm.nn.problems import Problems
 from performer_lm.ops.checks import check_mask
 from performer_lm.performer import Performer, PerformerState
 from performer_lm.ranges import Count, ranged
@@ -44,7 +43,7 @@ class PerformerLM(LanguageModel):
         options: all of `Performer`.
 
     Raises:
-        ValueError: for sizes or options that do not fit together; all that is wrong, a line each.
+        ValueError: for the first sizes or options that do not fit together.
     """
 
     @takes_options_of(Performer)
@@ -52,10 +51,7 @@ class PerformerLM(LanguageModel):
         self, *, vocab_size: Count, tie_embeddings: bool = False, head_bias: bool = False, **options: Any
     ) -> None:
         super().__init__()
-        problems = Problems()
-        with problems.gathered():
-            performer = Performer(**options)
-        problems.raise_any()
+        performer = Performer(**options)
         self.embedding = nn.Embedding(vocab_size, performer.dim)
         self.performer = performer
         self.head = nn.Linear(performer.dim, vocab_size, bias=head_bias)

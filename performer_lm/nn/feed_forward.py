@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from performer_lm.nn.branch import Body
-from performer_lm.nn.layout import Layout
+from performer_lm.nn.branch import Body, TokenInfo
 from performer_lm.ranges import Count, Share, ranged
 
 
@@ -72,9 +71,8 @@ class FeedForward(Body):
         self.project_out = nn.Linear(hidden, dim, bias=bias)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
+    def forward(self, x: Tensor, info: TokenInfo | None = None) -> Tensor:
         """Map `(b, n, dim)` to `(b, n, dim)`, each token alone."""
-        del layout
         if self.chunks == 1 or x.shape[1] == 1:
             return self._map(x)
         parts = x.chunk(self.chunks, dim=1)

@@ -36,9 +36,13 @@ class TokenShift(nn.Module):
         return torch.zeros(batch, 1, self.size, device=device, dtype=dtype)
 
     def forward(
-        self, x: Tensor, tail: Tensor, *, mask: Tensor | None = None, segments: Tensor | None = None
+        self, x: Tensor, tail: Tensor | None = None, *, mask: Tensor | None = None, segments: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Map `(b, n, dim)` and the shifted channels of the token before it to `(b, n, dim)` and the next such tail."""
+        """Map `(b, n, dim)` and the tail `(b, 1, c)` before it, None at the start, to `(b, n, dim)` and the next tail.
+
+        The tail is the shifted channels of the last token.
+        """
+        tail = self.init_tail(len(x), device=x.device, dtype=x.dtype) if tail is None else tail
         if mask is not None:
             x = x * mask[..., None].to(x.dtype)
         parts = list(x.split(self.size, dim=2))  # what does not divide stays at the end, unshifted
@@ -82,21 +86,21 @@ class ShortConvolution(nn.Module):
         return torch.zeros(batch, self.taps - 1, self.weight.shape[1], device=device, dtype=dtype)
 
     def forward(
-        self, x: Tensor, tail: Tensor, *, mask: Tensor | None = None, segments: Tensor | None = None
+        self, x: Tensor, tail: Tensor | None = None, *, mask: Tensor | None = None, segments: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Map `(b, n, c)` and the last `k - 1` inputs before it to `(b, n, c)` and the tail that the next call needs.
 
         Args:
             x: `(b, n, c)`.
-            tail: `(b, k - 1, c)`, the inputs just before x.
+            tail: `(b, k - 1, c)`, the inputs just before x; None at the start of a sequence.
             mask: `(b, n)` bool; tokens marked False count as zeros.
             segments: `(b, n)` document ids; nothing crosses from one document to the next.
         """
         if mask is not None:
             x = x * mask[..., None].to(x.dtype)
-        tail = tail.to(x.dtype)
-        mixed = short_convolution(x, tail, self.weight.to(x.dtype), segments=segments)
         kept = self.taps - 1
+        tail = x.new_zeros(len(x), kept, x.shape[2]) if tail is None else tail.to(x.dtype)
+        mixed = short_convolution(x, tail, self.weight.to(x.dtype), segments=segments)
         next_tail = x[:, x.shape[1] - kept :] if x.shape[1] > kept else torch.cat((tail, x), dim=1)[:, x.shape[1] :]
         return F.silu(mixed), next_tail.clone()  # a clone, so that a decoding state does not hold on to all of x
 

@@ -60,7 +60,6 @@ class NoNorm(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        del dim
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x."""

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from performer_lm.nn.branch import Branch
-from performer_lm.nn.layout import Layout
+from performer_lm.nn.branch import Branch, TokenInfo
 from performer_lm.nn.reversible import run_reversible
 
 Streams = tuple[Tensor, ...]
@@ -36,29 +35,29 @@ class Residual(ABC):
         return streams[-1]
 
     @abstractmethod
-    def run(self, branches: Sequence[Branch], x: Tensor, layout: Layout) -> Tensor:
+    def run(self, branches: Sequence[Branch], x: Tensor, info: TokenInfo) -> Tensor:
         """Map x `(b, n, dim)` through all branches."""
 
 
 class Plain(Residual):
     """One stream, x + f(x); autograd keeps what each branch needs (pre-norm: arXiv 2002.04745)."""
 
-    def run(self, branches: Sequence[Branch], x: Tensor, layout: Layout) -> Tensor:
+    def run(self, branches: Sequence[Branch], x: Tensor, info: TokenInfo) -> Tensor:
         """Add up."""
         for branch in branches:
-            x = x + branch(x, layout)
+            x = x + branch(x, info)
         return x
 
 
 class Recomputed(Plain):
     """One stream; the backward computes each branch anew from its input, which alone is kept (arXiv 1604.06174)."""
 
-    def run(self, branches: Sequence[Branch], x: Tensor, layout: Layout) -> Tensor:
+    def run(self, branches: Sequence[Branch], x: Tensor, info: TokenInfo) -> Tensor:
         """Add up, keeping one `(b, n, dim)` per branch."""
         if not torch.is_grad_enabled():
-            return super().run(branches, x, layout)
+            return super().run(branches, x, info)
         for branch in branches:
-            x = x + checkpoint(branch, x, layout, use_reentrant=False, preserve_rng_state=branch.training)
+            x = x + checkpoint(branch, x, info, use_reentrant=False, preserve_rng_state=branch.training)
         return x
 
 
@@ -83,6 +82,6 @@ class Reversible(Residual):
         a, b = streams
         return 0.5 * (a + b)
 
-    def run(self, branches: Sequence[Branch], x: Tensor, layout: Layout) -> Tensor:
+    def run(self, branches: Sequence[Branch], x: Tensor, info: TokenInfo) -> Tensor:
         """Run all branches, keeping the last streams alone."""
-        return self.close(run_reversible(branches, x, layout))
+        return self.close(run_reversible(branches, x, info))

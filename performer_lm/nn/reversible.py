@@ -17,36 +17,35 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from performer_lm.nn.branch import Branch
-from performer_lm.nn.layout import Layout
+from performer_lm.nn.branch import Branch, TokenInfo
 
 
 @torch.compiler.disable  # a compiled model calls this as it is
-def run_reversible(branches: Sequence[Branch], x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+def run_reversible(branches: Sequence[Branch], x: Tensor, info: TokenInfo) -> tuple[Tensor, Tensor]:
     """Run both streams, started as x `(b, n, dim)`, through the branches."""
-    vectors = None if layout.context is None else layout.context.vectors
+    vectors = None if info.context is None else info.context.vectors
     parameters = [p for branch in branches for p in branch.parameters() if p.requires_grad]
     wanted = any(t.requires_grad for t in (x, *([] if vectors is None else [vectors]), *parameters))
     if torch.is_grad_enabled() and wanted:
-        return _Reversible.apply(branches, layout, x, vectors, *parameters)
+        return _Reversible.apply(branches, info, x, vectors, *parameters)
     a, b = x, x
     for branch in branches:
-        a, b = b, a + branch(b, layout)
+        a, b = b, a + branch(b, info)
     return a, b
 
 
 class _Reversible(torch.autograd.Function):
-    """`apply(branches, layout, x, context vectors, *trainable parameters of the branches in order)`."""
+    """`apply(branches, info, x, context vectors, *trainable parameters of the branches in order)`."""
 
     @staticmethod
     def forward(
-        ctx: Any, branches: Sequence[Branch], layout: Layout, x: Tensor, vectors: Tensor | None, *parameters: Tensor
+        ctx: Any, branches: Sequence[Branch], info: TokenInfo, x: Tensor, vectors: Tensor | None, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
-        ctx.branches, ctx.layout, ctx.surroundings = branches, layout, []
+        ctx.branches, ctx.info, ctx.surroundings = branches, info, []
         a, b = x, x
         for branch in branches:
             ctx.surroundings.append(_Surroundings.now(branch, b))
-            a, b = b, a + branch(b, layout)
+            a, b = b, a + branch(b, info)
         ctx.save_for_backward(a, b, vectors)
         return a, b
 
@@ -57,7 +56,7 @@ class _Reversible(torch.autograd.Function):
         grad_vectors = None if vectors is None else torch.zeros_like(vectors)
         grads: list[Tensor | None] = []
         for branch, surroundings in zip(reversed(ctx.branches), reversed(ctx.surroundings), strict=True):
-            given, pulled = _pull(branch, surroundings, a, vectors, ctx.layout, grad_b)
+            given, pulled = _pull(branch, surroundings, a, vectors, ctx.info, grad_b)
             a, b = b - given, a
             grad_a, grad_b = grad_b, grad_a + pulled.x
             if grad_vectors is not None and pulled.vectors is not None:
@@ -75,17 +74,17 @@ class _Pulled(NamedTuple):
 
 
 def _pull(
-    branch: Branch, surroundings: "_Surroundings", x: Tensor, vectors: Tensor | None, layout: Layout, grad: Tensor
+    branch: Branch, surroundings: "_Surroundings", x: Tensor, vectors: Tensor | None, info: TokenInfo, grad: Tensor
 ) -> tuple[Tensor, _Pulled]:
     """Compute a branch anew as it was, and pull the gradient at what it gave back through it."""
     x = x.detach().requires_grad_()
     leaves: list[Tensor] = [x, *(p for p in branch.parameters() if p.requires_grad)]
-    if vectors is not None and layout.context is not None:
+    if vectors is not None and info.context is not None:
         vectors = vectors.detach().requires_grad_()
         leaves.append(vectors)
-        layout = layout._replace(context=layout.context._replace(vectors=vectors))
+        info = info._replace(context=info.context._replace(vectors=vectors))
     with surroundings.restored(), torch.enable_grad():
-        given = branch(x, layout)
+        given = branch(x, info)
     found = list(torch.autograd.grad(given, leaves, grad.to(given.dtype), allow_unused=True))
     grad_vectors = found.pop() if vectors is not None else None
     grad_x, *grad_parameters = found
