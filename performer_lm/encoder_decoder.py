@@ -1,4 +1,4 @@
-"""The encoder-decoder: a bidirectional stack reads a source, a causal one writes a target while looking at it.
+"""The encoder-decoder: a bidirectional stack reads a source, a causal one writes a target while looking at the source.
 
 Letters: `b` batch, `n` tokens of the target, `j` tokens of the source.
 """
@@ -17,8 +17,8 @@ from performer_lm.ranges import Count, Whole, ranged
 class PerformerEncoderDecoder(LanguageModel):
     """Predict a target from a source: `encoder` bidirectional, `decoder` causal with cross-attention.
 
-    Decoding reads the source once; what the decoder's layers keep of it belongs to the state, which for FAVOR has one
-    size for any source.
+    Decoding reads the source once; the decoder's state holds the keys and values of the source, which for FAVOR has
+    one size for any source.
 
     Args:
         vocab_size: number of token ids of the target, and of the source unless `source_vocab_size` is given.
@@ -86,7 +86,7 @@ class PerformerEncoderDecoder(LanguageModel):
     def hidden(
         self, source: Tensor, target: Tensor, *, mask: Tensor | None = None, source_mask: Tensor | None = None
     ) -> Tensor:
-        """Return what the output layer reads, `(b, n, dim)`."""
+        """Return the vectors that the output layer reads, `(b, n, dim)`."""
         source_mask = check_mask(source_mask, source.shape, name="source_mask")
         context = self.encode(source, mask=source_mask)
         return self.decoder(self.embedding(target), mask=mask, context=context, context_mask=source_mask)
@@ -102,12 +102,11 @@ class PerformerEncoderDecoder(LanguageModel):
 
     @property
     def decodes(self) -> bool:
-        """Whether it can write text: always."""
+        """True: an encoder-decoder always writes text."""
         return True
 
     def room_after(self, tokens: int) -> int | None:
-        """Return how many tokens of a target its positions can tell apart; None: without end."""
-        del tokens
+        """Return the number of target tokens that the positions tell apart; None: no limit."""
         return self.decoder.max_len
 
     def check_prompt(self, prompt: Tensor, mask: Tensor | None) -> Tensor | None:

@@ -61,9 +61,9 @@ class Performer(Redrawable):
         rezero: whether each branch is weighed by a learned gate that starts at 0, in place of norms.
         reversible: run two streams, whose backward recovers inputs from outputs: memory constant in depth.
         recompute: compute each branch anew in the backward: memory of one vector per token and branch.
-        dropout: share dropped of the input and of what each branch adds.
+        dropout: share dropped of the input and of the output of each branch.
         embedding_dropout: of the input alone, in place of `dropout`.
-        attention_dropout: of what attention adds, in place of `dropout`.
+        attention_dropout: of the output of attention, in place of `dropout`.
 
     Raises:
         ValueError: for the first sizes or options that do not fit together.
@@ -230,12 +230,12 @@ class Performer(Redrawable):
 
     @property
     def max_len(self) -> int | None:
-        """Return how many places there are, None where there is no end."""
+        """Return the number of places that positions tell apart; None: no limit."""
         return self.absolute.max_len
 
     @property
     def branches(self) -> list[Branch]:
-        """Return the branches of all layers, in the order they run."""
+        """Return the branches of all layers in order."""
         return [cast(Branch, branch) for parts in self.layers for branch in cast(nn.ModuleDict, parts).values()]
 
     def _context(self, batch: int, vectors: Tensor | None, mask: Tensor | None) -> Context | None:

@@ -1,10 +1,10 @@
-"""The contract every attention backend keeps, and the one law it is tested by.
+"""The contract of attention backends, and the one law that tests hold every backend to.
 
 Letters: `b` batch, `h` heads, `g` key heads (g divides h), `i` queries, `j` keys, `n` tokens, `d` head width,
 `e` value width.
 
-The law of decoding: `extend` over any split of a sequence equals `forward(causal=True)` over the whole of it. Prefill
-and step are therefore the same method, and a backend has one mathematics, whether it trains or decodes.
+The law of decoding: `extend` over any split of a sequence equals `forward(causal=True)` over the whole sequence.
+Prefill and step are therefore the same method, and a backend has one mathematics for training and decoding.
 """
 
 from abc import ABC, abstractmethod
@@ -23,7 +23,7 @@ Forked = TypeVar("Forked")
 class Sizes(TypedDict):
     """The arguments that every backend takes: the sizes that a model gives to a factory, and the dropout.
 
-    A backend with options of its own takes them as `**sizes: Unpack[Sizes]` and hands them to `Attention`.
+    A backend with other options too takes these as `**sizes: Unpack[Sizes]` and hands the sizes to `Attention`.
     """
 
     heads: Count
@@ -36,7 +36,7 @@ class Sizes(TypedDict):
 
 @ranged
 class Attention(nn.Module, ABC, Generic[State]):
-    """What a model's heads run: `heads` queries over `key_heads` keys and values, built once per layer.
+    """A backend, which the heads of one layer run: `heads` queries over `key_heads` keys and values.
 
     A backend stands in the config as a factory (`_partial_`) that the model calls with the first five arguments below;
     the others come from the backend's yaml.
@@ -89,7 +89,7 @@ class Attention(nn.Module, ABC, Generic[State]):
         }
 
     def check(self, *, causal: bool, packed: bool) -> None:
-        """Refuse an order or packed documents that this backend cannot keep. Most keep both.
+        """Refuse an order or packed documents that this backend cannot handle. Most handle both.
 
         Raises:
             ValueError: naming a backend or features that can.
@@ -129,7 +129,7 @@ class Attention(nn.Module, ABC, Generic[State]):
 
     @abstractmethod
     def init_state(self, batch: int, *, max_len: int, device: torch.device, dtype: torch.dtype) -> State:
-        """Return the state of `batch` streams before any token; `max_len` is a hint that sizes caches, not a limit."""
+        """Return the decoding state of `batch` streams before any token; `max_len` sizes caches and is no limit."""
 
     @abstractmethod
     def extend(
@@ -153,13 +153,13 @@ class Attention(nn.Module, ABC, Generic[State]):
 
     @abstractmethod
     def absorb(self, k: Tensor, v: Tensor, state: State, *, mask: Tensor | None = None) -> State:
-        """Append keys and values that no queries come with, for `read`. May consume `state`."""
+        """Append keys and values without queries, for `read`. May consume `state`."""
 
     @abstractmethod
     def read(self, q: Tensor, state: State) -> Tensor:
-        """Attend from `q` `(b, h, i, d)` to all that `state` holds, adding nothing: `(b, h, i, e)`.
+        """Attend from `q` `(b, h, i, d)` to all keys of the state, adding none: `(b, h, i, e)`.
 
-        After `absorb` from an empty state it equals `forward(causal=False)`, where the backend `attends_across`.
+        After `absorb` from an empty state this equals `forward(causal=False)`, where the backend `attends_across`.
         """
 
     @abstractmethod

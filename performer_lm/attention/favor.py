@@ -86,7 +86,7 @@ class FavorAttention(Attention[LinearState]):
         segments: Tensor | None = None,
         log_decay: Tensor | None = None,
     ) -> Tensor:
-        """Attend over a whole sequence, as `Attention.forward` says."""
+        """Attend over a whole sequence, see `Attention.forward`."""
         mask = check_per_key(k, mask=mask, segments=segments, log_decay=log_decay)
         if self.training:
             self.features.observe(q, k, mask)
@@ -145,7 +145,7 @@ class FavorAttention(Attention[LinearState]):
         )
 
     def check(self, *, causal: bool, packed: bool) -> None:
-        """Refuse signed features where tokens see a part of the others only."""
+        """Refuse signed features for causal use and packed documents."""
         if causal or packed:
             self._block_maps()
 
@@ -164,7 +164,7 @@ class FavorAttention(Attention[LinearState]):
         return query_map, key_map
 
     def init_state(self, batch: int, *, max_len: int, device: torch.device, dtype: torch.dtype) -> LinearState:
-        """Return the state of no tokens; its size does not depend on `max_len`."""
+        """Return the decoding state before any token; `max_len` does not change the size."""
         return empty_state(
             batch, self.key_heads, self.features.num_features, self.dim_value, device=device, dtype=dtype
         )
@@ -179,24 +179,24 @@ class FavorAttention(Attention[LinearState]):
         mask: Tensor | None = None,
         log_decay: Tensor | None = None,
     ) -> tuple[Tensor, LinearState]:
-        """Append n tokens; see `Attention.extend`."""
+        """Append n tokens causally; see `Attention.extend`."""
         return self._append(q, k, v, state, mask, None, log_decay)
 
     def absorb(self, k: Tensor, v: Tensor, state: LinearState, *, mask: Tensor | None = None) -> LinearState:
-        """Add keys to the sums."""
+        """Add keys and values to the sums of the state."""
         nothing = k.new_zeros(k.shape[0], self.heads, 0, self.dim_head)
         _, k, log_gain = self.features.prepare(nothing, k)
         key_map = self.features.maps()[1]
         return absorb_keys(k, v, state, key_map=key_map, chunk_size=self.chunk_size, mask=mask, log_gain=log_gain)
 
     def read(self, q: Tensor, state: LinearState) -> Tensor:
-        """Attend from `(b, h, i, d)` to all that `state` holds."""
+        """Attend from queries `(b, h, i, d)` to all keys of the state."""
         nothing = q.new_zeros(q.shape[0], self.key_heads, 0, self.dim_head)
         q, _, _ = self.features.prepare(q, nothing)
         return read_state(q, state, query_map=self.features.maps()[0], chunk_size=self.chunk_size)
 
     def count_flops(self, queries: int, keys: int, *, causal: bool) -> int:
-        """Count features, sums over keys, what queries read of them and, causal, the scores within a tile."""
+        """Count features, sums over keys, products with these sums and, causal, the scores within a tile."""
         m, tile = self.features.num_features, min(self.chunk_size or TILE, TILE)
         features = m * self.dim_head * (self.heads * queries + self.key_heads * keys)
         sums = m * (self.dim_value + 1) * (self.heads * queries + self.key_heads * keys)
@@ -211,10 +211,10 @@ class FavorAttention(Attention[LinearState]):
 
 
 class Redrawable(nn.Module):
-    """A module that may hold FAVOR backends, and the changes to their features between optimizer steps."""
+    """A module that may hold FAVOR backends, whose features change between optimizer steps only."""
 
     def settle(self) -> None:
-        """Let the features' running averages take in the batches observed since the last call."""
+        """Move the running averages of all features by the batches observed since the last call."""
         for attention in self._favor():
             attention.features.settle()
 
@@ -224,7 +224,7 @@ class Redrawable(nn.Module):
             attention.redraw(step)
 
     def fix_projections(self) -> None:
-        """Keep every random projection as it is from now on, checkpoints included."""
+        """Fix every random projection: no later `redraw` changes one, in this process or from a checkpoint."""
         for attention in self._favor():
             attention.features.fixed = True
 

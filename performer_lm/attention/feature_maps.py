@@ -1,4 +1,4 @@
-"""Feature maps as modules: what FAVOR attention draws, learns or measures around the maps of `ops/features.py`.
+"""Feature maps as modules: the constants that FAVOR attention draws, learns or measures for its maps.
 
 Each module owns the constants of one layer and hands the engine two `FeatureMap`s, one for queries and one for keys.
 Vectors arrive unscaled; maps for softmax work on x = q d^-1/4, so that x.y = q.k / sqrt d.
@@ -40,7 +40,7 @@ class DrawOptions(FeatureSizes):
 
 
 class Prepared(NamedTuple):
-    """Queries and keys as the maps take them, and what is to be added to the keys' log features."""
+    """Queries and keys as the maps take them, and the number added to the log features of each key."""
 
     q: Tensor  # (b, h, i, d)
     k: Tensor  # (b, g, j, d)
@@ -68,7 +68,7 @@ class AttentionFeatures(nn.Module, ABC):
     """Whether there is a projection that can be drawn anew."""
 
     fixed: bool = False
-    """Whether the projection stays as it is from now on, whatever is to be redrawn; checkpoints keep this."""
+    """Whether `redraw` leaves the projection alone from now on; checkpoints keep this."""
 
     def __init__(
         self, *, heads: int, key_heads: int, dim_head: int, num_features: Count | None, layer: int, seed: int
@@ -83,7 +83,7 @@ class AttentionFeatures(nn.Module, ABC):
         """Return the maps of queries and of keys, with tensors `(g, ...)`."""
 
     def prepare(self, q: Tensor, k: Tensor) -> Prepared:
-        """Move queries `(b, h, i, d)` and keys `(b, g, j, d)` to where the maps want them."""
+        """Shift queries `(b, h, i, d)` and keys `(b, g, j, d)` before the maps, which most features do not."""
         return Prepared(q, k, None)
 
     def observe(self, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
@@ -206,7 +206,7 @@ class SoftmaxFeatures(RandomFeatures):
             self.register_buffer("pending", torch.zeros(2, self.key_heads), persistent=False)  # sum, count
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Keep the running average in float32 at least: in bfloat16 small steps of it round away."""
+        """Keep the running average in float32 at least: in bfloat16 small steps round away."""
         super()._apply(fn, recurse)
         if self.momentum is not None:
             self.mean_square, self.pending = (
@@ -227,7 +227,7 @@ class SoftmaxFeatures(RandomFeatures):
         return Exponential(tensors, scale=scale), Exponential(tensors, scale=scale, norm=0.5 * scale * scale)
 
     def prepare(self, q: Tensor, k: Tensor) -> Prepared:
-        """Subtract the learned centres, if any, and make up for them in the keys' gain."""
+        """Subtract the learned centres, if any, and add the difference in scores to the log features of keys."""
         if self.centres is None:
             return Prepared(q, k, None)
         a, b = self.centres.to(q.dtype)
@@ -236,7 +236,7 @@ class SoftmaxFeatures(RandomFeatures):
 
     @torch.no_grad()
     def observe(self, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
-        """Add one batch's mean of |x + y|^2 to what the next `settle` takes in."""
+        """Add the mean of |x + y|^2 over one batch to the pending sum of the next `settle`."""
         if self.momentum is None:
             return
         q, k, _ = self.prepare(q, k)

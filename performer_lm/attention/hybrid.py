@@ -34,7 +34,7 @@ class HybridAttention(Attention[Any]):
         self.attends_across = self.chosen.attends_across
 
     def check(self, **use: bool) -> None:
-        """Refuse what the chosen backend cannot keep."""
+        """Refuse an order or packed documents that the chosen backend cannot handle."""
         self.chosen.check(**use)
 
     def forward(self, *qkv: Tensor, **options: Any) -> Tensor:
@@ -54,7 +54,7 @@ class HybridAttention(Attention[Any]):
         return self.chosen.absorb(*keys, **options)
 
     def read(self, q: Tensor, state: Any) -> Tensor:
-        """Attend from q to what the chosen backend's state holds."""
+        """Attend from q to all keys of the chosen backend's state."""
         return self.chosen.read(q, state)
 
     def count_flops(self, queries: int, keys: int, *, causal: bool) -> int:

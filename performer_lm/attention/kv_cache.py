@@ -83,7 +83,7 @@ def _write(stored: Tensor, new: Tensor, *, start: int, room: int, dim: int) -> T
 
 
 class CachedAttention(Attention[KVCache]):
-    """A backend whose decoding is its own `forward` over a cache of all keys: it only has to name its `op`."""
+    """A backend that decodes by `forward` over a cache of all keys; a subclass only names the `op`."""
 
     op: Callable[..., Tensor]
     """The softmax op of `performer_lm.ops` that attends, with the backend's own options."""
@@ -99,7 +99,7 @@ class CachedAttention(Attention[KVCache]):
         segments: Tensor | None = None,
         log_decay: Tensor | None = None,
     ) -> Tensor:
-        """Attend over a whole sequence by `op`; what dropout drops in training follows from the CPU's generator."""
+        """Attend over a whole sequence by `op`; the seed of dropout comes from the CPU's generator."""
         drops = self.training and self.dropout > 0
         return self.op(
             q,

@@ -50,12 +50,12 @@ class SplitAttention(Attention[SplitState]):
         self.attends_across = self.everywhere.attends_across and self.nearby.attends_across
 
     def check(self, *, causal: bool, packed: bool) -> None:
-        """Refuse what either group cannot keep."""
+        """Refuse an order or packed documents that either group cannot handle."""
         self.everywhere.check(causal=causal, packed=packed)
         self.nearby.check(causal=causal, packed=packed)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, log_decay: Tensor | None = None, **options: Any) -> Tensor:
-        """Attend with both groups and join their outputs along the heads."""
+        """Attend with both groups and join the outputs along the heads."""
         (first, first_decay), (last, last_decay) = self._split(q, k, v, log_decay)
         everywhere = self.everywhere(*first, log_decay=first_decay, **options)
         return torch.cat((everywhere, self.nearby(*last, log_decay=last_decay, **options)), dim=1)
@@ -82,7 +82,7 @@ class SplitAttention(Attention[SplitState]):
         )
 
     def read(self, q: Tensor, state: SplitState) -> Tensor:
-        """Attend from q to what both states hold."""
+        """Attend from q to all keys of both states."""
         first, last = q.split(self.heads_each, dim=1)
         return torch.cat((self.everywhere.read(first, state.everywhere), self.nearby.read(last, state.nearby)), dim=1)
 

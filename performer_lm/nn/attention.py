@@ -1,4 +1,4 @@
-"""Multi-head attention around any backend: projections, convolution, positions, decay, gate, and its decoding state.
+"""Multi-head attention around any backend: projections, convolution, positions, decay, gate, decoding state.
 
 This is the only room that turns `(b, n, dim)` into `(b, h, n, d)` and back.
 Letters: `b` batch, `n` tokens, `j` tokens of the context, `h` heads, `g` key heads, `d` head width, `c` channels.
@@ -27,7 +27,7 @@ class AttentionState(NamedTuple):
 
 
 class MultiHeadAttention(Body):
-    """Self-attention over `(b, n, dim)`, whose global heads run whatever backend `attn` builds.
+    """Self-attention over `(b, n, dim)`, whose global heads run the backend that `attn` builds.
 
     Args:
         dim: width of the stream.
@@ -192,7 +192,7 @@ class CrossAttention(Body):
 
 
 class HeadOutput(nn.Module):
-    """Bring the heads' outputs back to the stream, each perhaps RMS-normalised and gated by the token itself."""
+    """Map the outputs of heads back to the stream, each perhaps RMS-normalised and gated by the token."""
 
     def __init__(self, dim: int, *, heads: int, dim_head: int, gate: bool, bias: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A branch of a layer: the vectors that attention or feed-forward adds to the stream, and its decoding state.
+"""A branch of a layer: the vectors that attention or feed-forward adds to the stream, and the decoding state.
 
 Letters: `b` batch, `n` tokens, `j` tokens of the context.
 """
@@ -39,7 +39,7 @@ class Body(nn.Module, ABC):
     def init_state(
         self, batch: int, *, max_len: int, device: torch.device, dtype: torch.dtype, context: Context | None
     ) -> Any:
-        """Return the state of `batch` streams before any token, the context's part in it."""
+        """Return the state of `batch` streams before any token, with the context read."""
         return None
 
     def extend(self, x: Tensor, state: Any, info: TokenInfo) -> tuple[Tensor, Any]:
@@ -98,7 +98,7 @@ class Branch(nn.Module):
         self.gate = nn.Parameter(torch.zeros(1)) if rezero else None
 
     def forward(self, x: Tensor, info: TokenInfo) -> Tensor:
-        """Map whole sequences `(b, n, dim)` to the vectors that are added to them."""
+        """Map whole sequences `(b, n, dim)` to the vectors added to the stream."""
         x = self.norm(x)
         if self.shift is not None:
             x, _ = self.shift(x, mask=info.mask, segments=info.segments)

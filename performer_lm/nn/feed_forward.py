@@ -31,7 +31,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class FeedForward(Body):
     """Widen, bend, narrow: `W_out f(W_in x)`, or `W_out (f(W_gate x) * W_in x)` when `gated` (arXiv 2002.05202).
 
-    Gated by `sigmoid` it is GLU, by `gelu` GEGLU, by `silu` SwiGLU.
+    Gates of `sigmoid` give GLU, `gelu` GEGLU, `silu` SwiGLU.
 
     Args:
         dim: width of the stream.

@@ -14,10 +14,10 @@ from performer_lm.ranges import Count, ranged
 
 
 class TokenShift(nn.Module):
-    """Let part of each token's channels be its neighbours': zeros beside the ends, pads and other documents.
+    """Replace part of each token's channels by those of a neighbour: zeros beside ends, pads, other documents.
 
     Causal: the second half of the channels comes from the token before. Else the first third comes from the token
-    after and the last from the token before. It has no weights.
+    after and the last from the token before. No weights.
 
     Raises:
         ValueError: for a dim without a channel for each part.
@@ -38,7 +38,7 @@ class TokenShift(nn.Module):
     def forward(
         self, x: Tensor, tail: Tensor | None = None, *, mask: Tensor | None = None, segments: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Map `(b, n, dim)` and the tail `(b, 1, c)` before it, None at the start, to `(b, n, dim)` and the next tail.
+        """Map `(b, n, dim)` and the tail `(b, 1, c)`, None at the start, to `(b, n, dim)` and the next tail.
 
         The tail is the shifted channels of the last token.
         """
@@ -55,7 +55,7 @@ class TokenShift(nn.Module):
 
 
 def _from_before(x: Tensor, tail: Tensor, segments: Tensor | None) -> Tensor:
-    """Give each token the values `(b, n, c)` of the one before it in its document."""
+    """Give each token the values `(b, n, c)` of the token before in the same document."""
     shifted = torch.cat((tail.to(x.dtype), x), dim=1)[:, :-1]
     if segments is None:
         return shifted
@@ -64,7 +64,7 @@ def _from_before(x: Tensor, tail: Tensor, segments: Tensor | None) -> Tensor:
 
 
 def _from_after(x: Tensor, segments: Tensor | None) -> Tensor:
-    """Give each token the values `(b, n, c)` of the one after it in its document."""
+    """Give each token the values `(b, n, c)` of the token after in the same document."""
     shifted = F.pad(x, (0, 0, 0, 1))[:, 1:]
     if segments is None:
         return shifted
@@ -74,7 +74,7 @@ def _from_after(x: Tensor, segments: Tensor | None) -> Tensor:
 
 @ranged
 class ShortConvolution(nn.Module):
-    """Mix each channel with its own last `taps` values, then apply SiLU: depthwise, causal, zero before the start."""
+    """Mix the last `taps` values of each channel, then apply SiLU: depthwise, causal, zero before the start."""
 
     def __init__(self, channels: int, *, taps: Count) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class ShortConvolution(nn.Module):
     def forward(
         self, x: Tensor, tail: Tensor | None = None, *, mask: Tensor | None = None, segments: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Map `(b, n, c)` and the last `k - 1` inputs before it to `(b, n, c)` and the tail that the next call needs.
+        """Map `(b, n, c)` and the tail `(b, k - 1, c)` to `(b, n, c)` and the next tail.
 
         Args:
             x: `(b, n, c)`.
@@ -106,7 +106,7 @@ class ShortConvolution(nn.Module):
 
 
 class LogDecay(nn.Module):
-    """Let each key head forget at a rate that the token decides: `log_decay = logsigmoid(W x + bias)`, at most 0.
+    """Compute how fast each key head forgets from the token: `log_decay = logsigmoid(W x + bias)`, at most 0.
 
     Biases run from `shortest` to `longest` over the heads, so half-lives start spread from a few tokens to hundreds.
     """

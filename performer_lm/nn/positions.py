@@ -1,4 +1,4 @@
-"""Places of tokens, and how a model is told of them.
+"""Places of tokens, put into queries and keys or added to the stream.
 
 `Positions` act inside each head: a rotation of q and k, or nothing. `AbsolutePositions` are added to the stream before
 the first layer. Both are given the token's place in its own document, so that padding, packing and continued decoding
@@ -20,7 +20,7 @@ from performer_lm.ranges import Count, Positive, ranged
 
 
 def find_places(x: Tensor, mask: Tensor | None, segments: Tensor | None) -> Tensor:
-    """Return each token's place `(b, n)` in its own document, counting real tokens only, from 0.
+    """Return the place `(b, n)` of each token within the document, counting real tokens only, from 0.
 
     Pads that stand before the first token get -1.
     """
@@ -44,7 +44,7 @@ class Positions(nn.Module, ABC):
 
 
 class NoPositions(Positions):
-    """Leave q and k alone: convolution and decay already tell order (FAVOR and `log_decay` need no more)."""
+    """Return q and k unchanged: convolution and decay already tell order (FAVOR and `log_decay` need no more)."""
 
     def __init__(self, *, dim_head: int) -> None:
         super().__init__()
