@@ -13,8 +13,8 @@ import difflib
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NotRequired, Unpack, get_args, get_origin, get_type_hints
 
 ALLOWED = (
     "performer_lm",
@@ -60,7 +60,7 @@ class Factory:
         """
         given = {**self.values, **more}
         try:
-            inspect.signature(self.target).bind(*args, **given)
+            inspect.Signature(list(parameters(self.target).values())).bind(*args, **given)
         except TypeError as error:
             missing = re.fullmatch(r"missing a required .*argument: '(\w+)'", str(error))
             place = self.key or f"{self.target.__module__}.{self.target.__qualname__}"
@@ -114,6 +114,30 @@ def _placed(line: str, key: str, values: Mapping[str, Any]) -> str:
     if line.startswith(f"{key}."):
         return line
     return f"{key}.{line}" if name and name[1] in values else f"{key}: {line}"
+
+
+def parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Return the parameters of a class or function by name, annotations evaluated where that is possible.
+
+    Of `**options: Unpack[T]` the keys of the TypedDict T count one by one.
+    """
+    try:
+        found = dict(inspect.signature(target, eval_str=True).parameters)
+    except NameError:  # a name that exists for type checkers only
+        return dict(inspect.signature(target).parameters)
+    return {each.name: each for parameter in found.values() for each in _unpacked(parameter)}
+
+
+def _unpacked(parameter: inspect.Parameter) -> Iterator[inspect.Parameter]:
+    """Yield a parameter, or one for each key of the TypedDict that `**options: Unpack[T]` names."""
+    if get_origin(parameter.annotation) is not Unpack:
+        yield parameter
+        return
+    (options,) = get_args(parameter.annotation)
+    for name, wanted in get_type_hints(options, include_extras=True).items():
+        wanted = get_args(wanted)[0] if get_origin(wanted) is NotRequired else wanted
+        default = inspect.Parameter.empty if name in options.__required_keys__ else ...
+        yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=wanted)
 
 
 def resolve(path: str, *, allowed: tuple[str, ...] = ALLOWED) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""The encoder-decoder: a bidirectional stack reads a source, a causal one writes a target while looking at it.
+"""The encoder-decoder: a bidirectional stack reads a source, a causal one writes a target while looking at the source.
 
 Letters: `b` batch, `n` tokens of the target, `j` tokens of the source.
 """
@@ -8,7 +8,6 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from performer_lm.language_model import LanguageModel, initialise_vocabulary
-from performer_lm.nn.problems import Problems
 from performer_lm.ops.checks import check_mask
 from performer_lm.performer import Performer, PerformerState
 from performer_lm.ranges import Count, Whole, ranged
@@ -18,8 +17,8 @@ from performer_lm.ranges import Count, Whole, ranged
 class PerformerEncoderDecoder(LanguageModel):
     """Predict a target from a source: `encoder` bidirectional, `decoder` causal with cross-attention.
 
-    Decoding reads the source once; what the decoder's layers keep of it belongs to the state, which for FAVOR has one
-    size for any source.
+    Decoding reads the source once; the decoder's state holds the keys and values of the source, which for FAVOR has
+    one size for any source.
 
     Args:
         vocab_size: number of token ids of the target, and of the source unless `source_vocab_size` is given.
@@ -32,7 +31,7 @@ class PerformerEncoderDecoder(LanguageModel):
         start_id: the id that a target starts with; None takes the last, which ends documents.
 
     Raises:
-        ValueError: for sizes or options that do not fit together; all that is wrong, a line each.
+        ValueError: for the first sizes or options that do not fit together.
     """
 
     def __init__(
@@ -48,24 +47,19 @@ class PerformerEncoderDecoder(LanguageModel):
         start_id: Whole | None = None,
     ) -> None:
         super().__init__()
-        problems = Problems()
         self.start_id = vocab_size - 1 if start_id is None else start_id
-        problems.unless(
-            0 <= self.start_id < vocab_size, f"start_id must be within 0..{vocab_size - 1}, got {self.start_id}"
-        )
-        with problems.gathered():
-            self.encoder = encoder(dim=dim)
-            problems.unless(not self.encoder.causal, "the encoder must be bidirectional: set encoder.causal to false")
-            problems.unless(
-                not self.encoder.cross_attend, "the encoder has nothing to look at: set encoder.cross_attend to false"
-            )
-        with problems.gathered():
-            self.decoder = decoder(dim=dim)
-            problems.unless(self.decoder.causal, "the decoder must be causal: set decoder.causal to true")
-            problems.unless(
-                self.decoder.cross_attend, "the decoder would never see the source: set decoder.cross_attend to true"
-            )
-        problems.raise_any()
+        if self.start_id >= vocab_size:
+            raise ValueError(f"start_id must be within 0..{vocab_size - 1}, got {self.start_id}")
+        self.encoder = encoder(dim=dim)
+        if self.encoder.causal:
+            raise ValueError("the encoder must be bidirectional: set encoder.causal to false")
+        if self.encoder.cross_attend:
+            raise ValueError("the encoder has nothing to look at: set encoder.cross_attend to false")
+        self.decoder = decoder(dim=dim)
+        if not self.decoder.causal:
+            raise ValueError("the decoder must be causal: set decoder.causal to true")
+        if not self.decoder.cross_attend:
+            raise ValueError("the decoder would never see the source: set decoder.cross_attend to true")
         self.embedding = nn.Embedding(vocab_size, dim)
         self.source_embedding = self.embedding
         if source_vocab_size is not None:
@@ -92,7 +86,7 @@ class PerformerEncoderDecoder(LanguageModel):
     def hidden(
         self, source: Tensor, target: Tensor, *, mask: Tensor | None = None, source_mask: Tensor | None = None
     ) -> Tensor:
-        """Return what the output layer reads, `(b, n, dim)`."""
+        """Return the vectors that the output layer reads, `(b, n, dim)`."""
         source_mask = check_mask(source_mask, source.shape, name="source_mask")
         context = self.encode(source, mask=source_mask)
         return self.decoder(self.embedding(target), mask=mask, context=context, context_mask=source_mask)
@@ -108,12 +102,11 @@ class PerformerEncoderDecoder(LanguageModel):
 
     @property
     def decodes(self) -> bool:
-        """Whether it can write text: always."""
+        """True: an encoder-decoder always writes text."""
         return True
 
     def room_after(self, tokens: int) -> int | None:
-        """Return how many tokens of a target its positions can tell apart; None: without end."""
-        del tokens
+        """Return the number of target tokens that the positions tell apart; None: no limit."""
         return self.decoder.max_len
 
     def check_prompt(self, prompt: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -137,13 +130,3 @@ class PerformerEncoderDecoder(LanguageModel):
         source, target = (tokens + 1) // 2, tokens // 2
         stacks = self.encoder.count_flops(source) + self.decoder.count_flops(target, context=source)
         return stacks + 2 * target * self.head.weight.numel()
-
-    def redraw(self, step: int) -> None:
-        """Set every random projection to that of optimizer step `step`; call it between steps only."""
-        self.encoder.redraw(step)
-        self.decoder.redraw(step)
-
-    def fix_projections(self) -> None:
-        """Keep every random projection as it is from now on, checkpoints included."""
-        self.encoder.fix_projections()
-        self.decoder.fix_projections()

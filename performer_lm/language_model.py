@@ -1,4 +1,4 @@
-"""What every language model here is: something that writes text token by token, and can be trained to.
+"""The contract of language models: training on tokens, and writing text token by token.
 
 Letters: `b` batch, `n` tokens.
 """
@@ -7,10 +7,11 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
+from performer_lm.attention.favor import Redrawable
 from performer_lm.performer import PerformerState
 
 
-class LanguageModel(nn.Module, ABC):
+class LanguageModel(Redrawable, ABC):
     """A model over a vocabulary, with an embedding of tokens and an output layer."""
 
     embedding: nn.Embedding
@@ -19,15 +20,15 @@ class LanguageModel(nn.Module, ABC):
     @property
     @abstractmethod
     def decodes(self) -> bool:
-        """Whether it can write text: whether `start` and `extend` work."""
+        """Whether the model can write text: whether `start` and `extend` work."""
 
     @abstractmethod
     def room_after(self, tokens: int) -> int | None:
-        """Return how many new tokens a prompt of so many leaves room for; None: without end."""
+        """Return the largest number of new tokens after a prompt of `tokens`; None: no limit."""
 
     @abstractmethod
     def check_prompt(self, prompt: Tensor, mask: Tensor | None) -> Tensor | None:
-        """Check that prompts `(b, n)` can be continued, and return their mask as bool; this looks at the mask's values.
+        """Check that prompts `(b, n)` can be continued, and return the mask as bool; reads the values of the mask.
 
         Raises:
             ValueError: for a mask of another shape or dtype, or padding that would be read as text.
@@ -66,15 +67,7 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def count_flops(self, tokens: int) -> int:
-        """Return the arithmetic of a forward over a window of so many tokens, matrix products only."""
-
-    @abstractmethod
-    def redraw(self, step: int) -> None:
-        """Set every random projection to that of optimizer step `step`; call it between steps only."""
-
-    @abstractmethod
-    def fix_projections(self) -> None:
-        """Keep every random projection as it is from now on, checkpoints included."""
+        """Return the arithmetic of a forward over a window of `tokens`, matrix products only."""
 
 
 def initialise_vocabulary(embedding: nn.Embedding, head: nn.Linear) -> None:

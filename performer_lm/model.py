@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from performer_lm.language_model import LanguageModel, initialise_vocabulary
-from performer_lm.nn.problems import Problems
 from performer_lm.ops.checks import check_mask
 from performer_lm.performer import Performer, PerformerState
 from performer_lm.ranges import Count, ranged
@@ -19,7 +18,7 @@ Constructor = TypeVar("Constructor", bound=Callable[..., None])
 
 
 def takes_options_of(part: type) -> Callable[[Constructor], Constructor]:
-    """Let a constructor's `**options` stand for the parameters of another class, wherever signatures are read."""
+    """Show the parameters of another class in place of a constructor's `**options`, wherever signatures are read."""
 
     def extended(constructor: Constructor) -> Constructor:
         own = inspect.signature(constructor)
@@ -44,7 +43,7 @@ class PerformerLM(LanguageModel):
         options: all of `Performer`.
 
     Raises:
-        ValueError: for sizes or options that do not fit together; all that is wrong, a line each.
+        ValueError: for the first sizes or options that do not fit together.
     """
 
     @takes_options_of(Performer)
@@ -52,10 +51,7 @@ class PerformerLM(LanguageModel):
         self, *, vocab_size: Count, tie_embeddings: bool = False, head_bias: bool = False, **options: Any
     ) -> None:
         super().__init__()
-        problems = Problems()
-        with problems.gathered():
-            performer = Performer(**options)
-        problems.raise_any()
+        performer = Performer(**options)
         self.embedding = nn.Embedding(vocab_size, performer.dim)
         self.performer = performer
         self.head = nn.Linear(performer.dim, vocab_size, bias=head_bias)
@@ -92,7 +88,7 @@ class PerformerLM(LanguageModel):
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
     ) -> Tensor:
-        """Return what the output layer reads, `(b, n, dim)`: a loss over many tokens need not hold all logits."""
+        """Return the vectors that the output layer reads, `(b, n, dim)`, for a loss that never holds all logits."""
         return self.performer(
             self.embedding(tokens), mask=mask, segments=segments, context=context, context_mask=context_mask
         )
@@ -109,16 +105,16 @@ class PerformerLM(LanguageModel):
 
     @property
     def decodes(self) -> bool:
-        """Whether it can write text: causal, and without a context that a prompt does not hold."""
+        """Whether the model can write text: causal, and without a context, which a prompt does not hold."""
         return self.performer.causal and not self.performer.cross_attend
 
     def room_after(self, tokens: int) -> int | None:
-        """Return how many new tokens its positions can tell apart after a prompt; None: without end."""
+        """Return the number of new tokens that the positions tell apart after a prompt; None: no limit."""
         last = self.performer.max_len
         return None if last is None else max(0, last - tokens + 1)  # the last new token is never read
 
     def check_prompt(self, prompt: Tensor, mask: Tensor | None) -> Tensor | None:
-        """Check prompts and their mask; see `LanguageModel.check_prompt`.
+        """Check prompts and mask; see `LanguageModel.check_prompt`.
 
         Raises:
             ValueError: for a row without tokens or padded on the right, whose last logits would be a pad's; or padded
@@ -132,7 +128,7 @@ class PerformerLM(LanguageModel):
         return mask
 
     def start(self, prompt: Tensor, *, mask: Tensor | None = None, max_len: int = 0) -> tuple[Tensor, PerformerState]:
-        """Read prompts that are to be continued; see `LanguageModel.start`."""
+        """Read prompts before new tokens; see `LanguageModel.start`."""
         mask = self.check_prompt(prompt, mask)
         return self.extend(prompt, self.init_state(prompt.shape[0], max_len=max_len), mask=mask, last_only=True)
 
@@ -144,20 +140,12 @@ class PerformerLM(LanguageModel):
         return self.head(x[:, -1:] if last_only else x), state
 
     def count_flops(self, tokens: int) -> int:
-        """Return the arithmetic of a forward over a window of so many tokens, matrix products only."""
+        """Return the arithmetic of a forward over a window of `tokens`, matrix products only."""
         return self.performer.count_flops(tokens) + 2 * tokens * self.head.weight.numel()
-
-    def redraw(self, step: int) -> None:
-        """Set every random projection to that of optimizer step `step`; call it between steps only."""
-        self.performer.redraw(step)
-
-    def fix_projections(self) -> None:
-        """Keep every random projection as it is from now on, checkpoints included."""
-        self.performer.fix_projections()
 
 
 def _check_padding(mask: Tensor, *, may_have_gaps: bool) -> None:
-    """Raise ValueError unless the padding of prompts, False in the mask `(b, n)`, stands on their left."""
+    """Raise ValueError unless the padding of prompts, False in the mask `(b, n)`, stands on the left."""
     if not bool(mask.any(1).all()):
         raise ValueError(
             "a prompt is all padding: each row needs at least 1 token, such as the one that begins a document"

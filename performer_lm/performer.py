@@ -11,29 +11,28 @@ import torch
 from annotated_types import Ge, Le
 from torch import Tensor, nn
 
-from performer_lm.attention.base import Attention, AttentionFactory
+from performer_lm.attention.base import AttentionFactory
+from performer_lm.attention.favor import Redrawable
 from performer_lm.attention.split import SplitAttention
 from performer_lm.nn.attention import CrossAttention, MultiHeadAttention
-from performer_lm.nn.branch import Body, Branch, BranchState
+from performer_lm.nn.branch import Body, Branch, BranchState, Context, TokenInfo
 from performer_lm.nn.initial import initialise
-from performer_lm.nn.layout import Context, Layout, find_places
 from performer_lm.nn.mixing import TokenShift
-from performer_lm.nn.positions import AbsolutePositions, NoAbsolutePositions, Positions
-from performer_lm.nn.problems import Problems
+from performer_lm.nn.positions import AbsolutePositions, NoAbsolutePositions, Positions, find_places
 from performer_lm.nn.residual import Plain, Recomputed, Residual, Reversible
 from performer_lm.ops.checks import check_batch, check_mask, check_segments
 from performer_lm.ranges import Positive, Share, Size, Whole, ranged
 
 
 class PerformerState(NamedTuple):
-    """What a decoding stack carries from token to token."""
+    """The decoding state of a stack."""
 
     length: Tensor  # (b,): tokens seen so far, pads not counted
     branches: tuple[BranchState, ...]
 
 
 @ranged
-class Performer(nn.Module):
+class Performer(Redrawable):
     """Layers of attention and feed-forward over `(b, n, dim)`, whose heads run any attention backend.
 
     Args:
@@ -62,12 +61,12 @@ class Performer(nn.Module):
         rezero: whether each branch is weighed by a learned gate that starts at 0, in place of norms.
         reversible: run two streams, whose backward recovers inputs from outputs: memory constant in depth.
         recompute: compute each branch anew in the backward: memory of one vector per token and branch.
-        dropout: share dropped of the input and of what each branch adds.
+        dropout: share dropped of the input and of the output of each branch.
         embedding_dropout: of the input alone, in place of `dropout`.
-        attention_dropout: of what attention adds, in place of `dropout`.
+        attention_dropout: of the output of attention, in place of `dropout`.
 
     Raises:
-        ValueError: for sizes or options that do not fit together; all that is wrong, a line each.
+        ValueError: for the first sizes or options that do not fit together.
     """
 
     def __init__(
@@ -103,56 +102,51 @@ class Performer(nn.Module):
         attention_dropout: Share | None = None,
     ) -> None:
         super().__init__()
-        problems = Problems()
-        dim_head = _check_sizes(problems, dim=dim, heads=heads, dim_head=dim_head)
-        _check_order(problems, causal=causal, decay=decay, convolution=convolution)
-        problems.unless(not (reversible and recompute), "reversible already recomputes: set recompute to false")
-        with problems.gathered():
-            is_normed = any(True for _ in norm(dim).parameters())
-            problems.unless(not (rezero and is_normed), "rezero stands in the place of norms: set norm to none")
-        with problems.gathered():
-            positions(dim_head=dim_head)  # once more below, where another mistake would hide this one
-        locals_each = [local_heads] * depth if isinstance(local_heads, int) else list(local_heads)
-        problems.unless(
-            len(locals_each) == depth, f"local_heads must be one number or one per layer ({depth}), got {locals_each}"
-        )
+        if dim_head is None and dim % heads:
+            raise ValueError(f"dim ({dim}) must be a multiple of heads ({heads}), or give dim_head")
+        if decay and not causal:
+            raise ValueError("decay needs a causal model: without an order keys have no age; set decay to false")
+        if convolution and not causal:
+            raise ValueError("convolution needs a causal model: set convolution to 0 (token_shift looks both ways)")
+        if reversible and recompute:
+            raise ValueError("reversible already recomputes: set recompute to false")
+        local_each = [local_heads] * depth if isinstance(local_heads, int) else list(local_heads)
+        if len(local_each) != depth:
+            raise ValueError(f"local_heads must be one number or one per layer ({depth}), got {local_each}")
+        self.dim, self.causal, self.cross_attend = dim, causal, cross_attend
+        self.mixes_neighbours = convolution > 1 or token_shift
+        self.residual: Residual = Reversible() if reversible else Recomputed() if recompute else Plain()
+        self.dropout = nn.Dropout(dropout if embedding_dropout is None else embedding_dropout)
+        attention_dropout = dropout if attention_dropout is None else attention_dropout
         shared: dict[str, Any] = {
             "dim": dim,
             "heads": heads,
-            "dim_head": dim_head,
+            "dim_head": dim // heads if dim_head is None else dim_head,
             "key_heads": heads if key_heads is None else key_heads,
             "gate": gate,
             "qk_norm": qk_norm,
             "qkv_bias": qkv_bias,
             "out_bias": out_bias,
         }
-        mixing: dict[str, Any] = {"positions": positions, "convolution": convolution, "decay": decay}
-        branch = partial(Branch, dim, norm=norm, rezero=rezero)
-        shift = partial(TokenShift, dim, causal=causal) if token_shift else _no_shift
-        attention_dropout = dropout if attention_dropout is None else attention_dropout
+        mixing: dict[str, Any] = {"causal": causal, "positions": positions, "convolution": convolution, "decay": decay}
 
-        self.dropout = nn.Dropout(dropout if embedding_dropout is None else embedding_dropout)
+        def branch(body: Body, *, shifts: bool, dropout: float) -> Branch:
+            shift = TokenShift(dim, causal=causal) if shifts else None
+            return Branch(dim, body=body, norm=norm, shift=shift, dropout=dropout, rezero=rezero)
+
         self.layers = nn.ModuleList()
-        for layer, own_local in enumerate(locals_each):
+        for layer, own_local in enumerate(local_each):
             parts = nn.ModuleDict()
-            with problems.gathered():
-                backend = _with_local_heads(attn, local, heads=heads, local_heads=own_local)
-                attention = MultiHeadAttention(**shared, **mixing, attn=backend, layer=layer, causal=causal)
-                parts["attention"] = branch(body=attention, shift=shift(), dropout=attention_dropout)
+            backend = _with_local_heads(attn, local, heads=heads, local_heads=own_local)
+            attention = MultiHeadAttention(**shared, **mixing, attn=backend, layer=layer)
+            parts["attention"] = branch(attention, shifts=token_shift, dropout=attention_dropout)
             if cross_attend:
-                with problems.gathered():
-                    cross = CrossAttention(**shared, attn=attn, layer=depth + layer)  # with projections of its own
-                    parts["cross_attention"] = branch(body=cross, dropout=attention_dropout)
-            with problems.gathered():
-                parts["feed_forward"] = branch(body=feed_forward(dim), shift=shift(), dropout=dropout)
+                cross = CrossAttention(**shared, attn=attn, layer=depth + layer)  # with projections of its own
+                parts["cross_attention"] = branch(cross, shifts=False, dropout=attention_dropout)
+            parts["feed_forward"] = branch(feed_forward(dim), shifts=token_shift, dropout=dropout)
             self.layers.append(parts)
-        with problems.gathered():
-            self.absolute = NoAbsolutePositions(dim) if absolute is None else absolute(dim)
-            self.norm = (final_norm or norm)(dim)
-        problems.raise_any()
-        self.dim, self.causal, self.cross_attend = dim, causal, cross_attend
-        self.mixes_neighbours = convolution > 1 or token_shift
-        self.residual: Residual = Reversible() if reversible else Recomputed() if recompute else Plain()
+        self.absolute = NoAbsolutePositions(dim) if absolute is None else absolute(dim)
+        self.norm = (final_norm or norm)(dim)
         initialise(self)
 
     def forward(
@@ -170,7 +164,7 @@ class Performer(nn.Module):
             x: `(b, n, dim)`.
             mask: `(b, n)` bool or integer, False or 0 at padding.
             segments: `(b, n)` ids of packed documents, which do not see one another.
-            context: `(b, j, dim)`, what cross-attention looks at; given exactly where the stack has it.
+            context: `(b, j, dim)`, the sequence that cross-attention looks at; given exactly where the stack has it.
             context_mask: `(b, j)` like mask, False at padding of the context.
 
         Raises:
@@ -179,18 +173,20 @@ class Performer(nn.Module):
         """
         mask = check_mask(mask, x.shape[:2])
         check_segments(segments, x.shape[:2])
-        if self.max_len is not None and x.shape[1] > self.max_len:
-            raise ValueError(f"{x.shape[1]} tokens are more than the {self.max_len} learned positions")
+        max_len = self.absolute.max_len
+        if max_len is not None and x.shape[1] > max_len:
+            raise ValueError(f"{x.shape[1]} tokens are more than the {max_len} learned positions")
         if segments is not None and self.cross_attend:
             raise ValueError("segments: packed documents have one context for all; give each a row of its own")
-        layout = Layout(find_places(x, mask, segments), mask, segments, self._context(len(x), context, context_mask))
-        x = self.dropout(self.absolute(x, layout.places))
-        return self.norm(self.residual.run(self.branches, x, layout))
+        seen = self._context(len(x), context, context_mask)
+        info = TokenInfo(find_places(x, mask, segments), mask, segments, seen)
+        x = self.dropout(self.absolute(x, info.places))
+        return self.norm(self.residual.run(self.branches, x, info))
 
     def init_state(
         self, batch: int, *, max_len: int = 0, context: Tensor | None = None, context_mask: Tensor | None = None
     ) -> PerformerState:
-        """Return the state of `batch` streams before any token, with what is to be kept of the context.
+        """Return the state of `batch` streams before any token, the context's keys and values in it.
 
         `max_len` sizes caches and is no limit.
 
@@ -200,9 +196,9 @@ class Performer(nn.Module):
         if not self.causal:
             raise ValueError("a bidirectional model (causal=False) does not decode token by token")
         weight = next(self.parameters())
-        found = self._context(batch, context, context_mask)
+        seen = self._context(batch, context, context_mask)
         states = [
-            branch.init_state(batch, max_len=max_len, device=weight.device, dtype=weight.dtype, context=found)
+            branch.init_state(batch, max_len=max_len, device=weight.device, dtype=weight.dtype, context=seen)
             for branch in self.branches
         ]
         return PerformerState(torch.zeros(batch, device=weight.device, dtype=torch.int64), tuple(states))
@@ -218,27 +214,15 @@ class Performer(nn.Module):
         """
         check_batch(x, state.length)
         mask = check_mask(mask, x.shape[:2])
-        layout = Layout(state.length[:, None] + find_places(x, mask, None), mask)
-        streams = self.residual.open(self.absolute(x, layout.places))
+        info = TokenInfo(state.length[:, None] + find_places(x, mask, None), mask)
+        streams = self.residual.open(self.absolute(x, info.places))
         states = []
         for branch, branch_state in zip(self.branches, state.branches, strict=True):
-            given, branch_state = branch.extend(streams[-1], branch_state, layout)
+            given, branch_state = branch.extend(streams[-1], branch_state, info)
             streams = self.residual.add(streams, given)
             states.append(branch_state)
         length = state.length + (x.shape[1] if mask is None else mask.sum(1))
         return self.norm(self.residual.close(streams)), PerformerState(length, tuple(states))
-
-    def redraw(self, step: int) -> None:
-        """Set every random projection to that of optimizer step `step`; call it between steps only."""
-        for module in self.modules():
-            if isinstance(module, Attention):
-                module.redraw(step)
-
-    def fix_projections(self) -> None:
-        """Keep every random projection as it is from now on, checkpoints included."""
-        for module in self.modules():
-            if isinstance(module, Attention):
-                module.fix_projections()
 
     def count_flops(self, tokens: int, *, context: int = 0) -> int:
         """Return the arithmetic of one sequence's forward: two operations for each multiply-add of a matrix product."""
@@ -246,12 +230,12 @@ class Performer(nn.Module):
 
     @property
     def max_len(self) -> int | None:
-        """Return how many places there are, None where there is no end."""
+        """Return the number of places that positions tell apart; None: no limit."""
         return self.absolute.max_len
 
     @property
     def branches(self) -> list[Branch]:
-        """Return the branches of all layers, in the order they run."""
+        """Return the branches of all layers in order."""
         return [cast(Branch, branch) for parts in self.layers for branch in cast(nn.ModuleDict, parts).values()]
 
     def _context(self, batch: int, vectors: Tensor | None, mask: Tensor | None) -> Context | None:
@@ -266,25 +250,6 @@ class Performer(nn.Module):
         if len(vectors) != batch:
             raise ValueError(f"the context must have the batch of the tokens ({batch}), got {len(vectors)}")
         return Context(vectors, check_mask(mask, vectors.shape[:2], name="context_mask"))
-
-
-def _check_sizes(problems: Problems, *, dim: int, heads: int, dim_head: int | None) -> int:
-    """Return the width of a head."""
-    if dim_head is None:
-        problems.unless(dim % heads == 0, f"dim ({dim}) must be a multiple of heads ({heads}), or give dim_head")
-    return max(1, dim // heads) if dim_head is None else dim_head
-
-
-def _check_order(problems: Problems, *, causal: bool, decay: bool, convolution: int) -> None:
-    if not causal:
-        problems.unless(not decay, "decay needs a causal model: without an order keys have no age; set decay to false")
-        problems.unless(
-            not convolution, "convolution needs a causal model: set convolution to 0 (token_shift looks both ways)"
-        )
-
-
-def _no_shift() -> None:
-    return None
 
 
 def _with_local_heads(

@@ -15,12 +15,12 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from performer_lm.building import resolve
+from performer_lm.building import parameters, resolve
 from performer_lm.cli.annotations import leaves
 from performer_lm.cli.compose import compose, task_config
 from performer_lm.cli.errors import UsageError
 from performer_lm.cli.loading import Loader
-from performer_lm.cli.schema import check, parameters
+from performer_lm.cli.schema import check
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"

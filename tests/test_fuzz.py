@@ -22,8 +22,7 @@ from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from performer_lm.building import resolve
-from performer_lm.cli.schema import parameters
+from performer_lm.building import parameters, resolve
 from performer_lm.training.loggers import record
 
 CONFIGS = Path(__file__).parents[1] / "configs"

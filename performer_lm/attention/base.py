@@ -1,15 +1,15 @@
-"""The contract every attention backend keeps, and the one law it is tested by.
+"""The contract of attention backends, and the one law that tests hold every backend to.
 
 Letters: `b` batch, `h` heads, `g` key heads (g divides h), `i` queries, `j` keys, `n` tokens, `d` head width,
 `e` value width.
 
-The law of decoding: `extend` over any split of a sequence equals `forward(causal=True)` over the whole of it. Prefill
-and step are therefore the same method, and a backend has one mathematics, whether it trains or decodes.
+The law of decoding: `extend` over any split of a sequence equals `forward(causal=True)` over the whole sequence.
+Prefill and step are therefore the same method, and a backend has one mathematics for training and decoding.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NotRequired, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,37 @@ State = TypeVar("State")
 Forked = TypeVar("Forked")
 
 
+class Sizes(TypedDict):
+    """The arguments that every backend takes: the sizes that a model gives to a factory, and the dropout.
+
+    A backend with other options too takes these as `**sizes: Unpack[Sizes]` and hands the sizes to `Attention`.
+    """
+
+    heads: Count
+    key_heads: Count
+    dim_head: Count
+    dim_value: Count
+    layer: Whole
+    dropout: NotRequired[Share]
+
+
 @ranged
 class Attention(nn.Module, ABC, Generic[State]):
-    """What a model's heads run: `heads` queries over `key_heads` keys and values, built once per layer.
+    """A backend, which the heads of one layer run: `heads` queries over `key_heads` keys and values.
 
     A backend stands in the config as a factory (`_partial_`) that the model calls with the first five arguments below;
-    whatever else a backend takes comes from its yaml, `dropout` (the share of attention probabilities dropped in
-    training) among it.
+    the others come from the backend's yaml.
+
+    Args:
+        heads: query heads.
+        key_heads: key heads; `heads / key_heads` queries share each.
+        dim_head: `d`.
+        dim_value: `e`.
+        layer: the layer's number, from 0, so that layers can differ.
+        dropout: share of the attention probabilities dropped in training; 0 for a backend that has none to drop.
+
+    Raises:
+        ValueError: for heads that key_heads does not divide, or a dropout that the backend cannot do.
     """
 
     attends_across: bool = True
@@ -54,8 +78,8 @@ class Attention(nn.Module, ABC, Generic[State]):
         self.layer = layer
 
     @property
-    def sizes(self) -> dict[str, int]:
-        """Return the sizes that it was built for: what a factory takes to build another in its place."""
+    def sizes(self) -> Sizes:
+        """Return the sizes with which a factory builds another backend in the place of this one."""
         return {
             "heads": self.heads,
             "key_heads": self.key_heads,
@@ -65,12 +89,11 @@ class Attention(nn.Module, ABC, Generic[State]):
         }
 
     def check(self, *, causal: bool, packed: bool) -> None:
-        """Refuse an order or packed documents that this backend cannot keep. Most keep both.
+        """Refuse an order or packed documents that this backend cannot handle. Most handle both.
 
         Raises:
             ValueError: naming a backend or features that can.
         """
-        del causal, packed
 
     @abstractmethod
     def forward(
@@ -106,7 +129,7 @@ class Attention(nn.Module, ABC, Generic[State]):
 
     @abstractmethod
     def init_state(self, batch: int, *, max_len: int, device: torch.device, dtype: torch.dtype) -> State:
-        """Return the state of `batch` streams before any token; `max_len` is a hint that sizes caches, not a limit."""
+        """Return the decoding state of `batch` streams before any token; `max_len` sizes caches and is no limit."""
 
     @abstractmethod
     def extend(
@@ -130,25 +153,18 @@ class Attention(nn.Module, ABC, Generic[State]):
 
     @abstractmethod
     def absorb(self, k: Tensor, v: Tensor, state: State, *, mask: Tensor | None = None) -> State:
-        """Append keys and values that no queries come with, for `read`. May consume `state`."""
+        """Append keys and values without queries, for `read`. May consume `state`."""
 
     @abstractmethod
     def read(self, q: Tensor, state: State) -> Tensor:
-        """Attend from `q` `(b, h, i, d)` to all that `state` holds, adding nothing: `(b, h, i, e)`.
+        """Attend from `q` `(b, h, i, d)` to all keys of the state, adding none: `(b, h, i, e)`.
 
-        After `absorb` from an empty state it equals `forward(causal=False)`, where the backend `attends_across`.
+        After `absorb` from an empty state this equals `forward(causal=False)`, where the backend `attends_across`.
         """
 
     @abstractmethod
     def count_flops(self, queries: int, keys: int, *, causal: bool) -> int:
         """Return the arithmetic of one sequence's forward: two operations for each multiply-add of a matrix product."""
-
-    def redraw(self, step: int) -> None:
-        """Set random projections to those of optimizer step `step`. Most backends draw none."""
-        del step
-
-    def fix_projections(self) -> None:
-        """Keep random projections as they are from now on, checkpoints included. Most backends have none."""
 
 
 AttentionFactory = Callable[..., Attention[Any]]

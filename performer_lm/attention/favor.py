@@ -6,12 +6,13 @@ Letters: `b` batch, `h` heads, `g` key heads, `i` queries, `j` keys, `n` tokens,
 
 from collections.abc import Callable
 from functools import partial
+from typing import Unpack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from performer_lm.attention.base import Attention
+from performer_lm.attention.base import Attention, Sizes
 from performer_lm.attention.feature_maps import AttentionFeatures, SoftmaxFeatures
 from performer_lm.ops.checks import check_per_key
 from performer_lm.ops.linear import (
@@ -24,7 +25,7 @@ from performer_lm.ops.linear import (
 )
 from performer_lm.ops.linear.state import CPU_TILE
 from performer_lm.ops.maps import BlockMap
-from performer_lm.ranges import Count, Share, Whole, ranged
+from performer_lm.ranges import Count, Whole, ranged
 
 
 @ranged
@@ -36,43 +37,36 @@ class FavorAttention(Attention[LinearState]):
     no epsilon is added, sums are float32.
 
     Args:
-        heads: query heads.
-        key_heads: key heads; `heads / key_heads` queries share each.
-        dim_head: `d`.
-        dim_value: `e`.
-        layer: the layer's number, so that projections differ.
         features: factory of the feature map (`feature_maps.py`, `kernel_maps.py`).
         num_features: `m`; None lets the map choose, for random features d ln d.
         seed: of the projections.
         redraw_interval: optimizer steps between new projections; None never redraws.
         redraw_until: last step at which they may be redrawn; None sets no end.
         chunk_size: tokens per block, which trades speed and memory, never the result; None for as many as caches hold.
-        dropout: 0: random features hold no probabilities that could be dropped.
+        sizes: those of `Attention`; the projections of two layers differ.
     """
 
     def __init__(
         self,
         *,
-        heads: int,
-        key_heads: int,
-        dim_head: int,
-        dim_value: int,
-        layer: int,
         features: Callable[..., AttentionFeatures],
         num_features: Count | None,
         seed: int,
         redraw_interval: Count | None,
         redraw_until: Whole | None,
         chunk_size: Count | None,
-        dropout: Share = 0.0,
+        **sizes: Unpack[Sizes],
     ) -> None:
-        super().__init__(
-            heads=heads, key_heads=key_heads, dim_head=dim_head, dim_value=dim_value, layer=layer, dropout=dropout
-        )
+        super().__init__(**sizes)
         self.chunk_size = chunk_size
         self.redraw_interval, self.redraw_until = redraw_interval, redraw_until
         self.features = features(
-            heads=heads, key_heads=key_heads, dim_head=dim_head, num_features=num_features, layer=layer, seed=seed
+            heads=self.heads,
+            key_heads=self.key_heads,
+            dim_head=self.dim_head,
+            num_features=num_features,
+            layer=self.layer,
+            seed=seed,
         )
         if redraw_interval is not None and not self.features.redrawn:
             name = type(self.features).__name__
@@ -92,7 +86,7 @@ class FavorAttention(Attention[LinearState]):
         segments: Tensor | None = None,
         log_decay: Tensor | None = None,
     ) -> Tensor:
-        """Attend over a whole sequence, as `Attention.forward` says."""
+        """Attend over a whole sequence, see `Attention.forward`."""
         mask = check_per_key(k, mask=mask, segments=segments, log_decay=log_decay)
         if self.training:
             self.features.observe(q, k, mask)
@@ -151,7 +145,7 @@ class FavorAttention(Attention[LinearState]):
         )
 
     def check(self, *, causal: bool, packed: bool) -> None:
-        """Refuse signed features where tokens see a part of the others only."""
+        """Refuse signed features for causal use and packed documents."""
         if causal or packed:
             self._block_maps()
 
@@ -170,8 +164,7 @@ class FavorAttention(Attention[LinearState]):
         return query_map, key_map
 
     def init_state(self, batch: int, *, max_len: int, device: torch.device, dtype: torch.dtype) -> LinearState:
-        """Return the state of no tokens; its size does not depend on `max_len`."""
-        del max_len
+        """Return the decoding state before any token; `max_len` does not change the size."""
         return empty_state(
             batch, self.key_heads, self.features.num_features, self.dim_value, device=device, dtype=dtype
         )
@@ -186,24 +179,24 @@ class FavorAttention(Attention[LinearState]):
         mask: Tensor | None = None,
         log_decay: Tensor | None = None,
     ) -> tuple[Tensor, LinearState]:
-        """Append n tokens; see `Attention.extend`."""
+        """Append n tokens causally; see `Attention.extend`."""
         return self._append(q, k, v, state, mask, None, log_decay)
 
     def absorb(self, k: Tensor, v: Tensor, state: LinearState, *, mask: Tensor | None = None) -> LinearState:
-        """Add keys to the sums."""
+        """Add keys and values to the sums of the state."""
         nothing = k.new_zeros(k.shape[0], self.heads, 0, self.dim_head)
         _, k, log_gain = self.features.prepare(nothing, k)
         key_map = self.features.maps()[1]
         return absorb_keys(k, v, state, key_map=key_map, chunk_size=self.chunk_size, mask=mask, log_gain=log_gain)
 
     def read(self, q: Tensor, state: LinearState) -> Tensor:
-        """Attend from `(b, h, i, d)` to all that `state` holds."""
+        """Attend from queries `(b, h, i, d)` to all keys of the state."""
         nothing = q.new_zeros(q.shape[0], self.key_heads, 0, self.dim_head)
         q, _, _ = self.features.prepare(q, nothing)
         return read_state(q, state, query_map=self.features.maps()[0], chunk_size=self.chunk_size)
 
     def count_flops(self, queries: int, keys: int, *, causal: bool) -> int:
-        """Count features, sums over keys, what queries read of them and, causal, the scores within a tile."""
+        """Count features, sums over keys, products with these sums and, causal, the scores within a tile."""
         m, tile = self.features.num_features, min(self.chunk_size or CPU_TILE, CPU_TILE)
         features = m * self.dim_head * (self.heads * queries + self.key_heads * keys)
         sums = m * (self.dim_value + 1) * (self.heads * queries + self.key_heads * keys)
@@ -211,18 +204,32 @@ class FavorAttention(Attention[LinearState]):
         return 2 * (features + sums + scores)
 
     def redraw(self, step: int) -> None:
-        """Set the projections to those of optimizer step `step`: redraw index step // interval, up to the last step.
-
-        Running averages of the features take in what they have observed since the last call.
-        """
-        self.features.settle()
+        """Set the projections to those of optimizer step `step`: redraw index step // interval, up to the last step."""
         if self.redraw_interval is not None:
             last = step if self.redraw_until is None else min(step, self.redraw_until)
             self.features.redraw(last // self.redraw_interval)
 
+
+class Redrawable(nn.Module):
+    """A module that may hold FAVOR backends, whose features change between optimizer steps only."""
+
+    def settle(self) -> None:
+        """Move the running averages of all features by the batches observed since the last call."""
+        for attention in self._favor():
+            attention.features.settle()
+
+    def redraw(self, step: int) -> None:
+        """Set every random projection to that of optimizer step `step`."""
+        for attention in self._favor():
+            attention.redraw(step)
+
     def fix_projections(self) -> None:
-        """Keep the projections as they are from now on, checkpoints included."""
-        self.features.fix()
+        """Fix every random projection: no later `redraw` changes one, in this process or from a checkpoint."""
+        for attention in self._favor():
+            attention.features.fixed = True
+
+    def _favor(self) -> list[FavorAttention]:
+        return [module for module in self.modules() if isinstance(module, FavorAttention)]
 
 
 def favor(*, num_features: int | None, seed: int) -> partial[FavorAttention]:

@@ -1,4 +1,4 @@
-"""Feature maps as modules: what FAVOR attention draws, learns or measures around the maps of `ops/features.py`.
+"""Feature maps as modules: the constants that FAVOR attention draws, learns or measures for its maps.
 
 Each module owns the constants of one layer and hands the engine two `FeatureMap`s, one for queries and one for keys.
 Vectors arrive unscaled; maps for softmax work on x = q d^-1/4, so that x.y = q.k / sqrt d.
@@ -8,7 +8,7 @@ Letters: `b` batch, `h` heads, `g` key heads, `n` tokens, `d` head width, `m` fe
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self, TypedDict, Unpack
 
 import torch
 from annotated_types import Gt, Le
@@ -20,74 +20,111 @@ from performer_lm.ops.projections import default_num_features, draw_projection
 from performer_lm.ranges import Count, ranged
 
 
+class FeatureSizes(TypedDict):
+    """The arguments that `FavorAttention` gives to every factory of a feature map."""
+
+    heads: int
+    key_heads: int
+    dim_head: int
+    num_features: Count | None
+    layer: int
+    seed: int
+
+
+class DrawOptions(FeatureSizes):
+    """The arguments of every map built on a random projection."""
+
+    coupling: str
+    regularized: bool
+
+
 class Prepared(NamedTuple):
-    """Queries and keys as the maps take them, and what is to be added to the keys' log features."""
+    """Queries and keys as the maps take them, and the number added to the log features of each key."""
 
     q: Tensor  # (b, h, i, d)
     k: Tensor  # (b, g, j, d)
     log_gain: Tensor | None  # (b, g, j)
 
 
+@ranged
 class AttentionFeatures(nn.Module, ABC):
     """The feature map of one attention layer.
 
-    `num_features` is how many features it gives. A map with `signed` features has weights that may be negative: then
-    outputs are no averages, a denominator may vanish, and causal use is refused.
+    Args:
+        heads: query heads; those of one key head share its map.
+        key_heads: key heads.
+        dim_head: `d`.
+        num_features: `m`; None takes d ln d, unless the map says otherwise.
+        layer: the layer's number, so that the draws of two layers differ.
+        seed: of the draws.
     """
 
-    num_features: int
     signed: bool = False
+    """Whether weights may be negative: then outputs are no averages, a denominator may vanish, causal use is refused.
+    """
+
     redrawn: bool = False
     """Whether there is a projection that can be drawn anew."""
 
-    def __init__(self, *, key_heads: int, dim_head: int) -> None:
+    fixed: bool = False
+    """Whether `redraw` leaves the projection alone from now on; checkpoints keep this."""
+
+    def __init__(
+        self, *, heads: int, key_heads: int, dim_head: int, num_features: Count | None, layer: int, seed: int
+    ) -> None:
         super().__init__()
-        self.key_heads, self.dim_head = key_heads, dim_head
+        self.group, self.key_heads, self.dim_head = heads // key_heads, key_heads, dim_head
+        self.layer, self.seed = layer, seed
+        self.num_features = default_num_features(dim_head) if num_features is None else num_features
 
     @abstractmethod
     def maps(self) -> tuple[FeatureMap, FeatureMap]:
         """Return the maps of queries and of keys, with tensors `(g, ...)`."""
 
     def prepare(self, q: Tensor, k: Tensor) -> Prepared:
-        """Move queries `(b, h, i, d)` and keys `(b, g, j, d)` to where the maps want them."""
+        """Shift queries `(b, h, i, d)` and keys `(b, g, j, d)` before the maps, which most features do not."""
         return Prepared(q, k, None)
 
     def observe(self, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
-        """Measure a training batch. What is measured counts from the next `settle` on, never at once."""
-        del q, k, mask
+        """Measure a training batch. The measure counts from the next `settle` on, never at once."""
 
     def settle(self) -> None:
-        """Take in what was observed; to be called between optimizer steps only."""
+        """Take in the batches that were observed; to be called between optimizer steps only."""
 
     def redraw(self, index: int) -> None:
-        """Draw the projections of redraw `index`. Maps without randomness have none."""
-        del index
-
-    def fix(self) -> None:
-        """Keep the projections as they are from now on."""
+        """Draw the projection of redraw `index`. Maps that draw nothing have none."""
 
 
 class RandomFeatures(AttentionFeatures):
-    """A map built on a random projection `(g, m, d)`, which checkpoints keep, with (seed, index)."""
+    """A map built on a random projection `(g, draws, d)`, which checkpoints keep, with (seed, index).
+
+    Args:
+        coupling: of the rows: `orthogonal`, `simplex` or `iid` (`draw_projection`).
+        regularized: rows of norm sqrt(d): a kernel gentler on large scores (SMREG).
+        pairs: whether each row gives two features, so that `m` must be even.
+        learned: train the projection, from its first draw on; it is never redrawn.
+        sizes: those of `AttentionFeatures`.
+    """
 
     projection: Tensor
 
     def __init__(
         self,
         *,
-        key_heads: int,
-        dim_head: int,
-        num_draws: int,
-        layer: int,
-        seed: int,
         coupling: str,
         regularized: bool,
+        pairs: bool = False,
         learned: bool = False,
+        **sizes: Unpack[FeatureSizes],
     ) -> None:
-        super().__init__(key_heads=key_heads, dim_head=dim_head)
-        self.layer, self.seed, self.coupling, self.regularized = layer, seed, coupling, regularized
-        self.index, self.fixed, self.redrawn = 0, False, not learned
-        projection = torch.empty(key_heads, num_draws, dim_head)
+        super().__init__(**sizes)
+        if pairs and self.num_features % 2:
+            if sizes["num_features"] is not None:
+                raise ValueError(f"features that come in pairs need an even num_features, got {self.num_features}")
+            self.num_features += 1
+        self.coupling, self.regularized = coupling, regularized
+        self.index, self.redrawn = 0, not learned
+        projection = torch.empty(self.key_heads, self.num_features // (2 if pairs else 1), self.dim_head)
         if learned:
             self.projection = nn.Parameter(projection)
         else:
@@ -120,16 +157,12 @@ class RandomFeatures(AttentionFeatures):
             self.index = index
             self._draw()
 
-    def fix(self) -> None:
-        """Keep the projection as it is from now on."""
-        self.fixed = True
-
     def get_extra_state(self) -> Tensor:
         """Return (seed, redraw index, whether fixed) for checkpoints."""
         return torch.tensor([self.seed, self.index, int(self.fixed)], device="cpu")
 
     def set_extra_state(self, state: Any) -> None:
-        """Take over what `get_extra_state` returned, with the projection that it stands for."""
+        """Take over the seed and index of a checkpoint, whose projection comes with them."""
         self.seed, self.index, fixed = state.tolist()
         self.fixed = bool(fixed)
 
@@ -139,14 +172,6 @@ class SoftmaxFeatures(RandomFeatures):
     """The softmax kernel by exp(A |w|^2 + B w.x - |x|^2 / 2): FAVOR+, hyperbolic, FAVOR++ and learned features in one.
 
     Args:
-        heads: query heads; those of one key head share its projection.
-        key_heads: key heads.
-        dim_head: `d`.
-        num_features: `m`; None takes d ln d.
-        layer: the layer's number.
-        seed: of the projections.
-        coupling: `orthogonal`, `simplex` or `iid` (`draw_projection`).
-        regularized: rows of norm sqrt(d), the kernel SMREG.
         antithetic: features in pairs of w and -w, from m / 2 draws (hyperbolic: 2009.14794, lemma 1).
         learned: train the projection, from its first draw on; it is never redrawn.
         centred: learn constants a, b per key head and map q - a and k - b. With a gain of a.k for the keys that changes
@@ -154,6 +179,7 @@ class SoftmaxFeatures(RandomFeatures):
         momentum: of the running average of |x + y|^2 over training batches, from which A follows (FAVOR++, 2205.15317).
             It starts at 0, where A = 0, moves between optimizer steps only, and is frozen at evaluation. None leaves
             A = 0, which is FAVOR+.
+        drawn: those of `RandomFeatures` and `AttentionFeatures`.
 
     Raises:
         ValueError: for an odd number of antithetic features, or a momentum outside (0, 1].
@@ -165,41 +191,21 @@ class SoftmaxFeatures(RandomFeatures):
     def __init__(
         self,
         *,
-        heads: int,
-        key_heads: int,
-        dim_head: int,
-        num_features: Count | None,
-        layer: int,
-        seed: int,
-        coupling: str,
-        regularized: bool,
         antithetic: bool,
         learned: bool,
         centred: bool,
         momentum: Annotated[float, Gt(0), Le(1)] | None,
+        **drawn: Unpack[DrawOptions],
     ) -> None:
-        count = count_features(dim_head, num_features, pairs=antithetic)
-        super().__init__(
-            key_heads=key_heads,
-            dim_head=dim_head,
-            num_draws=count // 2 if antithetic else count,
-            layer=layer,
-            seed=seed,
-            coupling=coupling,
-            regularized=regularized,
-            learned=learned,
-        )
-        if momentum is not None and not 0.0 < momentum <= 1.0:
-            raise ValueError(f"momentum must lie in (0, 1] or be null, got {momentum}")
-        self.num_features, self.antithetic, self.momentum = count, antithetic, momentum
-        self.group = heads // key_heads
-        self.centres = nn.Parameter(torch.zeros(2, key_heads, dim_head)) if centred else None
+        super().__init__(pairs=antithetic, learned=learned, **drawn)
+        self.antithetic, self.momentum = antithetic, momentum
+        self.centres = nn.Parameter(torch.zeros(2, self.key_heads, self.dim_head)) if centred else None
         if momentum is not None:
-            self.register_buffer("mean_square", torch.zeros(key_heads))
-            self.register_buffer("pending", torch.zeros(2, key_heads), persistent=False)  # sum, count
+            self.register_buffer("mean_square", torch.zeros(self.key_heads))
+            self.register_buffer("pending", torch.zeros(2, self.key_heads), persistent=False)  # sum, count
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Keep the running average in float32 at least: in bfloat16 small steps of it round away."""
+        """Keep the running average in float32 at least: in bfloat16 small steps round away."""
         super()._apply(fn, recurse)
         if self.momentum is not None:
             self.mean_square, self.pending = (
@@ -209,7 +215,7 @@ class SoftmaxFeatures(RandomFeatures):
         return self
 
     def maps(self) -> tuple[FeatureMap, FeatureMap]:
-        """Return the maps. What cancels in a query is left out; but for that both are one."""
+        """Return one map for both sides, but for the norm |x|^2 / 2, which cancels in a query and is left out."""
         rows = self.projection.to(torch.promote_types(self.projection.dtype, torch.float32))
         rows = torch.cat([rows, -rows], dim=1) if self.antithetic else rows
         scale = self.dim_head**-0.25
@@ -220,7 +226,7 @@ class SoftmaxFeatures(RandomFeatures):
         return Exponential(tensors, scale=scale), Exponential(tensors, scale=scale, norm=0.5 * scale * scale)
 
     def prepare(self, q: Tensor, k: Tensor) -> Prepared:
-        """Subtract the learned centres, if any, and make up for them in the keys' gain."""
+        """Subtract the learned centres, if any, and add the difference in scores to the log features of keys."""
         if self.centres is None:
             return Prepared(q, k, None)
         a, b = self.centres.to(q.dtype)
@@ -229,7 +235,7 @@ class SoftmaxFeatures(RandomFeatures):
 
     @torch.no_grad()
     def observe(self, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
-        """Add one batch's mean of |x + y|^2 to what the next `settle` takes in."""
+        """Add the mean of |x + y|^2 over one batch to the pending sum of the next `settle`."""
         if self.momentum is None:
             return
         q, k, _ = self.prepare(q, k)
@@ -243,7 +249,7 @@ class SoftmaxFeatures(RandomFeatures):
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Move the running average by what was observed since the last time."""
+        """Move the running average by the batches observed since the last call."""
         if self.momentum is None:
             return
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -252,13 +258,3 @@ class SoftmaxFeatures(RandomFeatures):
         step = self.momentum * (total / count.clamp(min=1.0) - self.mean_square)
         self.mean_square += step * (count > 0)
         self.pending.zero_()
-
-
-def count_features(dim_head: int, num_features: int | None, *, pairs: bool = False) -> int:
-    """Return num_features, or d ln d for None, checked; `pairs` must come out even."""
-    if num_features is None:
-        count = default_num_features(dim_head)
-        return count + count % 2 if pairs else count
-    if pairs and num_features % 2:
-        raise ValueError(f"features that come in pairs need an even num_features, got {num_features}")
-    return num_features

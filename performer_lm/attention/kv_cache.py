@@ -4,7 +4,8 @@ Letters: `b` batch, `g` key heads, `n` new tokens, `d` head width, `e` value wid
 it is filled.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -82,13 +83,35 @@ def _write(stored: Tensor, new: Tensor, *, start: int, room: int, dim: int) -> T
 
 
 class CachedAttention(Attention[KVCache]):
-    """A backend whose decoding is its own `forward` over a cache of all keys: it only has to say how to attend."""
+    """A backend that decodes by `forward` over a cache of all keys; a subclass only names the `op`."""
 
-    def draw_dropout(self) -> dict[str, Any]:
-        """Return the `dropout` and `seed` of one call of an op: none in evaluation; the seed is the CPU generator's."""
-        if not (self.training and self.dropout):
-            return {"dropout": 0.0, "seed": None}
-        return {"dropout": self.dropout, "seed": int(torch.randint(2**62, (), device="cpu"))}
+    op: Callable[..., Tensor]
+    """The softmax op of `performer_lm.ops` that attends, with the backend's own options."""
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool,
+        mask: Tensor | None = None,
+        segments: Tensor | None = None,
+        log_decay: Tensor | None = None,
+    ) -> Tensor:
+        """Attend over a whole sequence by `op`; the seed of dropout comes from the CPU's generator."""
+        drops = self.training and self.dropout > 0
+        return self.op(
+            q,
+            k,
+            v,
+            causal=causal,
+            key_mask=mask,
+            segments=segments,
+            log_decay=log_decay,
+            dropout=self.dropout if drops else 0.0,
+            seed=int(torch.randint(2**62, (), device="cpu")) if drops else None,
+        )
 
     def count_flops(self, queries: int, keys: int, *, causal: bool) -> int:
         """Count scores and weighted sums; causal, without the blocks that lie in the future."""

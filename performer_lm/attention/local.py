@@ -1,19 +1,19 @@
-"""Softmax over the last `window` keys as a backend, whose whole decoding state is the last `window - 1` of them.
+"""Softmax over the last `window` keys as a backend, whose decoding state is the last `window - 1` keys.
 
 Letters: `b` batch, `h` heads, `g` key heads, `n` new tokens, `w` window, `d` head width, `e` value width.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from performer_lm.attention.base import Attention
+from performer_lm.attention.base import Attention, Sizes
 from performer_lm.ops.checks import check_batch, check_per_key
 from performer_lm.ops.local import kept_last, local_attention, take_tokens
 from performer_lm.ops.softmax import exact_attention
-from performer_lm.ranges import Count, Share, ranged
+from performer_lm.ranges import Count, ranged
 
 
 class LocalCache(NamedTuple):
@@ -27,24 +27,17 @@ class LocalCache(NamedTuple):
 
 @ranged
 class LocalAttention(Attention[LocalCache]):
-    """Softmax over the keys less than `window` tokens back (bidirectional: away), in O(n window)."""
+    """Softmax over the keys less than `window` tokens back (bidirectional: away), in O(n window).
+
+    Args:
+        window: how many keys a token sees, itself among them; bidirectional, that many on each side.
+        sizes: those of `Attention`.
+    """
 
     attends_across = False  # a window needs one order of queries and keys
 
-    def __init__(
-        self,
-        *,
-        heads: int,
-        key_heads: int,
-        dim_head: int,
-        dim_value: int,
-        layer: int,
-        window: Count,
-        dropout: Share = 0.0,
-    ) -> None:
-        super().__init__(
-            heads=heads, key_heads=key_heads, dim_head=dim_head, dim_value=dim_value, layer=layer, dropout=dropout
-        )
+    def __init__(self, *, window: Count, **sizes: Unpack[Sizes]) -> None:
+        super().__init__(**sizes)
         self.window = window
 
     def forward(
@@ -58,19 +51,18 @@ class LocalAttention(Attention[LocalCache]):
         segments: Tensor | None = None,
         log_decay: Tensor | None = None,
     ) -> Tensor:
-        """Attend as `Attention.forward` says, each query to its window."""
+        """Attend over a whole sequence, each query within the window; see `Attention.forward`."""
         return local_attention(
             q, k, v, window=self.window, causal=causal, key_mask=mask, segments=segments, log_decay=log_decay
         )
 
     def count_flops(self, queries: int, keys: int, *, causal: bool) -> int:
-        """Count the blocks of `window` keys that each query meets: its own, the one before, causal or the one after."""
+        """Count the blocks of `window` keys that a query meets: two in causal use, else three."""
         seen = min(keys, (2 if causal else 3) * self.window)
         return 2 * self.heads * queries * seen * (self.dim_head + self.dim_value)
 
     def init_state(self, batch: int, *, max_len: int, device: torch.device, dtype: torch.dtype) -> LocalCache:
-        """Return a state in which every key is masked; it never grows, so `max_len` does not matter."""
-        del max_len
+        """Return a state of masked keys; a state never grows, so `max_len` does not matter."""
         held = self.window - 1
         k = torch.zeros(batch, self.key_heads, held, self.dim_head, device=device, dtype=dtype)
         v = torch.zeros(batch, self.key_heads, held, self.dim_value, device=device, dtype=dtype)
@@ -104,7 +96,7 @@ class LocalAttention(Attention[LocalCache]):
         return rearrange(out, "b (h i) 1 e -> b h i e", h=self.heads)
 
     def _hold(self, seen: LocalCache) -> LocalCache:
-        """Keep what the next query may see."""
+        """Keep the keys that the next query may see."""
         start = seen.mask.shape[-1] - (self.window - 1)
         last = kept_last(seen.mask)[..., start:]
         decay = None if seen.log_decay is None else take_tokens(seen.log_decay, last)

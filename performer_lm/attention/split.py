@@ -3,13 +3,16 @@
 Letters: as in `base.py`.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
-from performer_lm.attention.base import Attention, AttentionFactory
+from performer_lm.attention.base import Attention, AttentionFactory, Sizes
 from performer_lm.ops.checks import check_log_decay
+
+Part = tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]
+"""The q, k, v of one group of heads, and the log_decay of its keys."""
 
 
 class SplitState(NamedTuple):
@@ -26,110 +29,71 @@ class SplitAttention(Attention[SplitState]):
         attn: factory of the global heads' backend.
         local: factory of the local heads' backend.
         local_heads: how many of the heads are local; together with their key heads they must split evenly.
+        sizes: those of `Attention`.
     """
 
     def __init__(
-        self,
-        *,
-        heads: int,
-        key_heads: int,
-        dim_head: int,
-        dim_value: int,
-        layer: int,
-        attn: AttentionFactory,
-        local: AttentionFactory,
-        local_heads: int,
+        self, *, attn: AttentionFactory, local: AttentionFactory, local_heads: int, **sizes: Unpack[Sizes]
     ) -> None:
-        super().__init__(heads=heads, key_heads=key_heads, dim_head=dim_head, dim_value=dim_value, layer=layer)
+        super().__init__(**sizes)
+        heads, group = self.heads, self.heads // self.key_heads
         if not 0 < local_heads < heads:
             raise ValueError(f"local_heads must be within 1..{heads - 1} to split {heads} heads, got {local_heads}")
-        group = heads // key_heads
         if local_heads % group:
             raise ValueError(f"local_heads ({local_heads}) must be a multiple of heads per key head ({group})")
-        local_keys = local_heads // group
         self.heads_each = [heads - local_heads, local_heads]
-        self.keys_each = [key_heads - local_keys, local_keys]
-        sizes = {"dim_head": dim_head, "dim_value": dim_value, "layer": layer}
-        self.everywhere = attn(heads=self.heads_each[0], key_heads=self.keys_each[0], **sizes)
-        self.nearby = local(heads=self.heads_each[1], key_heads=self.keys_each[1], **sizes)
+        self.keys_each = [count // group for count in self.heads_each]
+        self.everywhere, self.nearby = (
+            factory(**(self.sizes | {"heads": own_heads, "key_heads": own_keys}))
+            for factory, own_heads, own_keys in zip((attn, local), self.heads_each, self.keys_each, strict=True)
+        )
         self.attends_across = self.everywhere.attends_across and self.nearby.attends_across
 
     def check(self, *, causal: bool, packed: bool) -> None:
-        """Refuse what either group cannot keep."""
+        """Refuse an order or packed documents that either group cannot handle."""
         self.everywhere.check(causal=causal, packed=packed)
         self.nearby.check(causal=causal, packed=packed)
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        causal: bool,
-        mask: Tensor | None = None,
-        segments: Tensor | None = None,
-        log_decay: Tensor | None = None,
-    ) -> Tensor:
-        """Attend with both groups and join their outputs along the heads."""
-        first, last = self._split(q, k, v, log_decay)
-        everywhere = self.everywhere(*first[:3], causal=causal, mask=mask, segments=segments, log_decay=first[3])
-        nearby = self.nearby(*last[:3], causal=causal, mask=mask, segments=segments, log_decay=last[3])
-        return torch.cat((everywhere, nearby), dim=1)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, log_decay: Tensor | None = None, **options: Any) -> Tensor:
+        """Attend with both groups and join the outputs along the heads."""
+        (first, first_decay), (last, last_decay) = self._split(q, k, v, log_decay)
+        everywhere = self.everywhere(*first, log_decay=first_decay, **options)
+        return torch.cat((everywhere, self.nearby(*last, log_decay=last_decay, **options)), dim=1)
 
-    def init_state(self, batch: int, *, max_len: int, device: torch.device, dtype: torch.dtype) -> SplitState:
+    def init_state(self, batch: int, **options: Any) -> SplitState:
         """Return both groups' states before any token."""
-        return SplitState(
-            self.everywhere.init_state(batch, max_len=max_len, device=device, dtype=dtype),
-            self.nearby.init_state(batch, max_len=max_len, device=device, dtype=dtype),
-        )
+        return SplitState(self.everywhere.init_state(batch, **options), self.nearby.init_state(batch, **options))
 
     def extend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: SplitState,
-        *,
-        mask: Tensor | None = None,
-        log_decay: Tensor | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, state: SplitState, *, log_decay: Tensor | None = None, **options: Any
     ) -> tuple[Tensor, SplitState]:
         """Append n tokens to both groups."""
-        first, last = self._split(q, k, v, log_decay)
-        everywhere, global_state = self.everywhere.extend(*first[:3], state.everywhere, mask=mask, log_decay=first[3])
-        nearby, local_state = self.nearby.extend(*last[:3], state.nearby, mask=mask, log_decay=last[3])
-        return torch.cat((everywhere, nearby), dim=1), SplitState(global_state, local_state)
+        (first, first_decay), (last, last_decay) = self._split(q, k, v, log_decay)
+        first_out, everywhere = self.everywhere.extend(*first, state.everywhere, log_decay=first_decay, **options)
+        last_out, nearby = self.nearby.extend(*last, state.nearby, log_decay=last_decay, **options)
+        return torch.cat((first_out, last_out), dim=1), SplitState(everywhere, nearby)
 
     def absorb(self, k: Tensor, v: Tensor, state: SplitState, *, mask: Tensor | None = None) -> SplitState:
         """Append keys to both groups."""
-        (k_first, k_last), (v_first, v_last) = k.split(self.keys_each, dim=1), v.split(self.keys_each, dim=1)
+        first, last = zip(k.split(self.keys_each, dim=1), v.split(self.keys_each, dim=1), strict=True)
         return SplitState(
-            self.everywhere.absorb(k_first, v_first, state.everywhere, mask=mask),
-            self.nearby.absorb(k_last, v_last, state.nearby, mask=mask),
+            self.everywhere.absorb(*first, state.everywhere, mask=mask),
+            self.nearby.absorb(*last, state.nearby, mask=mask),
         )
 
     def read(self, q: Tensor, state: SplitState) -> Tensor:
-        """Attend from q to what both states hold."""
+        """Attend from q to all keys of both states."""
         first, last = q.split(self.heads_each, dim=1)
         return torch.cat((self.everywhere.read(first, state.everywhere), self.nearby.read(last, state.nearby)), dim=1)
 
     def count_flops(self, queries: int, keys: int, *, causal: bool) -> int:
-        """Count both groups."""
+        """Count the arithmetic of both groups."""
         return sum(group.count_flops(queries, keys, causal=causal) for group in (self.everywhere, self.nearby))
 
-    def redraw(self, step: int) -> None:
-        """Redraw the global heads' projections."""
-        self.everywhere.redraw(step)
-
-    def fix_projections(self) -> None:
-        """Keep the global heads' projections."""
-        self.everywhere.fix_projections()
-
-    def _split(
-        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None
-    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    def _split(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> tuple[Part, Part]:
         check_log_decay(log_decay, k.shape[:-1])
-        q_first, q_last = q.split(self.heads_each, dim=1)
-        k_first, k_last = k.split(self.keys_each, dim=1)
-        v_first, v_last = v.split(self.keys_each, dim=1)
-        decay_first, decay_last = (None, None) if log_decay is None else log_decay.split(self.keys_each, dim=1)
-        return (q_first, k_first, v_first, decay_first), (q_last, k_last, v_last, decay_last)
+        first_q, last_q = q.split(self.heads_each, dim=1)
+        first_k, last_k = k.split(self.keys_each, dim=1)
+        first_v, last_v = v.split(self.keys_each, dim=1)
+        first_decay, last_decay = (None, None) if log_decay is None else log_decay.split(self.keys_each, dim=1)
+        return ((first_q, first_k, first_v), first_decay), ((last_q, last_k, last_v), last_decay)

@@ -13,12 +13,11 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from performer_lm.building import PARTIAL, TARGET, resolve
+from performer_lm.building import PARTIAL, TARGET, parameters, resolve
 from performer_lm.cli.annotations import leaves
 from performer_lm.cli.argv import in_quotes
 from performer_lm.cli.errors import nearest_key
 from performer_lm.cli.loading import COMPOSITION_ERRORS, Loader, no_choice
-from performer_lm.cli.schema import parameters
 
 
 def first_mistake(loader: Loader, overrides: Sequence[str], error: Exception, *, multirun: bool) -> str:

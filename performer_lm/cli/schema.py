@@ -6,15 +6,15 @@ stands outside every such section must be declared by the entry point. All probl
 every interpolation leads somewhere.
 """
 
-import inspect
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, NotRequired, Unpack, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Collection, Mapping
+from inspect import Parameter
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from performer_lm.building import PARTIAL, TARGET, did_you_mean, resolve
+from performer_lm.building import PARTIAL, TARGET, did_you_mean, parameters, resolve
 from performer_lm.cli.annotations import describe, is_node, leaves, mismatches
 from performer_lm.cli.errors import UsageError, nearest_key
 
@@ -49,29 +49,6 @@ def check(
     problems = {key: text for key, text in checker.problems.items() if references.get(key) not in checker.problems}
     if problems:
         raise UsageError(*(f"{key}{' ' if text.startswith('must ') else ': '}{text}" for key, text in problems.items()))
-
-
-def parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """Return the parameters of a class or function by name, annotations evaluated where that is possible.
-
-    Of `**options: Unpack[T]` the keys of the TypedDict T count one by one.
-    """
-    try:
-        found = dict(inspect.signature(target, eval_str=True).parameters)
-    except NameError:  # a name that exists for type checkers only
-        return dict(inspect.signature(target).parameters)
-    return {name: each for parameter in found.values() for name, each in _unpacked(parameter)}
-
-
-def _unpacked(parameter: inspect.Parameter) -> Iterator[tuple[str, inspect.Parameter]]:
-    if get_origin(parameter.annotation) is not Unpack:
-        yield parameter.name, parameter
-        return
-    (options,) = get_args(parameter.annotation)
-    for name, wanted in get_type_hints(options, include_extras=True).items():
-        wanted = get_args(wanted)[0] if get_origin(wanted) is NotRequired else wanted
-        default = inspect.Parameter.empty if name in options.__required_keys__ else None
-        yield name, inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=wanted)
 
 
 def _resolved(cfg: DictConfig, written: Mapping[str, Any], references: Mapping[str, str]) -> Any:
@@ -147,8 +124,8 @@ class _Checker:
             return None
 
 
-def _annotation(parameter: inspect.Parameter) -> Any:
+def _annotation(parameter: Parameter) -> Any:
     """Return what a parameter takes; a default of None means that None is taken, whatever the annotation says."""
-    if parameter.default is None and parameter.annotation is not inspect.Parameter.empty:
+    if parameter.default is None and parameter.annotation is not Parameter.empty:
         return parameter.annotation | None if not isinstance(parameter.annotation, str) else Any
     return parameter.annotation

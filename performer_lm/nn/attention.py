@@ -1,4 +1,4 @@
-"""Multi-head attention around any backend: projections, convolution, positions, decay, gate, and its decoding state.
+"""Multi-head attention around any backend: projections, convolution, positions, decay, gate, decoding state.
 
 This is the only room that turns `(b, n, dim)` into `(b, h, n, d)` and back.
 Letters: `b` batch, `n` tokens, `j` tokens of the context, `h` heads, `g` key heads, `d` head width, `c` channels.
@@ -13,22 +13,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from performer_lm.attention.base import AttentionFactory
-from performer_lm.nn.branch import Body, count_weights
-from performer_lm.nn.layout import Context, Layout
+from performer_lm.nn.branch import Body, Context, TokenInfo, count_weights
 from performer_lm.nn.mixing import LogDecay, ShortConvolution
 from performer_lm.nn.norm import QueryKeyNorm, RMSNorm
 from performer_lm.nn.positions import Positions
 
 
 class AttentionState(NamedTuple):
-    """What self-attention carries from token to token while decoding."""
+    """The decoding state of self-attention."""
 
     backend: Any
     tail: Tensor | None  # (b, k - 1, c): the convolution's last inputs
 
 
 class MultiHeadAttention(Body):
-    """Self-attention over `(b, n, dim)`, whose global heads run whatever backend `attn` builds.
+    """Self-attention over `(b, n, dim)`, whose global heads run the backend that `attn` builds.
 
     Args:
         dim: width of the stream.
@@ -78,26 +77,25 @@ class MultiHeadAttention(Body):
         self.backend.check(causal=causal, packed=False)
         self.output = HeadOutput(dim, heads=heads, dim_head=dim_head, gate=gate, bias=out_bias)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+    def forward(self, x: Tensor, info: TokenInfo) -> Tensor:
         """Attend over whole sequences `(b, n, dim)`."""
-        q, k, v, _ = self._project(x, self._init_tail(x.shape[0], device=x.device, dtype=x.dtype), layout)
+        q, k, v, _ = self._project(x, None, info)
         log_decay = None if self.decay is None else self.decay(x)
-        out = self.backend(q, k, v, causal=self.causal, mask=layout.mask, segments=layout.segments, log_decay=log_decay)
+        out = self.backend(q, k, v, causal=self.causal, mask=info.mask, segments=info.segments, log_decay=log_decay)
         return self.output(out, x)
 
     def init_state(
         self, batch: int, *, max_len: int, device: torch.device, dtype: torch.dtype, context: Context | None
     ) -> AttentionState:
         """Return the state of `batch` streams before any token."""
-        del context
-        backend = self.backend.init_state(batch, max_len=max_len, device=device, dtype=dtype)
-        return AttentionState(backend, self._init_tail(batch, device=device, dtype=dtype))
+        tail = None if self.convolution is None else self.convolution.init_tail(batch, device=device, dtype=dtype)
+        return AttentionState(self.backend.init_state(batch, max_len=max_len, device=device, dtype=dtype), tail)
 
-    def extend(self, x: Tensor, state: AttentionState, layout: Layout) -> tuple[Tensor, AttentionState]:
+    def extend(self, x: Tensor, state: AttentionState, info: TokenInfo) -> tuple[Tensor, AttentionState]:
         """Append n tokens `(b, n, dim)` causally; pads stand on the left."""
-        q, k, v, tail = self._project(x, state.tail, layout)
+        q, k, v, tail = self._project(x, state.tail, info)
         log_decay = None if self.decay is None else self.decay(x)
-        out, backend = self.backend.extend(q, k, v, state.backend, mask=layout.mask, log_decay=log_decay)
+        out, backend = self.backend.extend(q, k, v, state.backend, mask=info.mask, log_decay=log_decay)
         return self.output(out, x), AttentionState(backend, tail)
 
     def count_flops(self, tokens: int, *, context: int) -> int:
@@ -105,27 +103,23 @@ class MultiHeadAttention(Body):
         projections = super().count_flops(tokens, context=context)
         return projections + self.backend.count_flops(tokens, tokens, causal=self.causal)
 
-    def _init_tail(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> Tensor | None:
-        return None if self.convolution is None else self.convolution.init_tail(batch, device=device, dtype=dtype)
-
-    def _project(self, x: Tensor, tail: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _project(self, x: Tensor, tail: Tensor | None, info: TokenInfo) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return q `(b, h, n, d)`, k and v `(b, g, n, d)`, and the next convolution tail."""
         qkv = self.project_in(x)
         if self.convolution is not None:
-            assert tail is not None
-            qkv, tail = self.convolution(qkv, tail, mask=layout.mask, segments=layout.segments)
+            qkv, tail = self.convolution(qkv, tail, mask=info.mask, segments=info.segments)
         heads = rearrange(qkv, "b n (h d) -> b h n d", h=sum(self.heads_each))
         q, k, v = heads.split(self.heads_each, dim=1)
         if self.norm is not None:
             q, k = self.norm(q), self.norm(k)
-        q, k = self.positions(q, k, layout.places)
+        q, k = self.positions(q, k, info.places)
         return q, k, v, tail
 
 
 class CrossAttention(Body):
-    """Attention from a stream `(b, n, dim)` to another sequence, `layout.context`, without an order between the two.
+    """Attention from a stream `(b, n, dim)` to another sequence, `info.context`, without an order between the two.
 
-    While decoding, the state holds what the backend keeps of the context: the context itself is read once.
+    While decoding, the state holds the context as the backend keeps it: the context itself is read once.
     Arguments are those of `MultiHeadAttention`.
 
     Raises:
@@ -158,13 +152,13 @@ class CrossAttention(Body):
             )
         self.output = HeadOutput(dim, heads=heads, dim_head=dim_head, gate=gate, bias=out_bias)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+    def forward(self, x: Tensor, info: TokenInfo) -> Tensor:
         """Attend from each token to all of the context.
 
         Raises:
             ValueError: without a context.
         """
-        context = _required(layout.context)
+        context = _required(info.context)
         k, v = self._keys_and_values(context)
         return self.output(self.backend(self._queries(x), k, v, causal=False, mask=context.mask), x)
 
@@ -172,15 +166,13 @@ class CrossAttention(Body):
         self, batch: int, *, max_len: int, device: torch.device, dtype: torch.dtype, context: Context | None
     ) -> Any:
         """Return the backend's state with the context in it."""
-        del max_len
         context = _required(context)
         k, v = self._keys_and_values(context)
         state = self.backend.init_state(batch, max_len=k.shape[2], device=device, dtype=dtype)
         return self.backend.absorb(k, v, state, mask=context.mask)
 
-    def extend(self, x: Tensor, state: Any, layout: Layout) -> tuple[Tensor, Any]:
-        """Attend from each of n tokens `(b, n, dim)` to what the state holds, which stays."""
-        del layout
+    def extend(self, x: Tensor, state: Any, info: TokenInfo) -> tuple[Tensor, Any]:
+        """Attend from each of n tokens `(b, n, dim)` to the context in the state, which stays."""
         return self.output(self.backend.read(self._queries(x), state), x), state
 
     def count_flops(self, tokens: int, *, context: int) -> int:
@@ -200,7 +192,7 @@ class CrossAttention(Body):
 
 
 class HeadOutput(nn.Module):
-    """Bring the heads' outputs back to the stream, each perhaps RMS-normalised and gated by the token itself."""
+    """Map the outputs of heads back to the stream, each perhaps RMS-normalised and gated by the token."""
 
     def __init__(self, dim: int, *, heads: int, dim_head: int, gate: bool, bias: bool) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""A branch of a layer: what one part of it (attention, feed-forward) adds to the stream, and its decoding state.
+"""A branch of a layer: the vectors that attention or feed-forward adds to the stream, and the decoding state.
 
-Letters: `b` batch, `n` tokens.
+Letters: `b` batch, `n` tokens, `j` tokens of the context.
 """
 
 from abc import ABC, abstractmethod
@@ -10,41 +10,54 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from performer_lm.nn.layout import Context, Layout
 from performer_lm.nn.mixing import TokenShift
 
 
+class Context(NamedTuple):
+    """Another sequence, which cross-attention looks at."""
+
+    vectors: Tensor  # (b, j, dim)
+    mask: Tensor | None = None  # (b, j) bool: False keys are absent
+
+
+class TokenInfo(NamedTuple):
+    """The places, padding, documents and context of tokens, which branches are given beside the vectors."""
+
+    places: Tensor  # (b, n): each token's place in its own document, from 0
+    mask: Tensor | None = None  # (b, n) bool: False at padding
+    segments: Tensor | None = None  # (b, n): ids of packed documents
+    context: Context | None = None
+
+
 class Body(nn.Module, ABC):
-    """What a branch computes. The state defaults to none: each token alone."""
+    """The computation inside a branch. The state defaults to none: each token alone."""
 
     @abstractmethod
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+    def forward(self, x: Tensor, info: TokenInfo) -> Tensor:
         """Map whole sequences `(b, n, dim)` to `(b, n, dim)`."""
 
     def init_state(
         self, batch: int, *, max_len: int, device: torch.device, dtype: torch.dtype, context: Context | None
     ) -> Any:
-        """Return the state of `batch` streams before any token, with what is to be kept of the context."""
-        del batch, max_len, device, dtype, context
+        """Return the state of `batch` streams before any token, with the context read."""
         return None
 
-    def extend(self, x: Tensor, state: Any, layout: Layout) -> tuple[Tensor, Any]:
+    def extend(self, x: Tensor, state: Any, info: TokenInfo) -> tuple[Tensor, Any]:
         """Append n tokens `(b, n, dim)` causally; may consume `state`."""
-        return self(x, layout), state
+        return self(x, info), state
 
     def count_flops(self, tokens: int, *, context: int) -> int:
         """Return the arithmetic of one sequence's forward: two operations for each multiply-add of a matrix product."""
-        del context
         return 2 * tokens * count_weights(self)
 
 
 def count_weights(module: nn.Module) -> int:
-    """Return how many multiply-adds the linear layers of a module do for a token."""
+    """Return the number of multiply-adds that the linear layers of a module do for a token."""
     return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
 
 
 class BranchState(NamedTuple):
-    """What one branch carries from token to token while decoding."""
+    """The decoding state of a branch."""
 
     body: Any
     tail: Tensor | None  # (b, 1, c): the token shift's last input
@@ -55,11 +68,14 @@ class Branch(nn.Module):
 
     Args:
         dim: width of the stream.
-        body: what the branch computes.
+        body: the computation inside.
         norm: factory called with dim.
         shift: token shift before the body, if any.
         dropout: share of the body's output dropped.
         rezero: whether the gate exists: one learned number, at first 0 (arXiv 2003.04887).
+
+    Raises:
+        ValueError: for a gate beside a norm with weights.
     """
 
     def __init__(
@@ -74,18 +90,19 @@ class Branch(nn.Module):
     ) -> None:
         super().__init__()
         self.norm = norm(dim)
+        if rezero and any(True for _ in self.norm.parameters()):
+            raise ValueError("rezero stands in the place of norms: set norm to none")
         self.shift = shift
         self.body = body
         self.dropout = nn.Dropout(dropout)
         self.gate = nn.Parameter(torch.zeros(1)) if rezero else None
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """Map whole sequences `(b, n, dim)` to what is added to them."""
+    def forward(self, x: Tensor, info: TokenInfo) -> Tensor:
+        """Map whole sequences `(b, n, dim)` to the vectors added to the stream."""
         x = self.norm(x)
         if self.shift is not None:
-            tail = self.shift.init_tail(x.shape[0], device=x.device, dtype=x.dtype)
-            x, _ = self.shift(x, tail, mask=layout.mask, segments=layout.segments)
-        return self._weigh(self.body(x, layout))
+            x, _ = self.shift(x, mask=info.mask, segments=info.segments)
+        return self._weigh(self.body(x, info))
 
     def init_state(
         self, batch: int, *, max_len: int, device: torch.device, dtype: torch.dtype, context: Context | None
@@ -95,14 +112,13 @@ class Branch(nn.Module):
         tail = None if self.shift is None else self.shift.init_tail(batch, device=device, dtype=dtype)
         return BranchState(body, tail)
 
-    def extend(self, x: Tensor, state: BranchState, layout: Layout) -> tuple[Tensor, BranchState]:
+    def extend(self, x: Tensor, state: BranchState, info: TokenInfo) -> tuple[Tensor, BranchState]:
         """Append n tokens `(b, n, dim)` causally."""
         body, tail = state
         x = self.norm(x)
         if self.shift is not None:
-            assert tail is not None
-            x, tail = self.shift(x, tail, mask=layout.mask)
-        out, body = self.body.extend(x, body, layout)
+            x, tail = self.shift(x, tail, mask=info.mask)
+        out, body = self.body.extend(x, body, info)
         return self._weigh(out), BranchState(body, tail)
 
     def _weigh(self, out: Tensor) -> Tensor:

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from performer_lm.nn.branch import Body
-from performer_lm.nn.layout import Layout
+from performer_lm.nn.branch import Body, TokenInfo
 from performer_lm.ranges import Count, Share, ranged
 
 
@@ -32,7 +31,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class FeedForward(Body):
     """Widen, bend, narrow: `W_out f(W_in x)`, or `W_out (f(W_gate x) * W_in x)` when `gated` (arXiv 2002.05202).
 
-    Gated by `sigmoid` it is GLU, by `gelu` GEGLU, by `silu` SwiGLU.
+    Gates of `sigmoid` give GLU, `gelu` GEGLU, `silu` SwiGLU.
 
     Args:
         dim: width of the stream.
@@ -72,9 +71,8 @@ class FeedForward(Body):
         self.project_out = nn.Linear(hidden, dim, bias=bias)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
+    def forward(self, x: Tensor, info: TokenInfo | None = None) -> Tensor:
         """Map `(b, n, dim)` to `(b, n, dim)`, each token alone."""
-        del layout
         if self.chunks == 1 or x.shape[1] == 1:
             return self._map(x)
         parts = x.chunk(self.chunks, dim=1)

@@ -14,10 +14,10 @@ from performer_lm.ranges import Count, ranged
 
 
 class TokenShift(nn.Module):
-    """Let part of each token's channels be its neighbours': zeros beside the ends, pads and other documents.
+    """Replace part of each token's channels by those of a neighbour: zeros beside ends, pads, other documents.
 
     Causal: the second half of the channels comes from the token before. Else the first third comes from the token
-    after and the last from the token before. It has no weights.
+    after and the last from the token before. No weights.
 
     Raises:
         ValueError: for a dim without a channel for each part.
@@ -36,9 +36,13 @@ class TokenShift(nn.Module):
         return torch.zeros(batch, 1, self.size, device=device, dtype=dtype)
 
     def forward(
-        self, x: Tensor, tail: Tensor, *, mask: Tensor | None = None, segments: Tensor | None = None
+        self, x: Tensor, tail: Tensor | None = None, *, mask: Tensor | None = None, segments: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Map `(b, n, dim)` and the shifted channels of the token before it to `(b, n, dim)` and the next such tail."""
+        """Map `(b, n, dim)` and the tail `(b, 1, c)`, None at the start, to `(b, n, dim)` and the next tail.
+
+        The tail is the shifted channels of the last token.
+        """
+        tail = self.init_tail(len(x), device=x.device, dtype=x.dtype) if tail is None else tail
         if mask is not None:
             x = x * mask[..., None].to(x.dtype)
         parts = list(x.split(self.size, dim=2))  # what does not divide stays at the end, unshifted
@@ -51,7 +55,7 @@ class TokenShift(nn.Module):
 
 
 def _from_before(x: Tensor, tail: Tensor, segments: Tensor | None) -> Tensor:
-    """Give each token the values `(b, n, c)` of the one before it in its document."""
+    """Give each token the values `(b, n, c)` of the token before in the same document."""
     shifted = torch.cat((tail.to(x.dtype), x), dim=1)[:, :-1]
     if segments is None:
         return shifted
@@ -60,7 +64,7 @@ def _from_before(x: Tensor, tail: Tensor, segments: Tensor | None) -> Tensor:
 
 
 def _from_after(x: Tensor, segments: Tensor | None) -> Tensor:
-    """Give each token the values `(b, n, c)` of the one after it in its document."""
+    """Give each token the values `(b, n, c)` of the token after in the same document."""
     shifted = F.pad(x, (0, 0, 0, 1))[:, 1:]
     if segments is None:
         return shifted
@@ -70,7 +74,7 @@ def _from_after(x: Tensor, segments: Tensor | None) -> Tensor:
 
 @ranged
 class ShortConvolution(nn.Module):
-    """Mix each channel with its own last `taps` values, then apply SiLU: depthwise, causal, zero before the start."""
+    """Mix the last `taps` values of each channel, then apply SiLU: depthwise, causal, zero before the start."""
 
     def __init__(self, channels: int, *, taps: Count) -> None:
         super().__init__()
@@ -82,27 +86,27 @@ class ShortConvolution(nn.Module):
         return torch.zeros(batch, self.taps - 1, self.weight.shape[1], device=device, dtype=dtype)
 
     def forward(
-        self, x: Tensor, tail: Tensor, *, mask: Tensor | None = None, segments: Tensor | None = None
+        self, x: Tensor, tail: Tensor | None = None, *, mask: Tensor | None = None, segments: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Map `(b, n, c)` and the last `k - 1` inputs before it to `(b, n, c)` and the tail that the next call needs.
+        """Map `(b, n, c)` and the tail `(b, k - 1, c)` to `(b, n, c)` and the next tail.
 
         Args:
             x: `(b, n, c)`.
-            tail: `(b, k - 1, c)`, the inputs just before x.
+            tail: `(b, k - 1, c)`, the inputs just before x; None at the start of a sequence.
             mask: `(b, n)` bool; tokens marked False count as zeros.
             segments: `(b, n)` document ids; nothing crosses from one document to the next.
         """
         if mask is not None:
             x = x * mask[..., None].to(x.dtype)
-        tail = tail.to(x.dtype)
-        mixed = short_convolution(x, tail, self.weight.to(x.dtype), segments=segments)
         kept = self.taps - 1
+        tail = x.new_zeros(len(x), kept, x.shape[2]) if tail is None else tail.to(x.dtype)
+        mixed = short_convolution(x, tail, self.weight.to(x.dtype), segments=segments)
         next_tail = x[:, x.shape[1] - kept :] if x.shape[1] > kept else torch.cat((tail, x), dim=1)[:, x.shape[1] :]
         return F.silu(mixed), next_tail.clone()  # a clone, so that a decoding state does not hold on to all of x
 
 
 class LogDecay(nn.Module):
-    """Let each key head forget at a rate that the token decides: `log_decay = logsigmoid(W x + bias)`, at most 0.
+    """Compute how fast each key head forgets from the token: `log_decay = logsigmoid(W x + bias)`, at most 0.
 
     Biases run from `shortest` to `longest` over the heads, so half-lives start spread from a few tokens to hundreds.
     """

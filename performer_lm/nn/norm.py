@@ -56,11 +56,10 @@ class ScaleNorm(nn.Module):
 
 
 class NoNorm(nn.Module):
-    """Leave the stream as it is, as ReZero does (arXiv 2003.04887)."""
+    """Return the stream unchanged, as ReZero does (arXiv 2003.04887)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        del dim
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x."""
@@ -78,7 +77,7 @@ class QueryKeyNorm(nn.Module):
     Args:
         key_heads: each has a temperature of its own, which its queries share.
         dim_head: width d of a head.
-        bound: what temperatures stay below; they start at half of it.
+        bound: temperatures stay below the bound and start at half of it.
 
     Raises:
         ValueError: for a bound that is not positive.
@@ -91,7 +90,7 @@ class QueryKeyNorm(nn.Module):
         self.logit = nn.Parameter(torch.zeros(key_heads))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give queries `(b, h, i, d)` or keys `(b, g, j, d)` their length, in their dtype."""
+        """Scale queries `(b, h, i, d)` or keys `(b, g, j, d)` to the learned length, in the same dtype."""
         length = (self.bound * _widen(self.logit).sigmoid()).sqrt() * self.root_width
         each = length.repeat_interleave(x.shape[1] // len(length))
         return (F.normalize(_widen(x), dim=-1) * rearrange(each, "h -> h 1 1")).to(x.dtype)

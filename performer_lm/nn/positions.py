@@ -1,4 +1,4 @@
-"""What tells a model where a token stands.
+"""Places of tokens, put into queries and keys or added to the stream.
 
 `Positions` act inside each head: a rotation of q and k, or nothing. `AbsolutePositions` are added to the stream before
 the first layer. Both are given the token's place in its own document, so that padding, packing and continued decoding
@@ -13,9 +13,26 @@ from typing import Annotated
 import torch
 from annotated_types import Ge
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from performer_lm.ops.rotary import rotate
 from performer_lm.ranges import Count, Positive, ranged
+
+
+def find_places(x: Tensor, mask: Tensor | None, segments: Tensor | None) -> Tensor:
+    """Return the place `(b, n)` of each token within the document, counting real tokens only, from 0.
+
+    Pads that stand before the first token get -1.
+    """
+    if mask is None:
+        places = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+    else:
+        places = mask.to(torch.int64).cumsum(1) - 1
+    if segments is None:
+        return places
+    starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+    first = places if mask is None else places + ~mask  # a document that opens with pads starts after them
+    return places - torch.where(starts, first, 0).cummax(1).values
 
 
 class Positions(nn.Module, ABC):
@@ -27,14 +44,13 @@ class Positions(nn.Module, ABC):
 
 
 class NoPositions(Positions):
-    """Leave q and k alone: convolution and decay already tell order (FAVOR and `log_decay` need no more)."""
+    """Return q and k unchanged: convolution and decay already tell order (FAVOR and `log_decay` need no more)."""
 
     def __init__(self, *, dim_head: int) -> None:
         super().__init__()
 
     def forward(self, q: Tensor, k: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         """Return q and k unchanged."""
-        del places
         return q, k
 
 
@@ -67,16 +83,14 @@ class Rotary(Positions):
 
 
 class AbsolutePositions(nn.Module, ABC):
-    """Vectors of places, added to the stream; built once as a factory called with dim.
-
-    `max_len` is how many places there are, None where there is no end.
-    """
+    """Vectors of places, added to the stream; built once as a factory called with dim."""
 
     max_len: int | None = None
+    """The number of places; None where there is no end."""
 
     @abstractmethod
     def forward(self, x: Tensor, places: Tensor) -> Tensor:
-        """Add to x `(b, n, dim)` what stands for the places `(b, n)`; at pads, below 0, that means nothing."""
+        """Add to x `(b, n, dim)` the vectors of the places `(b, n)`; at pads, below 0, those mean nothing."""
 
 
 class NoAbsolutePositions(AbsolutePositions):
@@ -84,11 +98,9 @@ class NoAbsolutePositions(AbsolutePositions):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        del dim
 
     def forward(self, x: Tensor, places: Tensor) -> Tensor:
         """Return x."""
-        del places
         return x
 
 

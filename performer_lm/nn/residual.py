@@ -1,6 +1,6 @@
-"""Residual streams: how what the branches of all layers give adds up, and what is kept of it for the backward.
+"""Residual streams: how the outputs of branches add up, and which vectors are kept for the backward.
 
-A scheme carries one or two streams through the branches: each reads the last stream, and what it gives is added.
+A scheme carries one or two streams through the branches: each reads the last stream, and the output is added.
 Decoding, which needs no backward, goes through `open`, `add` and `close` one branch at a time.
 
 Letters: `b` batch, `n` tokens.
@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from performer_lm.nn.branch import Branch
-from performer_lm.nn.layout import Layout
+from performer_lm.nn.branch import Branch, TokenInfo
 from performer_lm.nn.reversible import run_reversible
 
 Streams = tuple[Tensor, ...]
@@ -28,61 +27,61 @@ class Residual(ABC):
         return (x,)
 
     def add(self, streams: Streams, given: Tensor) -> Streams:
-        """Add what a branch gave for the last stream."""
+        """Add the output of a branch that read the last stream."""
         return (streams[-1] + given,)
 
     def close(self, streams: Streams) -> Tensor:
-        """Return what the streams come to, `(b, n, dim)`."""
+        """Return the result of the streams, `(b, n, dim)`."""
         return streams[-1]
 
     @abstractmethod
-    def run(self, branches: Sequence[Branch], x: Tensor, layout: Layout) -> Tensor:
+    def run(self, branches: Sequence[Branch], x: Tensor, info: TokenInfo) -> Tensor:
         """Map x `(b, n, dim)` through all branches."""
 
 
 class Plain(Residual):
     """One stream, x + f(x); autograd keeps what each branch needs (pre-norm: arXiv 2002.04745)."""
 
-    def run(self, branches: Sequence[Branch], x: Tensor, layout: Layout) -> Tensor:
-        """Add up."""
+    def run(self, branches: Sequence[Branch], x: Tensor, info: TokenInfo) -> Tensor:
+        """Map x `(b, n, dim)` through all branches, kept whole by autograd."""
         for branch in branches:
-            x = x + branch(x, layout)
+            x = x + branch(x, info)
         return x
 
 
 class Recomputed(Plain):
-    """One stream; the backward computes each branch anew from its input, which alone is kept (arXiv 1604.06174)."""
+    """One stream; the backward computes each branch anew from the input, which alone is kept (arXiv 1604.06174)."""
 
-    def run(self, branches: Sequence[Branch], x: Tensor, layout: Layout) -> Tensor:
-        """Add up, keeping one `(b, n, dim)` per branch."""
+    def run(self, branches: Sequence[Branch], x: Tensor, info: TokenInfo) -> Tensor:
+        """Map x `(b, n, dim)` through all branches, keeping one `(b, n, dim)` each."""
         if not torch.is_grad_enabled():
-            return super().run(branches, x, layout)
+            return super().run(branches, x, info)
         for branch in branches:
-            x = x + checkpoint(branch, x, layout, use_reentrant=False, preserve_rng_state=branch.training)
+            x = x + checkpoint(branch, x, info, use_reentrant=False, preserve_rng_state=branch.training)
         return x
 
 
 class Reversible(Residual):
     """Two streams that swap, (a, b) -> (b, a + f(b)); the backward computes the inputs from the outputs.
 
-    (RevNet, arXiv 1707.04585; Reformer, arXiv 2001.04451.) What is kept does not grow with depth. Both streams start as
-    x, and the result is their mean, so that branches that give zeros leave x as it is.
+    (RevNet, arXiv 1707.04585; Reformer, arXiv 2001.04451.) The memory does not grow with depth. Both streams start as
+    x, and the result is their mean, so that branches that give zeros return x.
     """
 
     def open(self, x: Tensor) -> Streams:
-        """Start both streams as x."""
+        """Return two streams, both x."""
         return x, x
 
     def add(self, streams: Streams, given: Tensor) -> Streams:
-        """Swap, and add to the one that the branch did not read."""
+        """Swap the streams, and add to the stream that the branch did not read."""
         a, b = streams
         return b, a + given
 
     def close(self, streams: Streams) -> Tensor:
-        """Return the mean."""
+        """Return the mean of both streams."""
         a, b = streams
         return 0.5 * (a + b)
 
-    def run(self, branches: Sequence[Branch], x: Tensor, layout: Layout) -> Tensor:
-        """Run all branches, keeping the last streams alone."""
-        return self.close(run_reversible(branches, x, layout))
+    def run(self, branches: Sequence[Branch], x: Tensor, info: TokenInfo) -> Tensor:
+        """Map x `(b, n, dim)` through all branches, keeping the last streams alone."""
+        return self.close(run_reversible(branches, x, info))

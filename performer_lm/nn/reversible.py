@@ -1,4 +1,4 @@
-"""Reversible layers: a backward that recovers every branch's input from the outputs, so none has to be kept.
+"""Reversible layers: a backward that recovers the input of every branch from the outputs, so none is kept.
 
 With streams (a, b) a branch f gives (a', b') = (b, a + f(b)); so b = a', and a = b' - f(a'), where f(a') is computed
 anew with the random numbers and the autocast of its forward. Those belong to the call, not to the module: several
@@ -17,36 +17,35 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from performer_lm.nn.branch import Branch
-from performer_lm.nn.layout import Layout
+from performer_lm.nn.branch import Branch, TokenInfo
 
 
 @torch.compiler.disable  # a compiled model calls this as it is
-def run_reversible(branches: Sequence[Branch], x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+def run_reversible(branches: Sequence[Branch], x: Tensor, info: TokenInfo) -> tuple[Tensor, Tensor]:
     """Run both streams, started as x `(b, n, dim)`, through the branches."""
-    vectors = None if layout.context is None else layout.context.vectors
+    vectors = None if info.context is None else info.context.vectors
     parameters = [p for branch in branches for p in branch.parameters() if p.requires_grad]
     wanted = any(t.requires_grad for t in (x, *([] if vectors is None else [vectors]), *parameters))
     if torch.is_grad_enabled() and wanted:
-        return _Reversible.apply(branches, layout, x, vectors, *parameters)
+        return _Reversible.apply(branches, info, x, vectors, *parameters)
     a, b = x, x
     for branch in branches:
-        a, b = b, a + branch(b, layout)
+        a, b = b, a + branch(b, info)
     return a, b
 
 
 class _Reversible(torch.autograd.Function):
-    """`apply(branches, layout, x, context vectors, *trainable parameters of the branches in order)`."""
+    """`apply(branches, info, x, context vectors, *trainable parameters of the branches in order)`."""
 
     @staticmethod
     def forward(
-        ctx: Any, branches: Sequence[Branch], layout: Layout, x: Tensor, vectors: Tensor | None, *parameters: Tensor
+        ctx: Any, branches: Sequence[Branch], info: TokenInfo, x: Tensor, vectors: Tensor | None, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
-        ctx.branches, ctx.layout, ctx.surroundings = branches, layout, []
+        ctx.branches, ctx.info, ctx.environment = branches, info, []
         a, b = x, x
         for branch in branches:
-            ctx.surroundings.append(_Surroundings.now(branch, b))
-            a, b = b, a + branch(b, layout)
+            ctx.environment.append(_Environment.now(branch, b))
+            a, b = b, a + branch(b, info)
         ctx.save_for_backward(a, b, vectors)
         return a, b
 
@@ -56,8 +55,8 @@ class _Reversible(torch.autograd.Function):
         a, b, vectors = ctx.saved_tensors
         grad_vectors = None if vectors is None else torch.zeros_like(vectors)
         grads: list[Tensor | None] = []
-        for branch, surroundings in zip(reversed(ctx.branches), reversed(ctx.surroundings), strict=True):
-            given, pulled = _pull(branch, surroundings, a, vectors, ctx.layout, grad_b)
+        for branch, environment in zip(reversed(ctx.branches), reversed(ctx.environment), strict=True):
+            given, pulled = _pull(branch, environment, a, vectors, ctx.info, grad_b)
             a, b = b - given, a
             grad_a, grad_b = grad_b, grad_a + pulled.x
             if grad_vectors is not None and pulled.vectors is not None:
@@ -67,7 +66,7 @@ class _Reversible(torch.autograd.Function):
 
 
 class _Pulled(NamedTuple):
-    """Gradients at what a branch was given."""
+    """Gradients at the inputs of a branch."""
 
     x: Tensor
     vectors: Tensor | None
@@ -75,17 +74,17 @@ class _Pulled(NamedTuple):
 
 
 def _pull(
-    branch: Branch, surroundings: "_Surroundings", x: Tensor, vectors: Tensor | None, layout: Layout, grad: Tensor
+    branch: Branch, environment: "_Environment", x: Tensor, vectors: Tensor | None, info: TokenInfo, grad: Tensor
 ) -> tuple[Tensor, _Pulled]:
-    """Compute a branch anew as it was, and pull the gradient at what it gave back through it."""
+    """Compute a branch anew in its environment, and pull the gradient at the output back through the branch."""
     x = x.detach().requires_grad_()
     leaves: list[Tensor] = [x, *(p for p in branch.parameters() if p.requires_grad)]
-    if vectors is not None and layout.context is not None:
+    if vectors is not None and info.context is not None:
         vectors = vectors.detach().requires_grad_()
         leaves.append(vectors)
-        layout = layout._replace(context=layout.context._replace(vectors=vectors))
-    with surroundings.restored(), torch.enable_grad():
-        given = branch(x, layout)
+        info = info._replace(context=info.context._replace(vectors=vectors))
+    with environment.restored(), torch.enable_grad():
+        given = branch(x, info)
     found = list(torch.autograd.grad(given, leaves, grad.to(given.dtype), allow_unused=True))
     grad_vectors = found.pop() if vectors is not None else None
     grad_x, *grad_parameters = found
@@ -93,8 +92,8 @@ def _pull(
     return given.detach(), _Pulled(grad_x, grad_vectors, grad_parameters)
 
 
-class _Surroundings(NamedTuple):
-    """What a branch's forward depends on beside its inputs: autocast and, in training, the random generators."""
+class _Environment(NamedTuple):
+    """The state beside the inputs that a branch depends on: autocast and, in training, random generators."""
 
     autocasts: list[dict[str, Any]]
     device: str
@@ -102,8 +101,8 @@ class _Surroundings(NamedTuple):
     device_random: tuple[list[int], list[Tensor]]
 
     @classmethod
-    def now(cls, branch: Branch, x: Tensor) -> "_Surroundings":
-        """Record them for a branch that is about to be given x."""
+    def now(cls, branch: Branch, x: Tensor) -> "_Environment":
+        """Return the environment of a branch that is about to read x."""
         device = x.device.type
         kinds = [kind for kind in dict.fromkeys(("cpu", device)) if torch.amp.is_autocast_available(kind)]
         autocasts = [
@@ -121,7 +120,7 @@ class _Surroundings(NamedTuple):
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Put all of it back as it was, for a while."""
+        """Restore the environment inside a `with` block."""
         with ExitStack() as stack:
             if self.host_random is not None:
                 devices, states = self.device_random

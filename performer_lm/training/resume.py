@@ -102,7 +102,7 @@ def _differing(saved: Mapping[str, Any], section: Mapping[str, Any]) -> list[tup
 def _differences(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted({*old, *new}):
-            if name in old or new[name]:  # an option that a file does not know was off
+            if (name in old and name in new) or old.get(name) or new.get(name):  # an option that one lacks is off there
                 yield from _differences(f"{key}.{name}", old.get(name), new.get(name))
     elif old != new:
         yield key, old, new

@@ -30,7 +30,7 @@ def positive(**options: Any) -> partial[SoftmaxFeatures]:
 
 def test_the_factory_of_plain_favor_is_that_of_the_config(model_section: Callable[..., dict[str, Any]]) -> None:
     def options(section: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in section.items() if key not in ("_target_", "_partial_", "dropout")}
+        return {key: value for key, value in section.items() if key not in ("_target_", "_partial_")}
 
     section = model_section("attn=favor", "seed=3")["attn"]
     factory = favor(num_features=section["num_features"], seed=3)
@@ -131,7 +131,7 @@ def test_a_resumed_run_redraws_as_if_never_stopped() -> None:
 def test_fixed_projections_stay_fixed_after_loading() -> None:
     attention = build(redraw_interval=1)
     attention.redraw(4)
-    attention.fix_projections()
+    attention.features.fixed = True
     loaded = build(redraw_interval=1)
     loaded.load_state_dict(attention.state_dict())
     for step in (5, 6):

@@ -124,17 +124,17 @@ def test_averages_move_between_steps_in_training_only() -> None:
     attention, tensors = build(CAUSAL["optimal"]), inputs(400)
     before = attention(*tensors, causal=True)
     assert torch.equal(attention(*tensors, causal=True), before)
-    attention.redraw(1)
+    attention.features.settle()
     measured = attention.features.mean_square.clone()
     # x and y are independent with variance .49 / sqrt 8 in each of 8 numbers; half of the way from 0
     assert torch.allclose(measured, torch.full_like(measured, 0.5 * 2 * 8 * 0.49 / 8**0.5), rtol=0.1)
     assert not torch.equal(attention(*tensors, causal=True), before)
     attention.eval()
     attention(*tensors, causal=True)
-    attention.redraw(2)
+    attention.features.settle()
     frozen = attention.features.mean_square.clone()
     attention(*tensors, causal=True)
-    attention.redraw(3)
+    attention.features.settle()
     assert torch.equal(attention.features.mean_square, frozen)
 
 
@@ -156,11 +156,11 @@ def test_averages_skip_masked_keys() -> None:
     attention, (q, k, v) = build(CAUSAL["optimal"]), inputs(10)
     mask = torch.arange(10).expand(2, -1) < 6
     attention(q, k, v, causal=True, mask=mask)
-    attention.redraw(1)
+    attention.features.settle()
     one = attention.features.mean_square.clone()
     other = build(CAUSAL["optimal"])
     other(q, k.masked_fill(~mask[:, None, :, None], 99.0), v, causal=True, mask=mask)
-    other.redraw(1)
+    other.features.settle()
     assert torch.allclose(one, other.features.mean_square)
 
 

@@ -1,70 +1,88 @@
-"""The laws of the contract, for every backend: add one line to `FACTORIES` and they hold for it too."""
+"""The laws of the contract, for every `configs/attn/*.yaml` and every backend made of backends."""
 
-from collections.abc import Callable
-from functools import partial
+import inspect
+import pkgutil
+from functools import cache, partial
+from importlib import import_module
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from torch import Tensor
 
-from performer_lm.attention.base import Attention, fork
-from performer_lm.attention.chunked import ChunkedAttention
+import performer_lm.attention
+from performer_lm.attention.base import Attention, AttentionFactory, fork
 from performer_lm.attention.exact import ExactAttention
-from performer_lm.attention.favor import FavorAttention
-from performer_lm.attention.feature_maps import SoftmaxFeatures
-from performer_lm.attention.flash import FlashAttention
-from performer_lm.attention.flash_tiled import FlashTiledAttention
+from performer_lm.attention.feature_maps import RandomFeatures
 from performer_lm.attention.hybrid import HybridAttention
-from performer_lm.attention.kernel_maps import IdentityFeatures
-from performer_lm.attention.local import LocalAttention
 from performer_lm.attention.split import SplitAttention
+from performer_lm.building import build as build_section
 from performer_lm.ops.projections import draw_projection
 
-FAVOR: dict[str, Any] = {"seed": 0, "redraw_interval": None, "redraw_until": None, "chunk_size": 3}
-
-
-def build_favor(**shape: Any) -> FavorAttention:
-    """Build FAVOR+ with one projection for all heads, so that grouping them changes nothing."""
-    softmax = partial(SoftmaxFeatures, coupling="orthogonal", regularized=False, antithetic=True, learned=False)
-    features = partial(softmax, centred=False, momentum=None)
-    attention = FavorAttention(**shape, features=features, num_features=8, **FAVOR)
-    attention.features.projection.copy_(draw_projection(1, 4, shape["dim_head"], seed=0))
-    return attention
-
-
-FACTORIES: dict[str, Callable[..., Attention[Any]]] = {
-    "exact": ExactAttention,
-    "chunked": partial(ChunkedAttention, query_chunk_size=3, key_chunk_size=5),
-    "flash": FlashAttention,
-    "flash_tiled": partial(FlashTiledAttention, on_chip=64),
-    "local": partial(LocalAttention, window=4),
-    "favor": build_favor,
-    "linear": partial(FavorAttention, features=IdentityFeatures, num_features=None, **FAVOR),
+CONFIGS = Path(__file__).parents[2] / "configs"
+NAMES = sorted(path.stem for path in (CONFIGS / "attn").glob("*.yaml"))
+SMALL = {  # blocks smaller than the sequences here; a file without a line is tested as it is
+    "chunked": ["attn.query_chunk_size=3", "attn.key_chunk_size=5"],
+    "favor": ["attn/features=hyperbolic", "attn.num_features=8", "attn.chunk_size=3"],
+    "flash_tiled": ["attn.on_chip=64"],
+    "hybrid": ["attn.backends.favor.num_features=8", "attn.backends.favor.chunk_size=3"],
+    "linear": ["attn.chunk_size=3"],
+    "local": ["attn.window=4"],
+    "relu": ["attn.num_features=8", "attn.chunk_size=3"],
 }
-COMPOSITES: dict[str, Callable[..., Attention[Any]]] = {
-    "hybrid": partial(HybridAttention, pattern=["favor"], backends=dict(FACTORIES)),
-    "split": partial(SplitAttention, attn=build_favor, local=FACTORIES["local"], local_heads=2),
-    "split in a hybrid": partial(
-        HybridAttention,
-        pattern=["split"],
-        backends={"split": partial(SplitAttention, attn=FACTORIES["chunked"], local=FACTORIES["local"], local_heads=2)},
-    ),
-}
-EVERY = FACTORIES | COMPOSITES
+
+
+COMPOSED = ["split", "split in a hybrid"]  # no file of their own builds these
+
+
+@cache
+def find(name: str) -> AttentionFactory:
+    """Return a backend's factory, small: that of `attn=name`, or of a backend made of others."""
+    if name == "split":
+        return partial(SplitAttention, attn=find("favor"), local=find("local"), local_heads=2)
+    if name == "split in a hybrid":
+        split = partial(SplitAttention, attn=find("chunked"), local=find("local"), local_heads=2)
+        return partial(HybridAttention, pattern=["split"], backends={"split": split})
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose("train", overrides=[f"attn={name}", *SMALL.get(name, [])])
+    factory: AttentionFactory = build_section(OmegaConf.to_container(cfg.attn, resolve=True))
+    return factory
+
+
 HEADS, GROUPS, WIDTH, VALUE_WIDTH = 4, 2, 6, 5
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}  # backends may sum in float32 whatever the inputs
 CPU = torch.device("cpu")
 
-every_backend = pytest.mark.parametrize("name", EVERY)
+every_backend = pytest.mark.parametrize("name", [*NAMES, *COMPOSED])
 options = st.fixed_dictionaries({"mask": st.booleans(), "log_decay": st.booleans()})
 
 
-def build(name: str) -> Attention[Any]:
-    return EVERY[name](heads=HEADS, key_heads=GROUPS, dim_head=WIDTH, dim_value=VALUE_WIDTH, layer=0)
+def build(name: str, **options: Any) -> Attention[Any]:
+    """Build a backend, with one projection for all heads, so that grouping them changes nothing."""
+    sizes = {"heads": HEADS, "key_heads": GROUPS, "dim_head": WIDTH, "dim_value": VALUE_WIDTH, "layer": 0}
+    attention = find(name)(**(sizes | options))
+    for features in (part for part in attention.modules() if isinstance(part, RandomFeatures)):
+        _, draws, width = features.projection.shape
+        features.projection.copy_(draw_projection(1, draws, width, seed=0))
+    return attention
+
+
+def test_every_backend_of_the_package_is_held_to_the_laws() -> None:
+    for module in pkgutil.iter_modules(performer_lm.attention.__path__, "performer_lm.attention."):
+        import_module(module.name)
+    kinds = [Attention]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    final = {kind for kind in kinds if not kind.__subclasses__() and "performer_lm.attention" in kind.__module__}
+    assert final
+    assert not [kind for kind in final if inspect.isabstract(kind)]
+    assert final <= {type(part) for name in [*NAMES, *COMPOSED] for part in build(name).modules()}
 
 
 def draw_tokens(
@@ -350,8 +368,7 @@ def test_packed_documents_equal_separate_ones(name, causal, lengths, seed):
 @every_backend
 def test_grouped_queries_equal_repeated_keys(name):
     attention, inputs = build(name), draw_tokens(7, 0)
-    factory = EVERY[name]
-    plain = factory(heads=HEADS, key_heads=HEADS, dim_head=WIDTH, dim_value=VALUE_WIDTH, layer=0)
+    plain = build(name, key_heads=HEADS)
     repeated = {key: x if key == "q" else x.repeat_interleave(HEADS // GROUPS, 1) for key, x in inputs.items()}
     torch.testing.assert_close(attention(**inputs, causal=True), plain(**repeated, causal=True), **TOLERANCE)
 
@@ -489,14 +506,14 @@ def test_a_backward_inside_autocast_is_near_one_outside(name, causal):
             )  # autocast rounds the products of a backward to 8 bits; exact, autograd's own, strays as far
 
 
-@pytest.mark.parametrize("name", FACTORIES)
+@every_backend
 def test_probabilities_are_dropped_in_training_only_and_alike(name):
-    factory = partial(FACTORIES[name], heads=HEADS, key_heads=GROUPS, dim_head=WIDTH, dim_value=VALUE_WIDTH, layer=0)
     if not build(name).drops_weights:
-        with pytest.raises(ValueError, match="drops no attention probabilities"):
-            factory(dropout=0.5)
+        with pytest.raises(ValueError, match="drops no attention probabilities") as told:
+            build(name, dropout=0.5)
+        assert "\n" not in str(told.value)
         return
-    inputs, attention = draw_tokens(9, 0), factory(dropout=0.4)
+    inputs, attention = draw_tokens(9, 0), build(name, dropout=0.4)
     torch.manual_seed(1)
     out = attention(**inputs, causal=True)
     torch.manual_seed(1)
@@ -506,3 +523,9 @@ def test_probabilities_are_dropped_in_training_only_and_alike(name):
     torch.testing.assert_close(out, reference(**inputs, causal=True), **TOLERANCE)
     assert not torch.equal(out, attention(**inputs, causal=True))
     torch.testing.assert_close(attention.eval()(**inputs, causal=True), build(name)(**inputs, causal=True))
+
+
+@every_backend
+def test_a_dropout_of_nothing_is_taken_as_older_checkpoints_name_it(name):
+    inputs = draw_tokens(5, 0)
+    assert torch.equal(build(name, dropout=0.0)(**inputs, causal=True), build(name)(**inputs, causal=True))

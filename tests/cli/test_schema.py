@@ -3,9 +3,10 @@ from typing import NotRequired, TypedDict, Unpack
 import pytest
 from omegaconf import OmegaConf
 
+from performer_lm.building import parameters
 from performer_lm.cli.annotations import Section
 from performer_lm.cli.errors import UsageError
-from performer_lm.cli.schema import check, parameters
+from performer_lm.cli.schema import check
 
 WHOLE = {"_target_": "performer_lm.sample.Whole", "dim": 4}
 PART = {"_target_": "performer_lm.sample.Part", "size": 1}
@@ -195,3 +196,18 @@ def test_unpacked_options_count_one_by_one():
     found = parameters(collect)
     assert {name: parameter.annotation for name, parameter in found.items()} == {"path": str, "size": int, "name": str}
     assert [name for name, parameter in found.items() if parameter.default is parameter.empty] == ["path", "size"]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"windw": 3}, "a.windw: unknown key; did you mean a.window?"),
+        ({"key_haeds": 3}, "a.key_haeds: unknown key; did you mean a.key_heads?"),
+        ({"dropout": 1.5}, "a.dropout must be at least 0 and below 1, got 1.5"),
+        ({"dropout": None}, "a.dropout: wanted float, got null"),
+        ({"heads": 0}, "a.heads must be at least 1, got 0"),
+    ],
+)
+def test_sizes_that_backends_share_are_explained_as_options_of_their_own(options, told):
+    node = {"_target_": "performer_lm.attention.local.LocalAttention", "_partial_": True, "window": 4}
+    assert problems({"a": {**node, **options}}) == [told]

@@ -9,6 +9,7 @@ from performer_lm.nn.positions import (
     NoPositions,
     Rotary,
     SinusoidalPositions,
+    find_places,
 )
 from performer_lm.ops.rotary import rotate
 
@@ -75,3 +76,13 @@ def test_sizes_that_cannot_be_are_refused() -> None:
         AxialPositions(4, shape=[3])
     with pytest.raises(ValueError, match=r"shape\[1\] must be at least 1, got 0"):
         AxialPositions(4, shape=[3, 0])
+
+
+def test_places_count_real_tokens_of_their_own_document() -> None:
+    x = torch.zeros(1, 8, 2)
+    mask = torch.tensor([[0, 1, 1, 0, 1, 0, 1, 1]]).bool()
+    segments = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]])
+    assert find_places(x, None, None).tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]]
+    assert find_places(x, mask, None)[mask].tolist() == [0, 1, 2, 3, 4]
+    assert find_places(x, None, segments).tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
+    assert find_places(x, mask, segments)[mask].tolist() == [0, 1, 0, 0, 1]

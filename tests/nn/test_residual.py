@@ -17,9 +17,8 @@ from performer_lm.attention.base import AttentionFactory
 from performer_lm.attention.exact import ExactAttention
 from performer_lm.attention.favor import FavorAttention
 from performer_lm.attention.kernel_maps import IdentityFeatures
-from performer_lm.nn.branch import Branch
+from performer_lm.nn.branch import Branch, TokenInfo
 from performer_lm.nn.feed_forward import FeedForward
-from performer_lm.nn.layout import Layout
 from performer_lm.nn.norm import RMSNorm
 from performer_lm.nn.positions import NoPositions
 from performer_lm.nn.residual import Reversible
@@ -64,10 +63,10 @@ def build(
 class Kept(Reversible):
     """Two streams under plain autograd, a branch at a time, as decoding goes."""
 
-    def run(self, branches: Sequence[Branch], x: Tensor, layout: Layout) -> Tensor:
+    def run(self, branches: Sequence[Branch], x: Tensor, info: TokenInfo) -> Tensor:
         streams = self.open(x)
         for branch in branches:
-            streams = self.add(streams, branch(streams[-1], layout))
+            streams = self.add(streams, branch(streams[-1], info))
         return self.close(streams)
 
 

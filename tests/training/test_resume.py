@@ -66,6 +66,13 @@ def test_options_that_a_file_does_not_know_were_off() -> None:
         check_resumed(old, {**new, "model": {"dim": 1, "shift": True}}, max_steps=5)
 
 
+def test_an_option_that_this_version_no_longer_names_makes_no_other_run_where_it_was_off() -> None:
+    new = {"model": {"attn": {"backends": {"flash": {}}}}, "fingerprint": {}, "seed": 0}
+    check_resumed(saved(model={"attn": {"backends": {"flash": {"dropout": 0.0}}}}), new, max_steps=5)
+    with pytest.raises(ValueError, match=r"flash\.dropout was 0\.1, is None"):
+        check_resumed(saved(model={"attn": {"backends": {"flash": {"dropout": 0.1}}}}), new, max_steps=5)
+
+
 def test_the_command_keeps_what_was_typed_and_quotes_for_the_shell() -> None:
     typed = ["attn=flash", "data.path=my text.txt", "ckpt=old", "run_dir=elsewhere", "trainer.max_steps=10"]
     stopped = resume_command(typed, folder=Path("runs/a"), step=4, max_steps=10)

@@ -1,4 +1,4 @@
-"""Random projections, set between optimizer steps."""
+"""Random features, changed between optimizer steps."""
 
 from typing import TYPE_CHECKING
 
@@ -11,8 +11,9 @@ if TYPE_CHECKING:
 
 
 class Redraw(RunCallback):
-    """Set random projections before each optimizer step, as a function of the step alone; never inside one."""
+    """Set random projections before each optimizer step, as a function of the step alone, and settle averages."""
 
     def on_step_start(self, trainer: Trainer, task: "LanguageModelTask", step: int) -> None:
-        """Redraw where a step begins."""
+        """Settle and redraw where a step begins, never inside one."""
+        task.model.settle()
         task.model.redraw(step - 1)

@@ -69,8 +69,7 @@ class Checkpoints(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what was measured; a validation that something calls for inside a step is not one to go on from."""
         if is_between_steps(trainer):
-            # projections stay those that were measured; what their features have observed is settled
-            cast(LanguageModel, pl_module.model).redraw(max(0, trainer.global_step - 1))
+            cast(LanguageModel, pl_module.model).settle()  # and projections stay those that were measured
             self._write(trainer, float(trainer.callback_metrics["val/bpb"]))
 
     def save(self, trainer: Trainer) -> None:
