@@ -10,6 +10,7 @@ from torch import Tensor
 from performer_lm.ops.checks import check_bias, check_pair_mask, check_per_key, check_shapes
 from performer_lm.ops.dropout import check_dropout
 from performer_lm.ops.maps import precise
+from performer_lm.ops.running_sum import running_sum
 from performer_lm.ops.terms import Block, Terms, fold, fold_batch
 
 
@@ -88,4 +89,4 @@ def sum_of_newer(log_decay: Tensor, key_mask: Tensor | None) -> Tensor:
     if key_mask is not None:
         log_decay = log_decay.masked_fill(~key_mask[:, None], 0.0)
     wide = log_decay.to(precise(log_decay.device))
-    return wide.flip(-1).cumsum(-1).flip(-1) - wide
+    return running_sum(wide.flip(-1)).flip(-1) - wide
