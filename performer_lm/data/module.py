@@ -146,24 +146,26 @@ class WindowData(lightning.LightningDataModule):
         """Return the micro-batches of a whole run on this rank."""
         trainer = self.fitting_trainer()
         share = self.share(trainer)
+        windows = self.where_gathered(self.training)
         return TrainLoader(
-            TrainBatches(self.where_gathered(self.training), share, steps=trainer.max_steps),
+            TrainBatches(windows, share, steps=trainer.max_steps),
             accumulation=share.accumulation,
             done=lambda: trainer.fit_loop.epoch_loop.batch_progress.current.state_dict()["processed"],
             num_workers=self._num_workers,
             start_method=self._start_method,
-            pin_memory=self.pins_memory,
+            pin_memory=self.pins_memory and windows is self.training,  # only what lies on the host can be pinned
         )
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         """Return the validation windows of this rank, in micro-batches of the size of training's."""
-        batches = ValidationBatches(self.where_gathered(self.validation), self.share(self.fitting_trainer()))
+        windows = self.where_gathered(self.validation)
+        batches = ValidationBatches(windows, self.share(self.fitting_trainer()))
         return DataLoader(
             batches,
             batch_size=None,
             sampler=Positions(batches),
             generator=torch.Generator(),
-            pin_memory=self.pins_memory,
+            pin_memory=self.pins_memory and windows is self.validation,
         )
 
     def fitting_trainer(self) -> lightning.Trainer:
@@ -179,7 +181,7 @@ class WindowData(lightning.LightningDataModule):
 
     @property
     def pins_memory(self) -> bool:
-        """Whether batches are gathered where an accelerator can fetch them from by itself."""
+        """Whether batches that are gathered on the host lie where an accelerator can fetch them from by itself."""
         return self.device.type == "cuda"
 
     def where_gathered(self, windows: AnyWindows) -> AnyWindows:

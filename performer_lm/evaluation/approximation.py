@@ -12,7 +12,7 @@ from einops import reduce
 from torch import Tensor
 
 from performer_lm.attention.favor import FavorAttention
-from performer_lm.evaluation.pairs import Pairs
+from performer_lm.evaluation.pairs import Pairs, where_precise
 from performer_lm.ops.precision import no_autocast
 
 
@@ -61,6 +61,7 @@ def measure_approximation(
         queries: how many queries to look at, evenly spaced and the last among them; None for all.
     """
     with torch.no_grad(), no_autocast(q.device):
+        attention, q, k, v, mask, segments, log_decay = where_precise(attention, q, k, v, mask, segments, log_decay)
         q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
         group = q.shape[1] // k.shape[1]
         pairs = Pairs(
@@ -126,6 +127,7 @@ def materialise_weights(
         log_decay: `(b, g, j)`: how keys fade.
     """
     with torch.no_grad(), no_autocast(q.device):
+        attention, q, k, mask, segments, log_decay = where_precise(attention, q, k, mask, segments, log_decay)
         q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
         pairs = Pairs(attention, q, k, causal=causal, mask=mask, segments=segments, log_decay=log_decay)
         found = [(block.implied, block.exact) for block in pairs.blocks()]

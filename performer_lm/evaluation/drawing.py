@@ -94,7 +94,7 @@ def draw_weights(weights: Weights, path: Path, *, heads: Sequence[int], title: s
     figure = Figure(figsize=(9.6, 0.6 + 2.9 * len(heads)), dpi=100, layout="constrained")
     rows = figure.subplots(len(heads), 3, squeeze=False, sharex=True, sharey=True)
     for row, head in zip(rows, heads, strict=True):
-        implied, exact = (matrix[0, head].double().cpu().numpy() for matrix in weights)
+        implied, exact = (matrix[0, head].cpu().double().numpy() for matrix in weights)
         _draw_head(figure, row, implied, exact)
         row[0].set_ylabel(f"head {head}\nquery", fontsize=9)
     for axes, name in zip(rows[0], ("random features", "softmax", "difference"), strict=True):

@@ -28,7 +28,7 @@ def spread_over_draws(findings: Sequence[Finding], measure: str) -> dict[str, di
     found: dict[str, dict[int, Spread]] = {}
     for layer, count in dict.fromkeys((finding.layer, finding.num_features) for finding in drawn):
         same = [each.measures for each in drawn if (each.layer, each.num_features) == (layer, count)]
-        values = torch.stack([getattr(measures, measure).double().mean() for measures in same])
+        values = torch.stack([getattr(measures, measure).cpu().double().mean() for measures in same])
         deviation = float(values.std()) if len(values) > 1 else float("nan")
         found.setdefault(layer, {})[count] = Spread(float(values.mean()), deviation)
     return found

@@ -7,7 +7,8 @@ features.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from copy import deepcopy
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from performer_lm.attention.favor import FavorAttention
 from performer_lm.ops.maps import FeatureMap, Features
+from performer_lm.ops.precision import precise
 from performer_lm.ops.terms import slices
 from performer_lm.ranges import Count, ranged
 
@@ -124,6 +126,14 @@ class Pairs:
             return self.q.new_zeros(1, 1, 1, 1)
         lag = (self.total[:, :, self.places[rows], None] - self.total[:, :, None]).clamp(max=0.0)
         return lag.to(self.q.dtype).repeat_interleave(self.q.shape[1] // self.k.shape[1], dim=1)
+
+
+def where_precise(attention: FavorAttention, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """Return a backend and tensors where float64 exists: as they are, or, from a device without it, on the host."""
+    device = next(x for x in tensors if x is not None).device
+    if precise(device) == torch.float64:
+        return attention, *tensors
+    return deepcopy(attention).cpu(), *(None if x is None else x.cpu() for x in tensors)
 
 
 def _features(a_map: FeatureMap, x: Tensor, g: int) -> Features:

@@ -10,6 +10,7 @@ import torch
 from annotated_types import Gt, Le
 from torch import Tensor
 
+from performer_lm.ops.running_sum import running_sum
 from performer_lm.ranges import Count, NotNegative, Positive, ranged
 
 LEAST: Final = 1e-20  # lower temperatures and stronger penalties choose no other token, and would leave float32
@@ -81,7 +82,7 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """Set all of `(b, vocab)` to -inf but the fewest likeliest whose probabilities sum to at least p."""
     probabilities, order = logits.softmax(-1).sort(dim=-1, descending=True)
-    before = probabilities.cumsum(-1) - probabilities  # the mass that stands above each token
+    before = running_sum(probabilities) - probabilities  # the mass that stands above each token
     beyond = before >= p
     beyond[..., 0] = False  # for a p that is 0 in the logits' precision
     dropped = torch.zeros_like(beyond).scatter(-1, order, beyond)

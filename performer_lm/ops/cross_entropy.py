@@ -80,7 +80,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         columns = weight.to(dtype).mT
         nats, log_totals = [], []
-        with no_autocast(hidden.device):
+        with no_autocast(hidden.device, ieee=False):
             for x, target in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
                 logits = _logits(x, columns, bias)
                 log_total = logits.logsumexp(-1)
@@ -101,7 +101,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias, dtype=grad.dtype) if ctx.needs_input_grad[2] else None
-        with no_autocast(hidden.device):
+        with no_autocast(hidden.device, ieee=False):
             for start in range(0, len(hidden), ctx.chunk_size):
                 part = slice(start, start + ctx.chunk_size)
                 x = hidden[part]

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from performer_lm.ops.checks import check_bias, check_pair_mask, check_per_key, check_shapes
 from performer_lm.ops.dropout import check_dropout
+from performer_lm.ops.precision import precise
+from performer_lm.ops.running_sum import running_sum
 from performer_lm.ops.terms import Block, Terms, fold, fold_batch
 
 
@@ -81,10 +83,10 @@ def gather_terms(
 def sum_of_newer(log_decay: Tensor, key_mask: Tensor | None) -> Tensor:
     """Sum `log_decay` `(b, g, j)` over the keys after each one; a masked key counts 0.
 
-    Key j weighs exp(sum[j] - sum[i]) at query i. Counted from the end and in float64, so that the difference of two
-    neighbours stays exact however long the stream.
+    Key j weighs exp(sum[j] - sum[i]) at query i. Counted from the end and in float64 (where the device has it), so that
+    the difference of two neighbours stays exact however long the stream.
     """
     if key_mask is not None:
         log_decay = log_decay.masked_fill(~key_mask[:, None], 0.0)
-    wide = log_decay.double()
-    return wide.flip(-1).cumsum(-1).flip(-1) - wide
+    wide = log_decay.to(precise(log_decay.device))
+    return running_sum(wide.flip(-1)).flip(-1) - wide

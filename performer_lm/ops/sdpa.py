@@ -23,7 +23,8 @@ from performer_lm.ops.precision import sum_dtype
 from performer_lm.ops.softmax import fold_heads
 from performer_lm.ops.terms import ALL, Terms
 
-KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+FLASH_CAPABILITY = (8, 0)  # of the CUDA devices that have the flash kernel
 WIDTH_MULTIPLE = 8
 DECAY_QUERY = 16.0  # powers of two, so that products are exact; large enough for what float16 must reach
 HIDE_QUERY = 2.0**15  # against -HIDE_QUERY: below any score, yet within float16
@@ -64,14 +65,18 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]) 
     queries, keys, values = fold_heads(q, k, v, dtype=q.dtype)
     matrix = _told_matrix(terms, queries)
     sees_none = _rows_without_keys(terms, matrix)
-    if matrix is None and _fits_one_row(terms, queries):
+    is_one_row = matrix is None and _fits_one_row(terms, queries, keys, values)
+    if is_one_row:
         matrix = _one_row(terms, queries)
     else:
         queries, keys = _add_channels(queries, keys, terms)
     if matrix is not None and sees_none is not None:  # a row of -inf has no softmax, one of zeros has
         matrix = matrix.masked_fill(sees_none[..., None], 0.0)
-    is_causal = terms.causal and matrix is None and terms.queries > 1
-    out = _run_kernel(queries, keys, values, matrix, causal=is_causal, scale=terms.scale)[..., : v.shape[-1]]
+    if matrix is not None and is_one_row and _rounds_bias(queries):
+        out = _attend_one_query(queries, keys, values, matrix, scale=terms.scale)
+    else:
+        is_causal = terms.causal and matrix is None and terms.queries > 1
+        out = _run_kernel(queries, keys, values, matrix, causal=is_causal, scale=terms.scale)[..., : v.shape[-1]]
     if sees_none is not None:
         out = out.masked_fill(sees_none[..., None], 0.0)
     return out.reshape(*q.shape[:-1], v.shape[-1])
@@ -108,8 +113,7 @@ def _run_kernel(q: Tensor, k: Tensor, v: Tensor, matrix: Tensor | None, *, causa
     fold = heads != groups and rows_alike
     if fold:  # queries that see the same keys may stand in one head, whatever the kernel
         q = rearrange(q, "b (g r) i d -> b g (r i) d", g=groups)
-    elif heads != groups and q.is_cuda and (q.dtype == torch.float32 or matrix is not None):
-        # the memory-efficient kernel knows no groups
+    elif heads != groups and not _takes_groups(q, matrix):
         k, v = (repeat(x, "b g j d -> b (g r) j d", r=heads // groups) for x in (k, v))
     grouped = q.shape[1] != k.shape[1]
     with sdpa_kernel(KERNELS):
@@ -117,6 +121,14 @@ def _run_kernel(q: Tensor, k: Tensor, v: Tensor, matrix: Tensor | None, *, causa
             q, k, v, attn_mask=matrix, is_causal=causal, scale=scale, enable_gqa=grouped
         )
     return rearrange(out, "b g (r i) e -> b (g r) i e", r=heads // groups) if fold else out
+
+
+def _takes_groups(q: Tensor, matrix: Tensor | None) -> bool:
+    """Return True if the kernel that a call gets reads grouped keys: of CUDA's, the memory-efficient one does not."""
+    if not q.is_cuda:
+        return True
+    has_flash = torch.cuda.get_device_capability(q.device) >= FLASH_CAPABILITY
+    return has_flash and q.dtype != torch.float32 and matrix is None
 
 
 def _told_matrix(terms: Terms, q: Tensor) -> Tensor | None:
@@ -132,14 +144,38 @@ def _told_matrix(terms: Terms, q: Tensor) -> Tensor | None:
     return matrix if hidden is None else matrix.masked_fill(hidden, -torch.inf)
 
 
-def _fits_one_row(terms: Terms, q: Tensor) -> bool:
-    """Tell whether decay and padding of a decoding step may be one row of bias, which spares widening the cache.
+def _fits_one_row(terms: Terms, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Return True if decay and padding of a decoding step may be one row of bias, which spares widening the cache.
 
-    The kernels give a bias no gradient, and only on the CPU may it be wider than half precision queries.
+    The kernels give a bias no gradient, and `_attend_one_query` gives none at all.
     """
-    needs_gradient = terms.decay is not None and terms.decay.requires_grad
+    known = [terms.decay] if not _rounds_bias(q) else [terms.decay, q, k, v]
+    needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in known)
     is_plain = terms.decay is None and terms.key_mask is None
-    return terms.queries == 1 and not is_plain and not needs_gradient and (not q.is_cuda or q.dtype.itemsize > 2)
+    return terms.queries == 1 and not is_plain and not needs_gradient
+
+
+def _rounds_bias(q: Tensor) -> bool:
+    """Return True if the kernels want a bias as coarse as the queries, where a decay would lose its digits."""
+    return q.is_cuda and q.dtype.itemsize == 2
+
+
+def _attend_one_query(q: Tensor, k: Tensor, v: Tensor, row: Tensor, *, scale: float) -> Tensor:
+    """Attend from one query per head under a row of float32 bias, reading keys and values where they lie: `(b h 1 e)`.
+
+    Two products, whose sums stay float32, and a softmax between them; like the kernels, it rounds the weights.
+    """
+    groups = k.shape[1]
+    queries = rearrange(q, "b (g r) 1 d -> (b g) r d", g=groups)
+    scores = _multiply_halves(queries, rearrange(k, "b g j d -> (b g) d j")) * scale
+    weights = (rearrange(scores, "(b g) r j -> b g r j", g=groups) + row).softmax(-1).to(v.dtype)
+    out = _multiply_halves(rearrange(weights, "b g r j -> (b g) r j"), rearrange(v, "b g j e -> (b g) j e"))
+    return rearrange(out, "(b g) r e -> b (g r) 1 e", g=groups).to(q.dtype)
+
+
+def _multiply_halves(x: Tensor, y: Tensor) -> Tensor:
+    """Multiply batches of matrices in half precision, with the sums in float32."""
+    return torch.bmm(x, y, out_dtype=torch.float32)
 
 
 def _one_row(terms: Terms, q: Tensor) -> Tensor:

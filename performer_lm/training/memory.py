@@ -18,8 +18,10 @@ _STATUS = Path("/proc/self/status")
 
 def reset_peak_memory(device: torch.device) -> None:
     """Start to measure: of several runs in one process, each has its own peak where the system can tell."""
+    if device.type == "mps":
+        return  # it keeps no peak
     if device.type != "cpu":
-        torch.get_device_module(device).reset_peak_memory_stats(device)
+        torch.accelerator.reset_peak_memory_stats(device)
     elif _STATUS.exists():
         try:
             Path("/proc/self/clear_refs").write_text("5")
@@ -28,9 +30,14 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes held: of the device's own memory, or, on a CPU, of the whole process."""
+    """Return the most bytes held: of the device's own memory, or, on a CPU, of the whole process.
+
+    An Apple GPU tells only how much its driver has given: tensors, and what freed ones have left for others.
+    """
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
     if device.type != "cpu":
-        return int(torch.get_device_module(device).max_memory_allocated(device))
+        return torch.accelerator.max_memory_allocated(device)
     if _STATUS.exists():
         line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
         return 1024 * int(line.split()[1])

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from performer_lm.data.windows import IGNORE, shift
 from performer_lm.language_model import LanguageModel
 from performer_lm.objectives import Objective
+from performer_lm.ops.precision import precise
 from performer_lm.training.callbacks.base import RunCallback
 from performer_lm.training.optim import parameter_groups
 from performer_lm.training.processes import shard
@@ -35,8 +36,8 @@ class Sums(NamedTuple):
     @classmethod
     def zero(cls, device: torch.device, *, counts: int) -> "Sums":
         """Return sums of nothing, with so many counts."""
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        return cls(torch.zeros((), dtype=dtype, device=device), torch.zeros(counts, dtype=torch.int64, device=device))
+        nats = torch.zeros((), dtype=precise(device), device=device)
+        return cls(nats, torch.zeros(counts, dtype=torch.int64, device=device))
 
     def add(self, nats: Tensor, *counts: Tensor) -> None:
         """Add losses of any shape, and a number to each count."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
+import torch
 from annotated_types import Ge, Gt, Le
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
@@ -58,6 +59,8 @@ def make_trainer(
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"],
     accumulate_grad_batches: Count,
     gradient_clip_val: NotNegative | None,
+    deterministic: bool,
+    matmul_precision: Literal["highest", "high", "medium"],
     save_every: Count | None,
     save_minutes: Positive | None,
     keep_checkpoints: Annotated[int, Ge(2)],
@@ -75,10 +78,13 @@ def make_trainer(
         precision: of `choose_precision`.
         accumulate_grad_batches: micro-batches per optimizer step.
         gradient_clip_val: largest global gradient norm; None or 0 for no clipping.
+        deterministic: whether to use only operations that come out alike every time (`use_deterministic_algorithms`).
+        matmul_precision: of products of float32 (`set_float32_matmul_precision`); FAVOR's are always in full.
         save_every, save_minutes, keep_checkpoints: of `callbacks.saving.Checkpoints`, which the trainer is given later.
     """
     _quiet()
     chosen: Any = choose_precision(precision, accelerator=accelerator)
+    torch.set_float32_matmul_precision(matmul_precision)
     try:
         return Trainer(
             max_steps=max_steps,
@@ -94,6 +100,7 @@ def make_trainer(
             precision=chosen,
             accumulate_grad_batches=accumulate_grad_batches,
             gradient_clip_val=gradient_clip_val or None,
+            deterministic=deterministic,
             logger=[],
             plugins=[AtomicCheckpointIO(), *_under_slurm()],
             enable_checkpointing=False,  # callbacks.saving saves

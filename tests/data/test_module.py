@@ -9,6 +9,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
+from performer_lm.data import ids
+from performer_lm.data.ids import HostIds
 from performer_lm.data.text import TextData
 from performer_lm.data.windows import IGNORE, shift
 
@@ -169,6 +171,17 @@ def test_loaders_leave_the_global_generators_alone(text_data, tmp_path):
     for loader in (data.train_dataloader(), data.val_dataloader()):
         assert all(batch.shape == (8, 17) for batch in loader)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_only_windows_gathered_on_the_host_are_pinned(text_data, monkeypatch, resident):
+    data = text_data(device_resident=resident)
+    data.prepare()
+    data.trainer = trainer_for(2)
+    monkeypatch.setattr(TextData, "device", torch.device("cuda"))
+    monkeypatch.setattr(ids, "ResidentIds", lambda values, device: HostIds(values))  # there is no such device here
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        assert loader.pin_memory is not resident
 
 
 TWO_RANKS = """

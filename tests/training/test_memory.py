@@ -20,6 +20,15 @@ def test_the_peak_is_that_of_what_was_held_for_a_while() -> None:
     assert peak_memory(CPU) < before + 16 * 2**20
 
 
+def test_each_kind_of_accelerator_tells_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda device: 5)
+    monkeypatch.setattr(torch.accelerator, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 7)
+    for kind, held in (("cuda", 5), ("xpu", 5), ("mps", 7)):
+        reset_peak_memory(torch.device(kind))
+        assert peak_memory(torch.device(kind)) == held
+
+
 @pytest.mark.parametrize(
     "error",
     [MemoryError("no room"), torch.OutOfMemoryError("no room"), RuntimeError("Allocator: can't allocate memory")],

@@ -1,6 +1,8 @@
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from performer_lm.training.trainer import make_trainer
 
@@ -16,6 +18,8 @@ SETTINGS: dict[str, Any] = {
     "precision": "32-true",
     "accumulate_grad_batches": 3,
     "gradient_clip_val": 1.0,
+    "deterministic": False,
+    "matmul_precision": "highest",
     "save_every": None,
     "save_minutes": None,
     "keep_checkpoints": 2,
@@ -44,3 +48,19 @@ def test_gradients_are_not_clipped_to_0_or_null(norm: float | None, largest: flo
 def test_devices_that_a_cpu_cannot_be_are_refused(devices: int | str) -> None:
     with pytest.raises(ValueError, match=rf"trainer\.devices must be auto or at least 1 .*, got {devices}"):
         make_trainer(**{**SETTINGS, "devices": devices})
+
+
+@pytest.fixture
+def _settings_of_torch() -> Iterator[None]:
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.usefixtures("_settings_of_torch")
+def test_settings_of_torch_are_those_of_the_last_trainer() -> None:
+    """A sweep's jobs share a process."""
+    for deterministic, precision in ((True, "high"), (False, "medium"), (True, "highest"), (False, "highest")):
+        make_trainer(**{**SETTINGS, "deterministic": deterministic, "matmul_precision": precision})
+        assert torch.are_deterministic_algorithms_enabled() is deterministic
+        assert torch.get_float32_matmul_precision() == precision

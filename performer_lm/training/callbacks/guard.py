@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
+from performer_lm.training.callbacks.agreement import send_to_host
 from performer_lm.training.callbacks.base import RunCallback
 from performer_lm.training.callbacks.learning_rates import learning_rates
 
@@ -64,7 +65,7 @@ class NonFiniteGuard(RunCallback):
         self._look(trainer, task)
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         values = torch.stack((loss, torch.zeros_like(loss) if scaled else norm.to(loss.dtype))).detach()
-        host, arrived = _send_to_host(values)
+        host, arrived = send_to_host(values)
         self._noted = _Noted(task.step, host, arrived, self._batches, learning_rates(trainer))
         if arrived is None:
             self._look(trainer, task)
@@ -152,14 +153,3 @@ def _largest(values: list[Tensor]) -> float:
     """Return the largest magnitude; nan where there is one."""
     norm = get_total_norm(values, norm_type=math.inf)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-
-
-def _send_to_host(values: Tensor) -> tuple[Tensor, torch.Event | None]:
-    """Return the numbers on the host, and what tells that they have arrived; None where they are there already."""
-    if values.device.type == "cpu":
-        return values, None
-    host = torch.empty_like(values, device="cpu", pin_memory=True)
-    host.copy_(values, non_blocking=True)
-    arrived = torch.Event(values.device)
-    arrived.record()
-    return host, arrived

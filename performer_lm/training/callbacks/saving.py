@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from performer_lm import checkpoint
 from performer_lm.language_model import LanguageModel
 from performer_lm.ranges import Count, Positive, ranged
+from performer_lm.training.callbacks.agreement import Agreement
 
 
 @ranged
@@ -51,6 +52,7 @@ class Checkpoints(Callback):
         self._kept: list[Path] = []  # the last step last
         self._step = -1  # the last one saved
         self._mark = 0.0  # when
+        self._time = Agreement()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock, delete what a killed save has left, and count the checkpoints that lie there."""
@@ -87,7 +89,8 @@ class Checkpoints(Callback):
             return True
         if self.minutes is None:
             return False
-        return bool(trainer.strategy.broadcast(time.monotonic() - self._mark >= 60 * self.minutes))
+        is_time = trainer.is_global_zero and time.monotonic() - self._mark >= 60 * self.minutes  # by one clock
+        return self._time.reach(trainer, wanted=is_time)
 
     def _write(self, trainer: Trainer, score: float | None) -> None:
         """Write one file on the first rank; all ranks take part, for each holds some of it."""
@@ -96,6 +99,7 @@ class Checkpoints(Callback):
         if is_best:
             self.best = cast(float, score)
         trainer.save_checkpoint(path)
+        self._time.forget()
         self._step, self._mark, self.last = trainer.global_step, time.monotonic(), path
         if trainer.is_global_zero:
             if is_best:  # before `last`: killed in between, the run goes on from the one before and comes here again

@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from performer_lm.training.callbacks.agreement import Agreement
 from performer_lm.training.callbacks.saving import Checkpoints
 
 log = logging.getLogger("performer_lm")
@@ -19,7 +20,8 @@ class StopOnSignal(Callback):
     """On Ctrl-C, SIGTERM or the end of its terminal, finish the step, save and stop; on a second Ctrl-C, stop at once.
 
     Under SLURM, SIGUSR1 (`sbatch --signal=USR1@120`) does the same before time runs out, and puts the job back in the
-    queue. With several ranks, one that is told stops them all, at the same step.
+    queue. With several ranks, one that is told stops them all, before the same step: the next one, on accelerators the
+    one after that.
 
     Args:
         checkpoints: what saves.
@@ -29,6 +31,7 @@ class StopOnSignal(Callback):
         self.checkpoints = checkpoints
         self.received: int | None = None
         self.stopped: int | None = None  # the signal that ended the run early
+        self._told = Agreement()
         self._signals: list[signal.Signals] = []  # taken over
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -54,8 +57,7 @@ class StopOnSignal(Callback):
             signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
 
     def _is_told(self, trainer: Trainer) -> bool:
-        told = self.received is not None
-        return bool(trainer.strategy.reduce_boolean_decision(told, all=False)) if trainer.world_size > 1 else told
+        return self._told.reach(trainer, wanted=self.received is not None)
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         del frame

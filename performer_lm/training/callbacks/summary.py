@@ -27,6 +27,8 @@ class ModelSummary(RunCallback):
                 sketch = checkpoint.build(task.section["model"])
             cost = measure_cost(sketch, task.objective, context=data.context)
             sequences, precision = data.share(trainer).micro_batch, str(trainer.precision)
+            products = torch.get_float32_matmul_precision()
+            precision += "" if products == "highest" else f", products of float32 in {products} precision"
             log.info("%s", describe_cost(cost, context=data.context, sequences=sequences, precision=precision))
 
 

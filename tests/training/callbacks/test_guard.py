@@ -108,7 +108,7 @@ def on_an_accelerator(values: Tensor) -> tuple[Tensor, Any]:
 
 
 def test_on_an_accelerator_it_looks_one_step_later(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "_send_to_host", on_an_accelerator)
+    monkeypatch.setattr(guard, "send_to_host", on_an_accelerator)
     run, spoil = start(*BATCHES, "trainer.val_every=6"), Spoil(3, math.nan)
     run.trainer.callbacks.append(spoil)
     with pytest.raises(FloatingPointError, match="the gradient norm is nan at step 3"):
@@ -123,7 +123,7 @@ def test_on_an_accelerator_it_looks_one_step_later(start: Start, monkeypatch: py
 def test_on_an_accelerator_it_looks_before_anything_is_saved(
     start: Start, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    monkeypatch.setattr(guard, "_send_to_host", on_an_accelerator)
+    monkeypatch.setattr(guard, "send_to_host", on_an_accelerator)
     run = start(*BATCHES, "trainer.val_every=3")
     run.trainer.callbacks.append(Spoil(at, math.nan))
     with pytest.raises(FloatingPointError, match=f"is nan at step {at}"):

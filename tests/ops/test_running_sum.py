@@ -1,0 +1,30 @@
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from performer_lm.ops import running_sum as module
+from performer_lm.ops.running_sum import BLOCK, running_sum
+
+
+class RefuseCumsum(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten.cumsum.default or not args[0].is_floating_point()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("length", [0, 1, 5, BLOCK, BLOCK + 1, 3 * BLOCK, BLOCK**2 + 3])
+def test_sums_by_products_are_running_sums_with_their_gradient(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.rand(2, length, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(2, length, dtype=torch.float64)
+
+    def both() -> tuple[Tensor, Tensor]:
+        out = running_sum(x)
+        return out, torch.autograd.grad((out * weights).sum(), x)[0]
+
+    wanted = both()
+    monkeypatch.setattr(module, "_must_repeat", lambda x: True)
+    with RefuseCumsum():
+        found = both()
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-12)
