@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from performer_lm.attention.feature_maps import AttentionFeatures, RandomFeatures, count_features
 from performer_lm.ops.features import ACTIVATIONS, POSITIVE
+from performer_lm.ops.hashing import mix_seed
 from performer_lm.ops.maps import Exponential, FeatureMap, Generalized, Taylor, Trigonometric
-from performer_lm.ops.projections import haar, mix_seed
+from performer_lm.ops.projections import haar
 from performer_lm.ranges import Count, NotNegative, ranged
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from performer_lm.ops.projections import mix_seed
+from performer_lm.ops.hashing import mix_seed
 
 State = dict[str, Any]
 
