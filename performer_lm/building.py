@@ -1,4 +1,4 @@
-"""Objects built from plain config sections, and the only names that a section may give.
+"""Objects built from plain config sections, and the only names that a section may give, of a config or a checkpoint.
 
 A section is a dict whose `_target_` names the class or function that is called with the other values, sections among
 them built first. With `_partial_: true` it stands for a factory, which its user calls with what is still missing.
@@ -33,6 +33,14 @@ REFUSED = (
     "performer_lm.cli",
     "performer_lm.interop",
     "performer_lm.training.folder",
+)
+# Of a checkpoint, which may be a stranger's, the classes of a model are built and nothing else.
+MODEL = (
+    "performer_lm.attention",
+    "performer_lm.encoder_decoder",
+    "performer_lm.model",
+    "performer_lm.nn",
+    "performer_lm.performer",
 )
 TRAINERS = ("lightning.Trainer", "lightning.pytorch.Trainer")
 TARGET, PARTIAL = "_target_", "_partial_"
@@ -106,6 +114,36 @@ def build(
         if not key or type(error) is not ValueError:
             raise
         raise ValueError("\n".join(_placed(line, key, values) for line in str(error).splitlines())) from error
+
+
+def build_model(section: Any) -> Any:
+    """Return what a model's section in a checkpoint builds.
+
+    Raises:
+        ValueError: for a target that is not a model class defined in this package, or values that its constructor
+            refuses.
+    """
+    try:
+        return build(section, find=_find_model)
+    except TypeError as error:
+        raise ValueError(str(error).partition("\n")[0]) from error
+
+
+def _find_model(name: object) -> Callable[..., Any]:
+    """Return the class that a dotted name stands for, if this package defines it as part of a model."""
+    from torch import nn  # here: to be refused, a config needs no torch
+
+    module_name, _, class_name = str(name).rpartition(".")
+    found = None
+    if _within(module_name, MODEL):
+        try:
+            found = getattr(importlib.import_module(module_name), class_name, None)
+        except ModuleNotFoundError as error:
+            if not (error.name and _within(module_name, (error.name,))):
+                raise
+    if not isinstance(found, type) or not issubclass(found, nn.Module) or found.__module__ != module_name:
+        raise ValueError(f"{name!r} is not a model class of performer_lm, so it is not built")
+    return found
 
 
 def _placed(line: str, key: str, values: Mapping[str, Any]) -> str:

@@ -107,7 +107,7 @@ def remove(path: Path) -> None:
     sidecar_of(path).unlink(missing_ok=True)
 
 
-def sweep(folder: Path) -> None:
+def delete_stale(folder: Path) -> None:
     """Delete what killed saves have left in a folder that no other process writes to."""
     for stale in folder.glob("*.tmp"):
         stale.unlink(missing_ok=True)

@@ -11,8 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from performer_lm.building import build_model
 from performer_lm.checkpoint.files import Checkpoint
-from performer_lm.checkpoint.section import build
 from performer_lm.checkpoint.sizes import check_memory, check_sizes
 from performer_lm.data.tokenizer import Tokenizer, tokenizer_from_dict
 from performer_lm.data.tokenizer.base import short
@@ -47,7 +47,7 @@ def open_model(checkpoint: Checkpoint, *, attn: Mapping[str, Any] | None = None)
     check_fit(checked, weights, source=source)
     with _named(f"{source} does not fit the model"):
         check_memory(checked, checkpoint.weights, other_backend=attn is not None)
-    model = cast(LanguageModel, build(section))
+    model = cast(LanguageModel, build_model(section))
     model.redraw(int(checkpoint.content.get("global_step", 0)))
     load_weights(model, weights, source=source)
     return model.eval(), tokenizer
@@ -65,7 +65,7 @@ def _named(source: str) -> Iterator[None]:
 
 def _sketch(section: Mapping[str, Any]) -> LanguageModel:
     with torch.device("meta"):
-        model = build(section)
+        model = build_model(section)
     if not isinstance(model, LanguageModel):
         raise ValueError(f"{type(model).__name__} is no language model")
     return model.eval()
