@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor
 
 from performer_lm import checkpoint
+from performer_lm.building import build_model
 from performer_lm.interop.performer_pytorch_weights import Arguments, read_arguments, translate
 from performer_lm.model import PerformerLM
 
@@ -53,7 +54,7 @@ def import_language_model(weights: Mapping[str, Tensor], *, seed: int = 0, **arg
     """
     given = read_arguments(arguments)
     section = describe_language_model(seed=seed, **arguments)
-    model = cast(PerformerLM, checkpoint.build(section))
+    model = cast(PerformerLM, build_model(section))
     weights = {name.removeprefix("net."): value for name, value in weights.items()}
     checkpoint.load_weights(model, dict(translate(weights, given, model)), source="the state dict")
     return Imported(model.eval(), section, list(find_differences(**arguments)))

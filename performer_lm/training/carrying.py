@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from performer_lm import checkpoint
+from performer_lm.building import build_model
 from performer_lm.checkpoint import AVERAGES, Checkpoint
 from performer_lm.checkpoint.opening import BACKEND
 from performer_lm.language_model import LanguageModel
@@ -86,7 +87,7 @@ def _carry_optimizer(resumed: Checkpoint, model: LanguageModel, optimizer: Optim
     fresh = optimizer.state_dict()
     new = [_named(part, model) for part in _parts(fresh)]
     with torch.device("meta"):
-        before: LanguageModel = checkpoint.build(resumed.section["model"])
+        before: LanguageModel = build_model(resumed.section["model"])
     old = [_named(part, before) for part in _parts(content["optimizer_states"][0])]
     known = {} if is_other else {name: state for part in old for name, state in part.items()}
     parameters = dict(model.named_parameters())

@@ -33,13 +33,13 @@ from performer_lm.writing import replace_text
 log = logging.getLogger("performer_lm")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Run:
     """A run that is ready to train."""
 
     cfg: DictConfig
     overrides: Sequence[str]
-    room: RunFolder
+    run_folder: RunFolder
     resumed: Checkpoint | None
     data: WindowData
     task: LanguageModelTask
@@ -54,7 +54,7 @@ class Run:
     @property
     def folder(self) -> Path:
         """Return the run's folder."""
-        return self.room.path
+        return self.run_folder.path
 
     def fit(self) -> float:
         """Train to `trainer.max_steps`, and return the best validation bits per byte.
@@ -72,7 +72,7 @@ class Run:
                 point_latest(self.folder)
                 return self._fit_and_tell()
         finally:
-            self.room.release()
+            self.run_folder.release()
 
     def _fit_and_tell(self) -> float:
         for note in self.notes:
@@ -121,7 +121,7 @@ class Run:
             )
 
     def _open_folder(self) -> None:
-        self.room.open(self.cfg)
+        self.run_folder.open(self.cfg)
         step = self.resumed.content["global_step"] if self.resumed else 0
         for logger in self.trainer.loggers:
             if isinstance(logger, RunLogger):  # a config may add Lightning's own

@@ -20,7 +20,7 @@ from performer_lm.language_model import LanguageModel
 from performer_lm.objectives import Objective
 from performer_lm.training.callbacks.base import RunCallback
 from performer_lm.training.optim import parameter_groups
-from performer_lm.training.processes import shard
+from performer_lm.training.sharding import shard
 
 
 class Sums(NamedTuple):

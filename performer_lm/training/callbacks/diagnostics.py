@@ -2,16 +2,13 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from performer_lm.ranges import Count, ranged
-from performer_lm.training.callbacks.base import RunCallback
-
-if TYPE_CHECKING:
-    from performer_lm.training.task import LanguageModelTask
+from performer_lm.training.callbacks.base import RunCallback, TrainingTask
 
 log = logging.getLogger("performer_lm")
 
@@ -40,7 +37,7 @@ class ApproximationDiagnostics(RunCallback):
         self.sequences = sequences
         self._batch: Tensor | None = None
 
-    def on_step_end(self, trainer: Trainer, task: "LanguageModelTask", step: int) -> None:
+    def on_step_end(self, trainer: Trainer, task: TrainingTask, step: int) -> None:
         """Diagnose the weights as they are now; on the first rank only."""
         if step % self.every or not trainer.is_global_zero:
             return
@@ -62,7 +59,7 @@ class ApproximationDiagnostics(RunCallback):
 class _Losses(nn.Module):
     """A model as its objective calls it, whatever it takes: windows to losses."""
 
-    def __init__(self, task: "LanguageModelTask") -> None:
+    def __init__(self, task: TrainingTask) -> None:
         super().__init__()
         self.model = task.model
         self.run = lambda windows: task.objective(task.model, windows, step=None, separator=task.separator)

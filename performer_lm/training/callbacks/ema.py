@@ -10,7 +10,7 @@ away. Where the model's own precision is less, it is given them, rounded, before
 
 import copy
 import logging
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 from annotated_types import Gt, Lt
@@ -21,10 +21,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from performer_lm.checkpoint import AVERAGES
 from performer_lm.language_model import LanguageModel
 from performer_lm.ranges import ranged
-from performer_lm.training.callbacks.base import RunCallback
-
-if TYPE_CHECKING:
-    from performer_lm.training.task import LanguageModelTask
+from performer_lm.training.callbacks.base import RunCallback, TrainingTask
 
 log = logging.getLogger("performer_lm")
 Decay = Annotated[float, Gt(0), Lt(1)]
@@ -51,7 +48,7 @@ class WeightAverage(RunCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Copy the model, on its device, or its saved average; from now on the task measures the average."""
-        task = cast("LanguageModelTask", pl_module)
+        task = cast(TrainingTask, pl_module)
         self.model = copy.deepcopy(task.model, {id(buffer): buffer for buffer in task.model.buffers()})
         self.model.eval().requires_grad_(False)
         self.averages = {
@@ -66,7 +63,7 @@ class WeightAverage(RunCallback):
             log.info("%s holds no average of weights: it starts from the weights themselves", trainer.ckpt_path)
         task.measure(self.model)
 
-    def on_step_end(self, trainer: Trainer, task: "LanguageModelTask", step: int) -> None:
+    def on_step_end(self, trainer: Trainer, task: TrainingTask, step: int) -> None:
         """Take in the new weights."""
         decay = min(self.decay, (1 + step) / (10 + step))
         averages = list(self.averages.values())

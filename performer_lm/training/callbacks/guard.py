@@ -13,7 +13,7 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -21,11 +21,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
-from performer_lm.training.callbacks.base import RunCallback
+from performer_lm.training.callbacks.base import RunCallback, TrainingTask
 from performer_lm.training.callbacks.learning_rates import learning_rates
-
-if TYPE_CHECKING:
-    from performer_lm.training.task import LanguageModelTask
 
 log = logging.getLogger("performer_lm")
 
@@ -59,23 +56,23 @@ class NonFiniteGuard(RunCallback):
             self._batches = []
         self._batches.append(batch)
 
-    def on_gradients(self, trainer: Trainer, task: "LanguageModelTask", *, loss: Tensor, norm: Tensor) -> None:
+    def on_gradients(self, trainer: Trainer, task: TrainingTask, *, loss: Tensor, norm: Tensor) -> None:
         """Look at the last step's numbers, if they were not there yet, and take this step's."""
-        self._look(trainer, task)
+        self._look(trainer)
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         values = torch.stack((loss, torch.zeros_like(loss) if scaled else norm.to(loss.dtype))).detach()
         host, arrived = _send_to_host(values)
         self._noted = _Noted(task.step, host, arrived, self._batches, learning_rates(trainer))
         if arrived is None:
-            self._look(trainer, task)
+            self._look(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look before anything is measured."""
-        self._look(trainer, pl_module)
+        self._look(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Look before anything is saved, at the weights too."""
-        self._look(trainer, pl_module)
+        self._look(trainer)
         if name := _find_spoilt(pl_module):
             raise FloatingPointError(
                 f"the weights are not finite after step {trainer.global_step} ({name}): they are not saved; "
@@ -94,9 +91,9 @@ class NonFiniteGuard(RunCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the last step."""
-        self._look(trainer, pl_module)
+        self._look(trainer)
 
-    def _look(self, trainer: Trainer, task: LightningModule) -> None:
+    def _look(self, trainer: Trainer) -> None:
         noted, self._noted = self._noted, None
         if noted is None:
             return
@@ -106,7 +103,7 @@ class NonFiniteGuard(RunCallback):
         if math.isfinite(loss) and math.isfinite(norm):
             return
         folder = self.run.folder / "nonfinite"
-        self._save(folder, noted, task, rank=trainer.global_rank, gradients=noted.arrived is None)
+        self._save(folder, noted, trainer.lightning_module, rank=trainer.global_rank, gradients=noted.arrived is None)
         what = f"gradient norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
         raise FloatingPointError(
             f"the {what} at step {noted.step} (loss {loss:.4g}, gradient norm {norm:.4g}, {_told(noted.rates)}); its "

@@ -1,15 +1,12 @@
 """What a run shows while it goes."""
 
 import logging
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from lightning.pytorch import LightningModule, Trainer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from performer_lm.training.callbacks.base import RunCallback, Surroundings
-
-if TYPE_CHECKING:
-    from performer_lm.training.task import LanguageModelTask
+from performer_lm.training.callbacks.base import RunCallback, RunDetails, TrainingTask
 
 log = logging.getLogger("performer_lm")
 
@@ -19,7 +16,7 @@ VALIDATED: Final = ("val/loss", "val/bpb", "val/accuracy")
 class ProgressReport(RunCallback):
     """Show a bar with loss and tokens/s on a terminal, plain lines elsewhere; a line per validation on both."""
 
-    def join(self, run: Surroundings) -> None:
+    def join(self, run: RunDetails) -> None:
         """Make the bar, which only a terminal that can redraw a line shows."""
         super().join(run)
         self.bar = Progress(
@@ -39,7 +36,7 @@ class ProgressReport(RunCallback):
         self.bar.update(self.shown, total=trainer.max_steps, completed=trainer.global_step)
         self.bar.start()
 
-    def on_step_end(self, trainer: Trainer, task: "LanguageModelTask", step: int) -> None:
+    def on_step_end(self, trainer: Trainer, task: TrainingTask, step: int) -> None:
         """Move the bar; read the metrics, which waits for the device, only where they are logged anyway."""
         self.bar.update(self.shown, completed=step)
         if step % self.run.log_every and step != trainer.max_steps:

@@ -3,20 +3,17 @@
 import logging
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from lightning.pytorch import LightningModule, Trainer
 
 from performer_lm.generation.decode import stream_text
 from performer_lm.generation.sampling import Sampler
 from performer_lm.ranges import Count, NotNegative, ranged
-from performer_lm.training.callbacks.base import RunCallback
+from performer_lm.training.callbacks.base import RunCallback, TrainingTask
 from performer_lm.training.loggers.base import RunLogger
 from performer_lm.training.report import spared
 from performer_lm.writing import append_text, replace_text
-
-if TYPE_CHECKING:
-    from performer_lm.training.task import LanguageModelTask
 
 log = logging.getLogger("performer_lm")
 _TITLE = re.compile(r"^=== sample at step (\d{1,18}) ===$", re.MULTILINE)
@@ -58,7 +55,7 @@ class Samples(RunCallback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Continue the prompt with the model that validation runs, if it can; on the first rank only."""
-        model = cast("LanguageModelTask", pl_module).measured
+        model = cast(TrainingTask, pl_module).measured
         if not (trainer.is_global_zero and model.decodes):
             return
         room = model.room_after(max(1, len(self.run.tokenizer.encode(self.prompt))))  # where learned positions end

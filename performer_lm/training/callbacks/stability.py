@@ -1,7 +1,7 @@
 """Loss spikes: steps whose loss stands far above what the steps before them lead one to expect."""
 
 import logging
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge
@@ -9,10 +9,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from performer_lm.ranges import Positive, ranged
-from performer_lm.training.callbacks.base import RunCallback
-
-if TYPE_CHECKING:
-    from performer_lm.training.task import LanguageModelTask
+from performer_lm.training.callbacks.base import RunCallback, TrainingTask
 
 log = logging.getLogger("performer_lm")
 
@@ -38,7 +35,7 @@ class StabilityMonitor(RunCallback):
         self._running = torch.zeros(3)  # steps taken in, mean, variance
         self._worst = torch.zeros(3)  # z, step, loss of the worst step since the last log
 
-    def on_gradients(self, trainer: Trainer, task: "LanguageModelTask", *, loss: Tensor, norm: Tensor) -> None:
+    def on_gradients(self, trainer: Trainer, task: TrainingTask, *, loss: Tensor, norm: Tensor) -> None:
         """Take in a step's loss; look at the worst where metrics are logged."""
         self._take_in(loss.detach().float(), task.step)
         if task.logs_now:

@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from performer_lm import checkpoint
+from performer_lm.building import build_model
 from performer_lm.cost import Cost, measure_cost
 from performer_lm.training.callbacks.base import RunCallback
 from performer_lm.training.report import spared
@@ -24,7 +24,7 @@ class ModelSummary(RunCallback):
         with spared("what the model costs"):
             task, data = cast(Any, pl_module), cast(Any, trainer).datamodule
             with torch.device("meta"):
-                sketch = checkpoint.build(task.section["model"])
+                sketch = build_model(task.section["model"])
             cost = measure_cost(sketch, task.objective, context=data.context)
             sequences, precision = data.share(trainer).micro_batch, str(trainer.precision)
             log.info("%s", describe_cost(cost, context=data.context, sequences=sequences, precision=precision))

@@ -1,15 +1,12 @@
 """How fast a run goes."""
 
 import time
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from lightning.pytorch import LightningModule, Trainer
 
-from performer_lm.training.callbacks.base import RunCallback
+from performer_lm.training.callbacks.base import RunCallback, TrainingTask
 from performer_lm.training.peaks import peak_flops
-
-if TYPE_CHECKING:
-    from performer_lm.training.task import LanguageModelTask
 
 
 class Throughput(RunCallback):
@@ -29,7 +26,7 @@ class Throughput(RunCallback):
         """Find out what the devices could do, and start the clock."""
         peak = peak_flops(trainer.strategy.root_device, precision=str(trainer.precision))
         if peak is not None:
-            model, context = cast("LanguageModelTask", pl_module).model, self.run.context
+            model, context = cast(TrainingTask, pl_module).model, self.run.context
             self.most_tokens = trainer.world_size * peak / (3 * model.count_flops(context) / context)
         self._running_since = time.perf_counter()
 
@@ -41,7 +38,7 @@ class Throughput(RunCallback):
         """Start the clock again."""
         self._running_since = time.perf_counter()
 
-    def on_step_end(self, trainer: Trainer, task: "LanguageModelTask", step: int) -> None:
+    def on_step_end(self, trainer: Trainer, task: TrainingTask, step: int) -> None:
         """Count a step, and log where metrics are logged."""
         self.steps += 1
         if step % self.run.log_every == 0:
