@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from performer_lm.data.corpora.collection import Collection, Part
+from performer_lm.data.held_out import BOTH, HELD_OUT, NEITHER, Split, split_text
 from performer_lm.data.ids import Ids
 from performer_lm.data.progress import PreparationProgress
-from performer_lm.data.split import BOTH, HELD_OUT, NEITHER, Split, split_text
 from performer_lm.data.survey import Survey, digest_of
 from performer_lm.data.tokenizer import Tokenizer
 

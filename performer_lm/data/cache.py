@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 from performer_lm.data.build import pieces, sync, write_arrays
 from performer_lm.data.corpora.collection import Collection
+from performer_lm.data.held_out import Split, hold_out_all, split_documents
 from performer_lm.data.ids import Ids
 from performer_lm.data.progress import PreparationProgress, say
 from performer_lm.data.reading import check_regular
-from performer_lm.data.split import Split, hold_out_all, split_documents
 from performer_lm.data.survey import Survey, read_through
 from performer_lm.data.tokenizer import Tokenizer, TokenizerRecipe, tokenizer_from_dict
 
@@ -40,7 +40,7 @@ class TokenCache(NamedTuple):
     train: Ids
     validation: Ids
     train_bounds: list[int]
-    """Positions of the end tokens between corpora, one more than there are corpora."""
+    """Indices of the end tokens between corpora, one more than there are corpora."""
     validation_bounds: list[int]
     validation_sizes: NDArray[np.int64]
     """Bytes of text of each held-out document."""

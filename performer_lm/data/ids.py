@@ -14,14 +14,14 @@ from torch import Tensor
 IGNORE: Final = -100  # fills up short windows; cross_entropy's ignore_index
 
 Ids = NDArray[np.integer[Any]]
-Positions = NDArray[np.int64]
+Indices = NDArray[np.int64]
 
 
 class Spans(NamedTuple):
     """Parts `ids[start:stop]` of a flat array, none longer than a window; `(b,)` each."""
 
-    starts: Positions
-    stops: Positions
+    starts: Indices
+    stops: Indices
 
 
 class FlatIds(ABC):
@@ -100,7 +100,7 @@ class ResidentIds(FlatIds):
     def _take(self, places: Tensor) -> Tensor:
         return self._ids[places].long() & self._unsigned
 
-    def _send(self, positions: Positions) -> Tensor:
+    def _send(self, positions: Indices) -> Tensor:
         return torch.from_numpy(positions).to(self._device, non_blocking=True)
 
 

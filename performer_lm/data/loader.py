@@ -78,7 +78,7 @@ class ValidationBatches(Dataset[Tensor]):
 
 
 @final
-class Positions(DistributedSampler[int]):
+class RemainingIndices(DistributedSampler[int]):
     """Every index of a data set from `start` on; its length stays that of the whole, as a resuming trainer expects.
 
     It is a DistributedSampler because a trainer with several ranks replaces any other kind, and the data sets here
@@ -118,7 +118,7 @@ class TrainLoader(DataLoader[Tensor]):
         start_method: str | None = None,
         pin_memory: bool = False,
     ) -> None:
-        self._positions = Positions(batches)
+        self._positions = RemainingIndices(batches)
         self._accumulation = accumulation
         self._done = done
         super().__init__(

@@ -12,7 +12,7 @@ from annotated_types import Ge, Le
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from performer_lm.data.loader import Positions, Share, TrainBatches, TrainLoader, ValidationBatches
+from performer_lm.data.loader import RemainingIndices, Share, TrainBatches, TrainLoader, ValidationBatches
 from performer_lm.data.tokenizer import Tokenizer
 from performer_lm.data.windows import FiniteWindows, Windows
 from performer_lm.ranges import Count, Whole, ranged
@@ -161,7 +161,7 @@ class WindowData(lightning.LightningDataModule):
         return DataLoader(
             batches,
             batch_size=None,
-            sampler=Positions(batches),
+            sampler=RemainingIndices(batches),
             generator=torch.Generator(),
             pin_memory=self.pins_memory,
         )

@@ -8,7 +8,7 @@ from performer_lm.data.corpora.files import Files
 from performer_lm.data.corpora.hub import Hub
 from performer_lm.data.corpora.standard_library import StandardLibrary
 from performer_lm.data.module import WindowData
-from performer_lm.data.stream import StreamData
+from performer_lm.data.streaming.data import StreamData
 from performer_lm.data.text import TextData, TextOptions
 from performer_lm.ranges import Count, NotNegative, ranged
 

@@ -11,7 +11,7 @@ import numpy as np
 from annotated_types import Ge, Le
 from numpy.typing import NDArray
 
-from performer_lm.data.ids import Positions
+from performer_lm.data.ids import Indices
 from performer_lm.ranges import Count, Positive, ranged
 
 Symbols = Annotated[int, Ge(2), Le(2**20)]
@@ -20,7 +20,7 @@ Symbols = Annotated[int, Ge(2), Le(2**20)]
 class Rows(NamedTuple):
     """Generated rows, and which of their ids are answers; `(b, at most n + 1)` each."""
 
-    ids: Positions
+    ids: Indices
     answers: NDArray[np.bool_]
 
 
@@ -164,7 +164,7 @@ class Recall(Task):
         return Rows(ids, answers)
 
 
-def _answered(shown: Positions, answers: Positions) -> Rows:
+def _answered(shown: Indices, answers: Indices) -> Rows:
     """Return rows of what is shown, with the answers after it."""
     counted = np.concatenate((np.zeros_like(shown, dtype=bool), np.ones_like(answers, dtype=bool)), axis=1)
     return Rows(np.concatenate((shown, answers), axis=1), counted)
@@ -172,7 +172,7 @@ def _answered(shown: Positions, answers: Positions) -> Rows:
 
 def _distinct(
     random: np.random.Generator, count: int, choices: int, size: int, *, weights: NDArray[np.float64] | None = None
-) -> Positions:
+) -> Indices:
     """Return `count` rows of `size` different numbers below `choices`, drawn one after another by weight.
 
     The smallest of exponential waiting times come in the order of such draws (Efraimidis and Spirakis 2006).

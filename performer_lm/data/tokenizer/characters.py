@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from performer_lm.data.tokenizer.base import Ids, Text, Tokenizer, short
-from performer_lm.data.tokenizer.text import as_bytes, escaped
+from performer_lm.data.tokenizer.utf8 import as_bytes, escaped
 
 
 @final

@@ -18,7 +18,7 @@ import tokenizers
 
 from performer_lm.data.tokenizer.base import Ids, Text, Tokenizer, short
 from performer_lm.data.tokenizer.byte_level import encode_in_runs, unspell
-from performer_lm.data.tokenizer.text import as_str
+from performer_lm.data.tokenizer.utf8 import as_str
 
 LONGEST_TOKEN: Final = 1 << 12  # characters of a token, or of what a file adds to a text
 MOST_GROWTH: Final = 1 << 12  # times that a file may lengthen a text by replacing parts of it

@@ -1,7 +1,5 @@
 """The record of a run: `metrics.jsonl`, appended line by line; `metrics.csv` and `metrics.png` derive from it."""
 
-import csv
-import io
 import json
 import math
 import sys
@@ -15,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from performer_lm.training.loggers.base import RunLogger
 from performer_lm.training.plot import draw_metrics
 from performer_lm.training.report import spared
-from performer_lm.writing import append_text, replace_text
+from performer_lm.writing import append_text, replace_text, write_csv
 
 Row = dict[str, float]
 
@@ -76,11 +74,7 @@ class MetricsLogger(Logger, RunLogger):
             if not rows:
                 return
             columns = ["step", *sorted({name for row in rows for name in row} - {"step"})]
-            table = io.StringIO(newline="")
-            writer = csv.DictWriter(table, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-            replace_text(self.folder / "metrics.csv", table.getvalue())
+            write_csv(self.folder / "metrics.csv", columns, ([row.get(name, "") for name in columns] for row in rows))
         with spared("metrics.png"):
             draw_metrics(rows, self.folder / "metrics.png", title=str(self.folder))
 

@@ -13,15 +13,15 @@ from torch.utils.data import DataLoader
 
 from performer_lm.data.corpora.collection import Errors, clean
 from performer_lm.data.corpora.hub import Hub
+from performer_lm.data.held_out import HeldOut
 from performer_lm.data.ids import HostIds
-from performer_lm.data.layouts import HeldOutStream
+from performer_lm.data.layouts import stream_spans
 from performer_lm.data.module import WindowData, WindowOptions
 from performer_lm.data.progress import say
-from performer_lm.data.split import HeldOut
-from performer_lm.data.stream_batches import DocumentStream, StreamBatches, StreamLoader
+from performer_lm.data.streaming.batches import DocumentStream, StreamBatches, StreamLoader
 from performer_lm.data.survey import digest_of, place_of
 from performer_lm.data.tokenizer import TokenizerRecipe
-from performer_lm.data.windows import HeldOutWindows
+from performer_lm.data.windows import FiniteWindows, listed_windows
 from performer_lm.ranges import Count, ranged
 
 
@@ -156,7 +156,7 @@ class StreamData(WindowData):
             )
         return train, list(held_out.values())
 
-    def _lay_out(self, texts: list[bytes]) -> HeldOutWindows:
+    def _lay_out(self, texts: list[bytes]) -> FiniteWindows:
         encoded = self.tokenizer.encode_batch(texts)
         end = np.array([self.tokenizer.end_id])
         ids = np.concatenate([end, *(part for each in encoded for part in (each, end))])
@@ -165,5 +165,5 @@ class StreamData(WindowData):
         if int(lengths[ids].sum()) != size:
             lengths = np.full(self.tokenizer.vocab_size, size / max(len(ids) - len(texts) - 1, 1), dtype=np.float32)
             lengths[self.tokenizer.end_id :] = 0
-        layout = HeldOutStream(len(ids), context=self.context)
-        return HeldOutWindows(HostIds(ids), layout, context=self.context, byte_lengths=lengths)
+        spans = stream_spans(len(ids), context=self.context)
+        return listed_windows(HostIds(ids), spans, context=self.context, byte_lengths=lengths)

@@ -1,6 +1,5 @@
 """Pictures of an approximation: how it improves with more features, and attention matrices beside softmax's."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from performer_lm.evaluation.approximation import Weights
-from performer_lm.evaluation.findings import as_it_is, spread_over_draws
-from performer_lm.evaluation.sweep import Finding
+from performer_lm.evaluation.approximation.draws import Finding
+from performer_lm.evaluation.approximation.layer import Weights
+from performer_lm.evaluation.approximation.tables import as_it_is, spread_over_draws
+from performer_lm.writing import write_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +52,7 @@ def draw_findings(findings: Sequence[Finding], path: Path, *, title: str) -> Non
         figure.axes[0].legend(frameon=False, fontsize=9)
     figure.supxlabel("number of features m (a star: as the model runs them)", fontsize=10)
     figure.suptitle(title, fontsize=11)
-    _save(figure, path)
+    write_png(path, figure)
 
 
 def _lines(axes: "Axes", findings: Sequence[Finding], measure: str, colours: Mapping[str, Any]) -> None:
@@ -102,7 +102,7 @@ def draw_weights(weights: Weights, path: Path, *, heads: Sequence[int], title: s
     for axes in rows[-1]:
         axes.set_xlabel("key", fontsize=9)
     figure.suptitle(title, fontsize=11)
-    _save(figure, path)
+    write_png(path, figure)
 
 
 def _draw_head(figure: "Figure", row: Any, implied: NDArray[np.float64], exact: NDArray[np.float64]) -> None:
@@ -126,13 +126,3 @@ def _bar(figure: "Figure", axes: "Axes", image: Any, ticks: Sequence[float]) -> 
     bar.set_ticks(list(ticks), labels=[f"{tick:.2g}" for tick in ticks], minor=False)
     bar.ax.minorticks_off()
     bar.ax.tick_params(labelsize=7)
-
-
-def _save(figure: "Figure", path: Path) -> None:
-    """Write a PNG in one move."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

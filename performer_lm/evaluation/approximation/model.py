@@ -1,4 +1,4 @@
-"""How well random features stand in for softmax in a model, layer by layer, on the vectors of a real forward.
+"""The errors of random features against softmax in every layer of a model, on the vectors of a real forward.
 
 Letters: `b` batch, `n` tokens, `h` heads.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from performer_lm.attention.favor import FavorAttention
-from performer_lm.evaluation.approximation import Approximation, measure_approximation
+from performer_lm.evaluation.approximation.layer import Approximation, measure_approximation
 from performer_lm.ranges import Count, ranged
 
 Vectors = tuple[Tensor, Tensor, Tensor]

@@ -7,7 +7,7 @@ features.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from einops import rearrange
@@ -26,13 +26,26 @@ TINY = 1e-290
 
 
 class Block(NamedTuple):
-    """What some queries see, `(b, h, i, j)` each."""
+    """Weights of keys for some queries, `(b, h, i, j)` each."""
 
     implied: Tensor
     exact: Tensor
     faded: Tensor  # weights without q and k
     effective: Tensor
     visible: Tensor
+
+
+class Sight(TypedDict, total=False):
+    """Which keys a query sees, and how well."""
+
+    causal: bool
+    """End-aligned; the default."""
+    mask: Tensor | None
+    """`(b, j)` bool, True keeps."""
+    segments: Tensor | None
+    """`(b, j)` document ids of the keys; the queries are the last i of them."""
+    log_decay: Tensor | None
+    """`(b, g, j)`: how keys fade."""
 
 
 @ranged
@@ -45,8 +58,8 @@ class Pairs:
         q: Tensor,
         k: Tensor,
         *,
-        causal: bool,
         queries: Count | None = None,
+        causal: bool = True,
         mask: Tensor | None = None,
         segments: Tensor | None = None,
         log_decay: Tensor | None = None,

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from performer_lm.data.corpora.collection import Errors, clean
 from performer_lm.data.corpora.hub import Hub
 from performer_lm.data.ids import Ids
-from performer_lm.data.loader import Positions, Share
+from performer_lm.data.loader import RemainingIndices, Share
 from performer_lm.data.progress import say
 from performer_lm.data.survey import digest_of
 from performer_lm.data.tokenizer import Tokenizer
@@ -145,7 +145,7 @@ class StreamLoader(DataLoader[Any]):
 
     def __init__(self, batches: StreamBatches, *, done: Callable[[], int], accumulation: int, **options: Any) -> None:
         self._batches = batches
-        self._numbers = Positions(batches)
+        self._numbers = RemainingIndices(batches)
         self._done = done
         self._accumulation = accumulation
         self._places: deque[tuple[int, Place]] = deque(maxlen=64)  # the trainer is few batches behind

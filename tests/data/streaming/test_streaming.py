@@ -14,8 +14,8 @@ from torch import Tensor
 from performer_lm.data import sources
 from performer_lm.data.corpora.hub import Hub
 from performer_lm.data.loader import Share
-from performer_lm.data.stream import StreamData
-from performer_lm.data.stream_batches import DocumentStream, Place, StreamBatches
+from performer_lm.data.streaming.batches import DocumentStream, Place, StreamBatches
+from performer_lm.data.streaming.data import StreamData
 from performer_lm.data.survey import digest_of
 from performer_lm.data.tokenizer import ByteTokenizer
 from performer_lm.data.tokenizer.recipes import Bytes
