@@ -44,20 +44,20 @@ def carry_over(
     *,
     is_allowed: bool,
 ) -> list[str]:
-    """Fit what a checkpoint holds of weights, averages and optimizer states to the run that goes on with it.
+    """Fit weights, averages and optimizer states of a checkpoint, in place, to the run that goes on with it.
 
     Args:
-        resumed: what the run goes on from; its content is changed.
+        resumed: whose content is changed.
         model: of the run.
         optimizer: of `LanguageModelTask`.
-        section: what the run would save.
-        is_allowed: whether anything may have changed; nothing else is worth a look at the optimizer.
+        section: of the checkpoints of the run.
+        is_allowed: whether anything may have changed; else the optimizer is left alone.
 
     Returns:
         A line for each part that starts anew.
 
     Raises:
-        ValueError: as `fit_backend`.
+        ValueError: for a weight that does not fit.
     """
     lines = _carry_weights(resumed, model)
     if is_allowed:

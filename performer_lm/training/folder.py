@@ -79,11 +79,9 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Return where checkpoints lie."""
         return self.path / "checkpoints"
 
     def open(self, cfg: DictConfig) -> None:
-        """Keep the config in the folder."""
         replace_text(self.path / "config.yaml", _to_yaml(cfg), sync=False)  # each start writes it again
 
     def release(self) -> None:

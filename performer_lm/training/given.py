@@ -19,11 +19,7 @@ from performer_lm.training.carrying import fit_backend
 
 
 def open_given(name: str) -> Checkpoint:
-    """Return the checkpoint that `init=name` means: of a run folder the best one, with the averages of its weights.
-
-    Raises:
-        ValueError: where there is none, or it is damaged.
-    """
+    """Return the checkpoint that `init=name` means: of a run folder the best one, with the averages of its weights."""
     return checkpoint.read(checkpoint.find(name, key="init"))
 
 
@@ -33,12 +29,7 @@ def describe_given(name: str) -> str:
 
 
 def take_model(cfg: DictConfig, source: Checkpoint, *, overrides: Sequence[str]) -> None:
-    """Make a checkpoint's model the config's, but for what was typed.
-
-    Args:
-        cfg: the composed config.
-        source: of which the model is.
-        overrides: what the user typed. `model=NAME` chooses another model altogether.
+    """Make a checkpoint's model the config's, but for options that were typed; `model=NAME` chooses another altogether.
 
     Raises:
         ValueError: for a checkpoint that generate.py would not open; for an option of another backend than its own.
@@ -61,11 +52,7 @@ def take_tokenizer(source: Checkpoint, *, overrides: Sequence[str]) -> Tokenizer
 
 
 def check_tokenizer(data: WindowData, source: Checkpoint) -> None:
-    """Refuse data whose ids mean something else than those that the weights know.
-
-    Raises:
-        ValueError: with both vocabularies.
-    """
+    """Raise ValueError for data whose ids mean something else than those that the weights know."""
     known = tokenizer_from_dict(source.section["tokenizer"])
     if data.tokenizer.to_dict() != known.to_dict():
         raise ValueError(

@@ -34,7 +34,6 @@ class _Lasting:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write the text, if that can be."""
         try:
             self._stream.write(text)
         except UnicodeEncodeError:
@@ -49,7 +48,6 @@ class _Lasting:
         return len(text)
 
     def flush(self) -> None:
-        """Send what is buffered, if that can be."""
         try:
             self._stream.flush()
         except BlockingIOError:

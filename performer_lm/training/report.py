@@ -1,4 +1,4 @@
-"""What a run says to people: its log, its closing card, and the link to the newest run."""
+"""A run's log, its closing card, and the link to the newest run."""
 
 import logging
 import os
@@ -52,7 +52,6 @@ class _ConsoleHandler(logging.Handler):
         self.console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print one line as it is."""
         self.console.print(record.getMessage(), markup=False, soft_wrap=True)
 
 
@@ -65,7 +64,6 @@ class _LogFile(logging.StreamHandler[TextIO]):
         self.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Go on without the file."""
         log.removeHandler(self)
         self.close()
         log.warning("warning: %s could not be written: %s", self.name, _reason(sys.exc_info()[1]))

@@ -53,7 +53,6 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Return the run's folder."""
         return self.run_folder.path
 
     def fit(self) -> float:
@@ -128,7 +127,6 @@ class Run:
                 logger.begin(self.folder, step=step)
 
     def _summarize(self) -> dict[str, Any]:
-        """Return what `summary.json` says."""
         steps, metrics = self.trainer.global_step, self.trainer.callback_metrics
         return {
             "steps": steps,

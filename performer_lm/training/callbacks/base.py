@@ -45,7 +45,7 @@ class RunDetails(NamedTuple):
 
 
 class RunCallback(Callback):
-    """Lightning's hooks count micro-batches; these count optimizer steps, from 1."""
+    """A callback that counts optimizer steps, from 1, where Lightning's hooks count micro-batches."""
 
     run: RunDetails
 
@@ -70,13 +70,11 @@ class RunCallback(Callback):
         """Act after a step's update."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Call `on_step_start` where an accumulation window begins."""
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self.on_step_start(trainer, cast(TrainingTask, pl_module), trainer.global_step + 1)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Call `on_step_end` where an accumulation window ends."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self.on_step_end(trainer, cast(TrainingTask, pl_module), trainer.global_step)

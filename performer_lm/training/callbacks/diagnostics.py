@@ -1,4 +1,4 @@
-"""How well random features stand in for softmax, while a run learns."""
+"""The errors of random features against softmax, while a run learns."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -17,18 +17,15 @@ Findings = Mapping[str, Any]  # by layer, a NamedTuple of tensors `(h,)`
 
 @ranged
 class ApproximationDiagnostics(RunCallback):
-    """Log, every so many steps, what a diagnosis finds on a batch of held-out text, as `favor/<name>/<layer>`.
+    """Log every so many steps the errors of random features on held-out text, as `favor/<name>/<layer>`.
 
     Each number is the mean over a layer's heads. The batch is the first of validation, so that numbers compare over
     steps and runs. Nothing of the run changes: dropout is off and no random number is drawn.
 
     Args:
         every: steps between diagnoses.
-        diagnose: takes a model and its input, returns by layer what it finds.
-        sequences: of the validation's first batch, how many to look at.
-
-    Raises:
-        ValueError: for counts below 1.
+        diagnose: takes a model and its input, returns findings by layer.
+        sequences: of the validation's first batch that are diagnosed.
     """
 
     def __init__(self, *, every: Count, diagnose: Callable[[nn.Module, Tensor], Findings], sequences: Count) -> None:

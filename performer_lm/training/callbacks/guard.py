@@ -1,11 +1,10 @@
-"""The end of a run whose numbers are not finite: loss or gradient, before that reaches its weights; weights, before
-they are saved; a validation, before it counts.
+"""The end of a run whose numbers are not finite: a loss or gradient before it reaches the weights, weights before they
+are saved, a validation before it counts.
 
-The loss is summed over ranks, and gradients are, so that every rank sees the same numbers and stops with the others.
-Where the CPU computes, it looks before each update. Looking at an accelerator's numbers means waiting for it, so there
-the numbers of a step are copied aside while it goes on, and looked at when the next step's gradients are there, or
-before anything is validated or saved: the update of that one step is lost with the process, and no file holds it. The
-weights are looked at once a save, for an update of finite numbers may still overflow.
+Loss and gradients are summed over ranks, so that all ranks stop at the same step. On a CPU they are checked before each
+update. Checking an accelerator's numbers means waiting for it, so there they are copied aside, and checked when the
+next step's gradients are there, or before anything is validated or saved: one update more is lost, and no file holds
+it. Weights are checked once a save, for an update of finite numbers may still overflow.
 """
 
 import json
@@ -28,7 +27,7 @@ log = logging.getLogger("performer_lm")
 
 
 class _Noted(NamedTuple):
-    """One step's numbers, which may still be on their way from the device."""
+    """Loss and gradient norm of a step, which may still be on their way from the device."""
 
     step: int
     values: Tensor  # (2,) on the host: loss, gradient norm
@@ -40,10 +39,9 @@ class _Noted(NamedTuple):
 class NonFiniteGuard(RunCallback):
     """Stop with `FloatingPointError` (exit code 3) at a loss, gradient, weight or validation that is not finite.
 
-    What it saw of a loss or gradient goes to `nonfinite/` in the run folder: a readable json, and a file per rank with
-    the step's batch and the norms of all weights and, where they are still there, gradients. With
-    `trainer.precision=16-mixed` gradients overflow now and then, and their scaler skips the update: there only the loss
-    counts.
+    A loss or gradient leaves a report in `nonfinite/` of the run folder: a json file, and a file per rank with the
+    step's batch and the norms of all weights and, where they are still there, gradients. Under
+    `trainer.precision=16-mixed` only the loss counts: gradients overflow now and then, and their scaler skips the step.
     """
 
     def __init__(self) -> None:
@@ -51,7 +49,6 @@ class NonFiniteGuard(RunCallback):
         self._noted: _Noted | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keep the micro-batches of the step at hand."""
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._batches = []
         self._batches.append(batch)
@@ -67,7 +64,6 @@ class NonFiniteGuard(RunCallback):
             self._look(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look before anything is measured."""
         self._look(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -90,7 +86,6 @@ class NonFiniteGuard(RunCallback):
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the last step."""
         self._look(trainer)
 
     def _look(self, trainer: Trainer) -> None:
@@ -104,9 +99,9 @@ class NonFiniteGuard(RunCallback):
             return
         folder = self.run.folder / "nonfinite"
         self._save(folder, noted, trainer.lightning_module, rank=trainer.global_rank, gradients=noted.arrived is None)
-        what = f"gradient norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
+        found = f"gradient norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
         raise FloatingPointError(
-            f"the {what} at step {noted.step} (loss {loss:.4g}, gradient norm {norm:.4g}, {_told(noted.rates)}); its "
+            f"the {found} at step {noted.step} (loss {loss:.4g}, gradient norm {norm:.4g}, {_told(noted.rates)}); its "
             f"batch and norms lie in {folder}; a lower optimizer.lr may help"
         )
 
@@ -152,7 +147,7 @@ def _largest(values: list[Tensor]) -> float:
 
 
 def _send_to_host(values: Tensor) -> tuple[Tensor, torch.Event | None]:
-    """Return the numbers on the host, and what tells that they have arrived; None where they are there already."""
+    """Return numbers on the host, and the event of their arrival; None where they are there already."""
     if values.device.type == "cpu":
         return values, None
     host = torch.empty_like(values, device="cpu", pin_memory=True)

@@ -11,7 +11,6 @@ class LearningRates(RunCallback):
     """Log `train/lr`, and `train/lr_matrices` where the hidden layers' matrices have a rate of their own (Muon)."""
 
     def on_gradients(self, trainer: Trainer, task: TrainingTask, *, loss: Tensor, norm: Tensor) -> None:
-        """Log the rates of the update to come."""
         if task.logs_now:
             for name, rate in learning_rates(trainer).items():
                 task.log(f"train/{name}", rate)

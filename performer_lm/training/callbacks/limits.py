@@ -22,20 +22,15 @@ class FinalValidation(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Ask the trainer to stop once it has taken its last step: stopping, it validates."""
         if trainer.global_step >= trainer.max_steps:
-            trainer.should_stop = True
+            trainer.should_stop = True  # stopping, it validates
 
 
 @ranged
 class TimeLimit(RunCallback):
     """End the run at the first step that ends after `minutes` of training and validating in this process.
 
-    Args:
-        minutes: the limit; a resumed run has it anew.
-
-    Raises:
-        ValueError: for a limit that is not positive.
+    A resumed run has the limit anew.
     """
 
     def __init__(self, *, minutes: Positive) -> None:
@@ -43,11 +38,10 @@ class TimeLimit(RunCallback):
         self._start = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
         self._start = time.monotonic()
 
     def on_step_end(self, trainer: Trainer, task: TrainingTask, step: int) -> None:
-        """Look at the clock; ranks agree on what the first one sees, where metrics are logged."""
+        """Stop at the limit; ranks agree on the first one's clock, where metrics are logged."""
         if trainer.world_size > 1 and step % self.run.log_every:
             return
         if trainer.strategy.broadcast(time.monotonic() - self._start >= 60 * self.minutes):

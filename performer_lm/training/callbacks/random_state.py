@@ -1,6 +1,6 @@
 """The random number generators of a run: seeded per rank, saved, and restored where a resumed run goes on.
 
-What draws from them is `nn.Dropout`; data, projections and samples have generators of their own.
+Only `nn.Dropout` draws from them; data, projections and samples have generators of their own.
 """
 
 import random
@@ -17,11 +17,7 @@ State = dict[str, Any]
 
 
 class RandomState(Callback):
-    """Give each rank a stream of its own, keep it through resuming, and keep validation out of it.
-
-    Args:
-        seed: of the run.
-    """
+    """Give each rank a stream of random numbers, keep it through resuming, and keep validation out of it."""
 
     def __init__(self, *, seed: int) -> None:
         self.seed = seed
@@ -44,11 +40,9 @@ class RandomState(Callback):
             self._restored = None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember the state that training goes on from."""
         self._before_validation = capture(pl_module.device)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go back to it."""
         if self._before_validation is not None:
             restore(self._before_validation, pl_module.device)
 

@@ -9,5 +9,4 @@ class Redraw(RunCallback):
     """Set random projections before each optimizer step, as a function of the step alone; never inside one."""
 
     def on_step_start(self, trainer: Trainer, task: TrainingTask, step: int) -> None:
-        """Redraw where a step begins."""
         task.model.redraw(step - 1)

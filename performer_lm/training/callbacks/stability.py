@@ -1,4 +1,4 @@
-"""Loss spikes: steps whose loss stands far above what the steps before them lead one to expect."""
+"""Loss spikes: steps whose loss stands far above the losses before."""
 
 import logging
 from typing import Annotated, Any
@@ -19,14 +19,7 @@ class StabilityMonitor(RunCallback):
     """Log `train/loss_z`, the largest loss since the last log in standard deviations above the running mean; warn.
 
     Mean and variance run over about `window` steps, on the device, without steps that are spikes themselves. The first
-    `window` steps only feed them.
-
-    Args:
-        window: steps that the running mean and variance remember.
-        threshold: standard deviations from which a loss is a spike.
-
-    Raises:
-        ValueError: for a window below 2, or a threshold that is not positive.
+    `window` steps only feed them. A loss `threshold` standard deviations above the mean is a spike.
     """
 
     def __init__(self, *, window: Annotated[int, Ge(2)], threshold: Positive) -> None:
@@ -58,9 +51,7 @@ class StabilityMonitor(RunCallback):
         self._running = torch.where(z <= self.threshold, taken, self._running)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the running statistics."""
         return {"running": self._running.tolist(), "worst": self._worst.tolist()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from them."""
         self._running, self._worst = torch.tensor(state_dict["running"]), torch.tensor(state_dict["worst"])

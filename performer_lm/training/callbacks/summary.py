@@ -1,4 +1,4 @@
-"""What a run says of its model before it trains."""
+"""The cost of a model, printed before it trains."""
 
 import logging
 from typing import Any, cast
@@ -34,8 +34,8 @@ def describe_cost(cost: Cost, *, context: int, sequences: int, precision: str) -
     """Return a few lines on size, arithmetic and memory, and a note where softmax would do less arithmetic.
 
     Args:
-        cost: at `context`.
-        context: tokens of a window.
+        cost: at `context` tokens of a window.
+        context: of the data.
         sequences: windows of a micro-batch.
         precision: of Lightning.
     """

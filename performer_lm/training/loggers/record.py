@@ -23,9 +23,6 @@ class MetricsLogger(Logger, RunLogger):
 
     A resumed run goes on in the same file, cut back to the step it restores: no line is lost or doubled. Whenever this
     is killed, the file holds all lines but perhaps the end of the last one.
-
-    Args:
-        folder: the run's.
     """
 
     def __init__(self, *, folder: Path) -> None:
@@ -34,17 +31,14 @@ class MetricsLogger(Logger, RunLogger):
 
     @property
     def name(self) -> str:
-        """Return the logger's name."""
         return "metrics"
 
     @property
     def version(self) -> str:
-        """Return an empty version: all of a run lies in one folder."""
         return ""
 
     @property
     def record(self) -> Path:
-        """Return the file that the metrics are appended to."""
         return self.folder / "metrics.jsonl"
 
     @rank_zero_only
@@ -57,7 +51,6 @@ class MetricsLogger(Logger, RunLogger):
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Keep nothing: `config.yaml` holds the configuration."""
-        del params, args, kwargs
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
