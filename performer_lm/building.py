@@ -9,12 +9,13 @@ own imports (`performer_lm.checkpoint.shutil.copy`) leads nowhere. Names outside
 is imported.
 """
 
-import difflib
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from performer_lm.wording import did_you_mean, first_line
 
 ALLOWED = (
     "performer_lm",
@@ -126,7 +127,7 @@ def build_model(section: Any) -> Any:
     try:
         return build(section, find=_find_model)
     except TypeError as error:
-        raise ValueError(str(error).partition("\n")[0]) from error
+        raise ValueError(first_line(error)) from error
 
 
 def _find_model(name: object) -> Callable[..., Any]:
@@ -184,12 +185,6 @@ def escape(text: str) -> str:
     if text == "???":  # OmegaConf's word for a value that is yet to be given
         return '??${oc.decode:"?"}'
     return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", text)
-
-
-def did_you_mean(name: str, choices: Iterable[str], *, prefix: str = "") -> str:
-    """Return `; did you mean <prefix><choice>?` for the choice nearest to `name`, or nothing if none is near."""
-    nearest = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
-    return f"; did you mean {prefix}{nearest[0]}?" if nearest else ""
 
 
 def _within(module: str, roots: tuple[str, ...]) -> bool:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from performer_lm.checkpoint.pickles import Foreign
-from performer_lm.data.tokenizer.base import Tokenizer, short
+from performer_lm.data.tokenizer.base import Tokenizer
+from performer_lm.wording import short
 
 FORMAT: Final = 1
 AVERAGES: Final = "averages"  # key of a checkpoint: running averages of the model's parameters by name

@@ -15,9 +15,9 @@ from performer_lm.building import build_model
 from performer_lm.checkpoint.files import Checkpoint
 from performer_lm.checkpoint.sizes import check_memory, check_sizes
 from performer_lm.data.tokenizer import Tokenizer, tokenizer_from_dict
-from performer_lm.data.tokenizer.base import short
 from performer_lm.language_model import LanguageModel
 from performer_lm.objectives import MaskedTokens, NextToken, Objective, SourceToTarget
+from performer_lm.wording import first_line, short
 
 OBJECTIVES: dict[str, type[Objective]] = {
     f"performer_lm.objectives.{each.__name__}": each for each in (NextToken, MaskedTokens, SourceToTarget)
@@ -59,8 +59,7 @@ def _named(source: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        problem = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{source}: {problem[:300]}") from error
+        raise ValueError(f"{source}: {first_line(error)[:300]}") from error
 
 
 def _sketch(section: Mapping[str, Any]) -> LanguageModel:
@@ -115,22 +114,33 @@ def _without_unfit(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str,
     return {name: value for name, value in weights.items() if name not in is_other}
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, source: str) -> None:
-    """Load weights strictly, but for what the attention backend itself owns: that may have changed.
+def fit_backend(weights: Mapping[str, Tensor], model: nn.Module, *, source: str) -> tuple[dict[str, Tensor], list[str]]:
+    """Return weights for a model whose backend may be another one, and a line where it is.
 
-    Prints a line where backend weights were left out or kept at their initial values.
+    Raises:
+        ValueError: for the first weight that does not fit, a backend's own left aside.
+    """
+    own = model.state_dict()
+    fitting = _without_unfit(weights, model)
+    check_fit(model, fitting, source=source)
+    kept = {name: value for name, value in fitting.items() if name in own}
+    drawn = {name: value for name, value in own.items() if name not in kept}
+    left_out = len(weights) - len(kept)
+    line = f"the attention backend changed: {left_out} of its tensors left out, {len(drawn)} drawn anew"
+    return {**kept, **drawn}, [line] if left_out or drawn else []
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, source: str) -> None:
+    """Load weights strictly, but for names that only one of two attention backends owns; print a line on these.
 
     Raises:
         ValueError: naming the first key or shape that does not fit.
     """
     check_fit(model, weights, source=source)
-    own = model.state_dict()
-    kept = {name: value for name, value in weights.items() if name in own}
-    drawn = {name: value for name, value in own.items() if name not in weights}
-    model.load_state_dict({**kept, **drawn})
-    dropped = len(weights) - len(kept)
-    if dropped or drawn:
-        print(f"note: the attention backend changed: {dropped} of its tensors left out, {len(drawn)} drawn anew")
+    fitted, notes = fit_backend(weights, model, source=source)
+    model.load_state_dict(fitted)
+    for note in notes:
+        print(f"note: {note}")
 
 
 def check_fit(model: nn.Module, weights: Mapping[str, Tensor], *, source: str) -> None:

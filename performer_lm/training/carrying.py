@@ -11,29 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from performer_lm import checkpoint
 from performer_lm.building import build_model
 from performer_lm.checkpoint import AVERAGES, Checkpoint
-from performer_lm.checkpoint.opening import BACKEND
+from performer_lm.checkpoint.opening import fit_backend
 from performer_lm.language_model import LanguageModel
 from performer_lm.training.optim import DECAYS, MATRICES, parameter_groups
 
 PREFIX = "model."  # of the names of weights in a trainer's own part of a checkpoint
-
-
-def fit_backend(weights: Mapping[str, Tensor], model: nn.Module, *, source: str) -> tuple[dict[str, Tensor], list[str]]:
-    """Return weights for a model whose backend may be another one, and a line where it is.
-
-    Raises:
-        ValueError: for the first weight that does not fit, a backend's own left aside.
-    """
-    own = model.state_dict()
-    kept = {name: value for name, value in weights.items() if BACKEND not in name or _fits(value, own.get(name))}
-    checkpoint.check_fit(model, kept, source=source)
-    drawn = {name: value for name, value in own.items() if name not in kept}
-    left_out = len(weights) - len(kept)
-    line = f"the attention backend changed: {left_out} of its tensors left out, {len(drawn)} drawn anew"
-    return {**kept, **drawn}, [line] if left_out or drawn else []
 
 
 def carry_over(

@@ -13,9 +13,9 @@ from torch import nn
 
 from performer_lm import checkpoint
 from performer_lm.checkpoint import Checkpoint
+from performer_lm.checkpoint.opening import fit_backend
 from performer_lm.data.module import WindowData
 from performer_lm.data.tokenizer import Tokenizer, tokenizer_from_dict
-from performer_lm.training.carrying import fit_backend
 
 
 def open_given(name: str) -> Checkpoint:

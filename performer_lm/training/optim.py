@@ -103,7 +103,7 @@ def muon(
 
 
 def check_scaling(optimizer: Optimizer, *, precision: str) -> None:
-    """Raise ValueError for fused AdamW with float16: it takes the loss scale off gradients only after their clipping."""
+    """Raise ValueError for fused AdamW with float16: it takes loss scales off gradients only after their clipping."""
     if precision == "16-mixed" and getattr(optimizer, "_step_supports_amp_scaling", False):
         raise ValueError(
             "optimizer.fused=true does not go with trainer.precision=16-mixed: set it false, or use bf16-mixed"

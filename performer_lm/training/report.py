@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
+from performer_lm.wording import first_line
 from performer_lm.writing import open_to_append
 
 log = logging.getLogger("performer_lm")
@@ -22,7 +23,7 @@ def spared(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        log.warning("warning: %s could not be written: %s", name, _reason(error))
+        log.warning("warning: %s could not be written: %s", name, first_line(error))
 
 
 @contextmanager
@@ -66,18 +67,13 @@ class _LogFile(logging.StreamHandler[TextIO]):
     def handleError(self, record: logging.LogRecord) -> None:
         log.removeHandler(self)
         self.close()
-        log.warning("warning: %s could not be written: %s", self.name, _reason(sys.exc_info()[1]))
+        log.warning("warning: %s could not be written: %s", self.name, sys.exc_info()[1])
 
     def close(self) -> None:
         """Close the file, whatever of it could not be written."""
         with suppress(OSError):
             self.stream.close()
         super().close()
-
-
-def _reason(error: BaseException | None) -> str:
-    """Return the first line of what an error says."""
-    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def point_latest(folder: Path) -> None:

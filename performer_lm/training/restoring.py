@@ -20,9 +20,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from performer_lm.checkpoint import Checkpoint, check_fit
-from performer_lm.data.tokenizer.base import short
 from performer_lm.training.optim import Together, parameter_groups
 from performer_lm.training.task import LanguageModelTask
+from performer_lm.wording import first_line, short
 
 VERSION = re.compile(r"[2-9]\d*(\.\d+)*((a|b|rc|\.post|\.dev)\d+)?")
 
@@ -70,9 +70,8 @@ def check_callbacks(resumed: Checkpoint, callbacks: Iterable[Callback]) -> None:
 
 
 def _refusal(resumed: Checkpoint, error: Exception) -> ValueError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
     return ValueError(
-        f"{resumed.path} holds no training state to go on from: {reason[:300]}; "
+        f"{resumed.path} holds no training state to go on from: {first_line(error)[:300]}; "
         f"to start a new run from its weights: init={resumed.path}"
     )
 

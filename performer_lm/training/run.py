@@ -66,7 +66,10 @@ class Run:
             if not self.trainer.is_global_zero:
                 self._train()  # what is said and written, the first rank says and writes
                 return self.saving.best
-            self._open_folder()
+            self.run_folder.open(self.cfg)
+            for logger in self.trainer.loggers:
+                if isinstance(logger, RunLogger):  # a config may add Lightning's own
+                    logger.begin(self.folder, step=self._first_step)
             with open_log(self.folder / "train.log", self.console):
                 point_latest(self.folder)
                 return self._fit_and_tell()
@@ -76,7 +79,7 @@ class Run:
     def _fit_and_tell(self) -> float:
         for note in self.notes:
             log.warning("%s", note)
-        start = self.resumed.content["global_step"] if self.resumed else 0
+        start = self._first_step
         if self.resumed and start >= self.trainer.max_steps:
             log.info("%s has finished; to go on: %s", self.folder, self._resume_command())
             return best_score(self.resumed)
@@ -107,10 +110,8 @@ class Run:
     def _train(self) -> None:
         device, data = self.trainer.strategy.root_device, self.cfg.data
         reset_peak_memory(device)
-        micro_batch = (
-            f"{self.data.share(self.trainer).micro_batch} x {data.context} tokens x width {self.cfg.model.dim}"
-        )
-        told = sizes_told(device, micro_batch=micro_batch, vocabulary=self.task.model.head.out_features)
+        size = f"{self.data.share(self.trainer).micro_batch} x {data.context} tokens x width {self.cfg.model.dim}"
+        told = sizes_told(device, micro_batch=size, vocabulary=self.task.model.head.out_features)
         with told, started_processes(self.trainer, self.overrides):
             self.trainer.fit(
                 self.task,
@@ -119,12 +120,9 @@ class Run:
                 weights_only=True,
             )
 
-    def _open_folder(self) -> None:
-        self.run_folder.open(self.cfg)
-        step = self.resumed.content["global_step"] if self.resumed else 0
-        for logger in self.trainer.loggers:
-            if isinstance(logger, RunLogger):  # a config may add Lightning's own
-                logger.begin(self.folder, step=step)
+    @property
+    def _first_step(self) -> int:
+        return int(self.resumed.content["global_step"]) if self.resumed else 0
 
     def _summarize(self) -> dict[str, Any]:
         steps, metrics = self.trainer.global_step, self.trainer.callback_metrics
@@ -142,7 +140,7 @@ class Run:
         }
 
     def _resume_command(self) -> str:
-        step = max(self.trainer.global_step, self.resumed.content["global_step"] if self.resumed else 0)
+        step = max(self.trainer.global_step, self._first_step)
         return resume_command(self.overrides, folder=self.folder, step=step, max_steps=self.trainer.max_steps)
 
 

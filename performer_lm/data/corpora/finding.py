@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from performer_lm.data.reading import check_regular, without_packing
+from performer_lm.wording import did_you_mean
 
 EVERYTHING: Final = ("**", "*")
 ENDINGS_TOLD: Final = 3  # of files that are left out
@@ -207,5 +208,4 @@ def _nearest(path: Path) -> str:
         missing = missing.parent
     if not missing.parent.is_dir():
         return f": {missing.parent} is a file"
-    near = difflib.get_close_matches(missing.name, os.listdir(missing.parent), n=1, cutoff=0.5)
-    return f"; did you mean {missing.parent / near[0]}?" if near else ""
+    return did_you_mean(missing.name, os.listdir(missing.parent), prefix=str(missing.parent / "_")[:-1])

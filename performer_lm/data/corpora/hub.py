@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Final, final
 
 from performer_lm.data.corpora.base import Corpus, Document
-from performer_lm.data.corpora.columns import first_line, pick_outer, texts_of
+from performer_lm.data.corpora.columns import pick_outer, texts_of
 from performer_lm.data.progress import say
+from performer_lm.wording import did_you_mean, first_line
 
 ROWS_AT_ONCE: Final = 1000
 READERS: Final = ("arrow", "csv", "generator", "json", "parquet", "text")  # folders of the cache that are no data sets
@@ -130,8 +131,7 @@ def import_datasets() -> Any:
 
 
 def _mean(key: str, name: str, choices: list[str]) -> str:
-    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.4)
-    hint = f"; did you mean {key}={near[0]}?" if near else ""
+    hint = did_you_mean(name, choices, prefix=f"{key}=", cutoff=0.4)
     return f"{hint} (choices: {', '.join(choices)})" if choices else hint
 
 

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any, Final
 
-from performer_lm.data.corpora.columns import first_line, pick_column, texts_of
+from performer_lm.data.corpora.columns import pick_column, texts_of
 from performer_lm.data.corpora.json_rows import read_json_column
 from performer_lm.data.reading import BYTE_ORDER_MARK, open_unpacked, refuse_utf16, without_packing
+from performer_lm.wording import first_line
 
 TABLES_IF_ASKED: Final = (".csv", ".tsv", ".json")  # plain text, unless a column is named
 ROWS_AT_ONCE: Final = 1000

@@ -11,8 +11,9 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, pre_tokenizers
 
-from performer_lm.data.tokenizer.base import Ids, Text, Tokenizer, short
+from performer_lm.data.tokenizer.base import Ids, Text, Tokenizer
 from performer_lm.data.tokenizer.utf8 import LONGEST_PART, runs
+from performer_lm.wording import short
 
 # Where tokens never reach across. A word takes the one character before it (a space, a dot, a bracket), so `self`
 # and `.self` are one token each; punctuation takes the newline after it (`):` + newline); an indentation is one run

@@ -7,7 +7,6 @@ from typing import Any, Final, final
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
-from performer_lm.data.tokenizer.base import short
 from performer_lm.data.tokenizer.byte_level import (
     BYTE_VALUES,
     LONGEST_WORD,
@@ -17,6 +16,7 @@ from performer_lm.data.tokenizer.byte_level import (
     split_at,
     training_parts,
 )
+from performer_lm.wording import short
 
 SPLIT: Final = "words"  # where trained tokenizers part words
 MOST_BYTES: Final = 1 << 28  # of the pieces that merges make

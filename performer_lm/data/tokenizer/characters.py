@@ -6,8 +6,9 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-from performer_lm.data.tokenizer.base import Ids, Text, Tokenizer, short
+from performer_lm.data.tokenizer.base import Ids, Text, Tokenizer
 from performer_lm.data.tokenizer.utf8 import as_bytes, escaped
+from performer_lm.wording import short
 
 
 @final

@@ -16,9 +16,10 @@ from typing import Any, Final, final
 
 import tokenizers
 
-from performer_lm.data.tokenizer.base import Ids, Text, Tokenizer, short
+from performer_lm.data.tokenizer.base import Ids, Text, Tokenizer
 from performer_lm.data.tokenizer.byte_level import encode_in_runs, unspell
 from performer_lm.data.tokenizer.utf8 import as_str
+from performer_lm.wording import first_line, short
 
 LONGEST_TOKEN: Final = 1 << 12  # characters of a token, or of what a file adds to a text
 MOST_GROWTH: Final = 1 << 12  # times that a file may lengthen a text by replacing parts of it
@@ -167,5 +168,4 @@ def _library_errors() -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"tokenizer.json: {short(first)}") from None
+        raise ValueError(f"tokenizer.json: {short(first_line(error))}") from None

@@ -2,13 +2,14 @@
 
 from typing import Any, Final
 
-from performer_lm.data.tokenizer.base import Tokenizer, short
+from performer_lm.data.tokenizer.base import Tokenizer
 from performer_lm.data.tokenizer.byte_pairs import read_byte_pairs
 from performer_lm.data.tokenizer.characters import ByteTokenizer, read_characters
 from performer_lm.data.tokenizer.library import read_library
 from performer_lm.data.tokenizer.symbols import read_symbols
 from performer_lm.data.tokenizer.unigram import read_unigram
 from performer_lm.data.tokenizer.word_pieces import read_word_pieces
+from performer_lm.wording import short
 
 READERS: Final[dict[str, Any]] = {
     "bytes": lambda plain, *, specials: ByteTokenizer(specials=specials),

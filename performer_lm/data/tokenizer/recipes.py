@@ -1,6 +1,5 @@
 """What tokenizer a run is to have: options that are checked before any text is read, and how it comes from text."""
 
-import difflib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -13,7 +12,7 @@ from typing import Annotated, Any, ClassVar, final
 from annotated_types import Ge, Le
 
 from performer_lm.data.reading import check_regular
-from performer_lm.data.tokenizer.base import Tokenizer, short
+from performer_lm.data.tokenizer.base import Tokenizer
 from performer_lm.data.tokenizer.byte_pairs import train_byte_pairs
 from performer_lm.data.tokenizer.characters import ByteTokenizer, learn_characters
 from performer_lm.data.tokenizer.library import LibraryTokenizer
@@ -21,6 +20,7 @@ from performer_lm.data.tokenizer.plain import tokenizer_from_dict
 from performer_lm.data.tokenizer.unigram import train_unigram
 from performer_lm.data.tokenizer.word_pieces import train_word_pieces
 from performer_lm.ranges import Count, ranged
+from performer_lm.wording import did_you_mean, short
 
 VocabSize = Annotated[int, Ge(1), Le(2**22)]  # the tokenizers library aborts where it finds no room for more
 
@@ -241,15 +241,11 @@ def _read_json(name: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
-        near = difflib.get_close_matches(path.name, _json_names(path.parent), n=1, cutoff=0.4)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        there = {each.name for each in path.parent.glob("*.json")}
+        hint = did_you_mean(path.name, there, prefix=str(path.parent / "_")[:-1], cutoff=0.4)
         raise ValueError(f"tokenizer.path={name} cannot be read: {error.strerror}{hint}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"tokenizer.path={name} is not JSON: {short(str(error))}") from None
     if not isinstance(content, dict):
         raise ValueError(f"tokenizer.path={name} is not a tokenizer.json")
     return content
-
-
-def _json_names(folder: Path) -> list[str]:
-    return [path.name for path in folder.glob("*.json")] if folder.is_dir() else []

@@ -5,8 +5,9 @@ from typing import Any, final
 
 import numpy as np
 
-from performer_lm.data.tokenizer.base import Ids, Text, Tokenizer, short
+from performer_lm.data.tokenizer.base import Ids, Text, Tokenizer
 from performer_lm.data.tokenizer.utf8 import as_str
+from performer_lm.wording import short
 
 
 @final

@@ -9,7 +9,6 @@ import numpy as np
 import tokenizers
 from tokenizers import models, trainers
 
-from performer_lm.data.tokenizer.base import short
 from performer_lm.data.tokenizer.byte_level import (
     BYTE_NAMES,
     ByteLevelTokenizer,
@@ -19,6 +18,7 @@ from performer_lm.data.tokenizer.byte_level import (
     training_parts,
 )
 from performer_lm.data.tokenizer.byte_pairs import SPLIT, learn_merges
+from performer_lm.wording import short
 
 SEEDS: Final = 4  # pieces to begin with, for each that is wanted
 KEEP: Final = 0.75  # share of the pieces that a round of pruning leaves

@@ -5,7 +5,6 @@ from typing import Any, Final, final
 
 from tokenizers import models, pre_tokenizers
 
-from performer_lm.data.tokenizer.base import short
 from performer_lm.data.tokenizer.byte_level import (
     LONGEST_WORD,
     ByteLevelTokenizer,
@@ -15,6 +14,7 @@ from performer_lm.data.tokenizer.byte_level import (
     split_at,
 )
 from performer_lm.data.tokenizer.byte_pairs import SPLIT, learn_merges
+from performer_lm.wording import short
 
 INSIDE: Final = "\u2581"  # before a piece that continues a word; spells no byte
 BASE: Final = 512  # pieces of one byte: at the start of a word and inside it
