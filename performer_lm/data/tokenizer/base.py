@@ -89,18 +89,17 @@ class Tokenizer(ABC):
 
 @final
 class TextStream:
-    """Turn ids into text as they come; a character is given out once its last byte has come."""
+    """Ids turned into text as they come; a character is given out once its last byte has come."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, ids: Iterable[int]) -> str:
-        """Return the text that is complete once `ids` are added."""
         return self._decoder.decode(self._tokenizer.decode_bytes(ids))
 
     def finish(self) -> str:
-        """Return what is left: the replacement character for an unfinished one."""
+        """Return the replacement character for an unfinished character, if there is one."""
         return self._decoder.decode(b"", final=True)
 
 

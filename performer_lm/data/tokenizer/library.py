@@ -33,11 +33,8 @@ class LibraryTokenizer(Tokenizer):
     """A tokenizer that somebody trained; its own special tokens stay in the table and no text spells them.
 
     Args:
-        content: a parsed `tokenizer.json`.
+        content: a parsed `tokenizer.json`; ValueError, in one line, where the library does not take it.
         specials: names of further special tokens; theirs are the ids after the file's own and the end's.
-
-    Raises:
-        ValueError: in one line, for content that the library does not take.
     """
 
     def __init__(self, *, content: Mapping[str, Any], specials: Sequence[str] = ()) -> None:
@@ -51,7 +48,6 @@ class LibraryTokenizer(Tokenizer):
         super().__init__(pieces, specials=specials)
 
     def encode_batch(self, texts: Sequence[Text]) -> list[Ids]:
-        """Return the ids of each text, without the tokens that the file would put around it."""
         strings = [as_str(text) for text in texts]
         with _library_errors():
             encoded = encode_in_runs(self._library, strings)
@@ -64,11 +60,7 @@ class LibraryTokenizer(Tokenizer):
 
 
 def read_library(plain: dict[str, Any], *, specials: Sequence[str]) -> LibraryTokenizer:
-    """Build the tokenizer that plain data describes.
-
-    Raises:
-        ValueError: in one line, for data that does not.
-    """
+    """Build the tokenizer that plain data describes, or raise ValueError in one line."""
     content = plain.get("content")
     if not isinstance(content, dict):
         raise ValueError(f"tokenizer data: content ({short(content)}) must be a parsed tokenizer.json")

@@ -25,11 +25,7 @@ MOST_IDS: Final = 1 << 22
 
 
 def tokenizer_from_dict(plain: Any) -> Tokenizer:
-    """Build the tokenizer that `to_dict` described; nothing in the data is run or imported.
-
-    Raises:
-        ValueError: in one line, if the data is not what `to_dict` writes.
-    """
+    """Build the tokenizer that `to_dict` described, running nothing of it, or raise ValueError in one line."""
     kind = plain.get("kind") if isinstance(plain, dict) else None
     if not isinstance(kind, str) or kind not in READERS:
         raise ValueError(f"tokenizer data: kind ({short(kind)}) must be one of {', '.join(READERS)}")

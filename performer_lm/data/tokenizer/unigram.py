@@ -31,10 +31,7 @@ PARTS_AT_ONCE: Final = 16
 class UnigramTokenizer(ByteLevelTokenizer):
     """The unigram language model over bytes (Kudo 2018, arXiv:1804.10959). Ids 0..255 are the bytes.
 
-    Args:
-        pieces: every piece as the library spells it, the bytes first, and its log probability.
-        split: the name of the pattern at which words part.
-        specials: names of special tokens.
+    `pieces` are all pieces as the library spells them, the bytes first, and their log probabilities.
     """
 
     def __init__(self, *, pieces: Sequence[tuple[str, float]], split: str, specials: Sequence[str] = ()) -> None:
@@ -50,17 +47,12 @@ class UnigramTokenizer(ByteLevelTokenizer):
 
 
 def train_unigram(texts: Iterable[bytes], *, vocab_size: int, specials: Sequence[str] = ()) -> UnigramTokenizer:
-    """Train a unigram model on texts; the same texts give the same tokenizer, every time.
+    """Train a unigram model on documents, gone through twice; the same texts give the same tokenizer, every time.
 
     Seeds are byte pairs. In turns, words are written with the likeliest pieces, each piece gets the log of its share,
-    and the pieces go whose loss costs least, until `vocab_size` are left. All counts are whole numbers, so nothing
-    depends on the order of sums; the library's own trainer adds floating-point numbers from several threads, and no
-    two runs of it agree.
-
-    Args:
-        texts: documents; gone through twice.
-        vocab_size: ids in all, with the 256 bytes, the end and the special tokens. Little text may not fill it.
-        specials: names of special tokens.
+    and the pieces go whose loss costs least, until `vocab_size` are left, with the 256 bytes, the end and the special
+    tokens. Counts are whole numbers, so nothing depends on the order of sums; the library's own trainer adds floating-
+    point numbers from several threads, and no two runs of it agree.
     """
     texts = list(texts) if iter(texts) is texts else texts
     wanted = max(vocab_size - 1 - len(specials), 256)
@@ -79,11 +71,7 @@ def train_unigram(texts: Iterable[bytes], *, vocab_size: int, specials: Sequence
 
 
 def read_unigram(plain: dict[str, Any], *, specials: Sequence[str]) -> UnigramTokenizer:
-    """Build the tokenizer that plain data describes.
-
-    Raises:
-        ValueError: in one line, for data that does not.
-    """
+    """Build the tokenizer that plain data describes, or raise ValueError in one line."""
     split, pieces = read_split(plain), plain.get("pieces")
     if not isinstance(pieces, list):
         raise ValueError(f"tokenizer data: pieces ({short(pieces)}) must be a list of pieces and log probabilities")
