@@ -36,7 +36,7 @@ def split_documents(survey: Survey, *, fraction: HeldOut) -> Split:
 
     Of each corpus, documents that are given for validation are held out and the others trained on. Where none is
     given, about `fraction` of the documents are held out, and at least one on each side; a document larger than the
-    whole share to hold out stays in training, lest validation be that document. A single document is cut.
+    whole share to hold out stays in training. A single document is cut.
 
     Raises:
         ValueError: where all that is held out stands in training too.

@@ -29,18 +29,13 @@ class WindowLayout(ABC):
 
 
 class ShuffledLayout(WindowLayout):
-    """Epochs after one another, each all windows once in an order of its own.
-
-    Args:
-        per_epoch: windows in an epoch.
-    """
+    """Epochs after one another, each all `per_epoch` windows once in an order of its own."""
 
     def __init__(self, per_epoch: int) -> None:
         self.per_epoch: Final = per_epoch
         self._drawn: dict[int, Indices] = {}
 
     def spans(self, places: Indices) -> Spans:
-        """Cut the concatenated epochs: an epoch may end inside a batch, and a batch may be larger than an epoch."""
         chosen = np.empty_like(places)
         epochs, within = np.divmod(places, self.per_epoch)
         for epoch in np.unique(epochs):
@@ -70,10 +65,7 @@ class StreamLayout(ShuffledLayout):
         num_ids: of the stream.
         seed: of the order of the windows.
         context: of a window.
-        first: where the stream begins in the array.
-
-    Raises:
-        ValueError: if the array has no room for one window.
+        first: position of the stream in the array.
     """
 
     def __init__(self, num_ids: int, *, seed: int, context: int, first: int = 0) -> None:
@@ -117,16 +109,7 @@ class DocumentLayout(ShuffledLayout):
 
 @final
 class MixtureLayout(WindowLayout):
-    """Windows of several layouts, mixed by weight: of every `BLOCK` windows each gets its share, in a random order.
-
-    Args:
-        layouts: of the corpora.
-        weights: their shares, in any unit.
-        seed: of the order.
-
-    Raises:
-        ValueError: for a weight that is no share of at least 1 in `2 * BLOCK`.
-    """
+    """Windows of several layouts, mixed by weight: of every `BLOCK` windows each gets its share, in a random order."""
 
     def __init__(self, layouts: Sequence[WindowLayout], weights: Sequence[float], *, seed: int) -> None:
         self._layouts = list(layouts)
@@ -134,7 +117,6 @@ class MixtureLayout(WindowLayout):
         self._seed = seed
 
     def spans(self, places: Indices) -> Spans:
-        """Ask each layout for its next windows, in the order of their turns."""
         layouts, numbers = np.empty_like(places), np.empty_like(places)
         blocks, within = np.divmod(places, BLOCK)
         for block in np.unique(blocks):
@@ -169,7 +151,6 @@ class ListedLayout(WindowLayout):
         return len(self._starts)
 
     def spans(self, places: Indices) -> Spans:
-        """Look the windows up."""
         return Spans(self._starts[places], self._stops[places])
 
 
@@ -188,11 +169,7 @@ def document_spans(bounds: Indices, *, context: int) -> Spans:
 
 
 def shares(weights: Sequence[float]) -> Indices:
-    """Return how many of `BLOCK` windows each weight is worth: the nearest whole numbers that add up.
-
-    Raises:
-        ValueError: for a weight that is not positive, or worth less than half a window.
-    """
+    """Return how many of `BLOCK` windows each weight is worth, in whole numbers; ValueError for less than half a one."""
     wanted = BLOCK * np.array(weights, dtype=np.float64) / math.fsum(weights) if min(weights) > 0 else np.zeros(1)
     if not (wanted >= 0.5).all():
         raise ValueError(f"data.weights ({', '.join(map(str, weights))}) must each be at least 1/{2 * BLOCK} of all")
@@ -202,11 +179,7 @@ def shares(weights: Sequence[float]) -> Indices:
 
 
 def windows_per_epoch(num_ids: int, *, context: int) -> int:
-    """Return how many windows an epoch of a stream has, whatever its offset.
-
-    Raises:
-        ValueError: if the array has no room for one window.
-    """
+    """Return how many windows an epoch of a stream has, whatever its offset; ValueError for too few ids for one."""
     if num_ids < context + 1:
         raise ValueError(f"{num_ids} ids are too few: one window needs {context + 1} (context={context})")
     return max(1, num_ids // context - 1)

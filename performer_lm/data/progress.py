@@ -38,7 +38,6 @@ class PreparationProgress:
         self._bar.reset(self._stage, description=stage, total=num_bytes)
 
     def add(self, num_bytes: int) -> None:
-        """Move the bar on."""
         self._bar.advance(self._stage, num_bytes)
 
 

@@ -85,7 +85,7 @@ def open_unpacked(path: Path) -> Iterator[io.BufferedReader]:
     """Open a file to read the bytes it holds, unpacked.
 
     Raises:
-        ValueError: in one line that names the file, where it cannot be read to its end, now or while the context lasts.
+        ValueError: in one line that names the file, where it cannot be read to its end.
     """
     check_regular(path)
     try:
@@ -110,11 +110,7 @@ def open_unpacked(path: Path) -> Iterator[io.BufferedReader]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Return the bytes that a file holds, unpacked.
-
-    Raises:
-        ValueError: in one line that names the file.
-    """
+    """Return the bytes that a file holds, unpacked, or raise ValueError that names it."""
     with open_unpacked(path) as file:
         return file.read()
 

@@ -96,7 +96,6 @@ class TextData(WindowData):
         self._cache: TokenCache | None = None
 
     def prepare(self) -> None:
-        """Open the tokenized corpora, building them on first use, and check that they can fill windows."""
         if self._cache:
             return
         cache = self._open(self._validation_fraction)
@@ -105,7 +104,6 @@ class TextData(WindowData):
         self._cache = cache
 
     def prepare_held_out(self, *, whole: bool) -> None:
-        """Open the tokenized corpora, or what is held out whole of them."""
         self._cache = self._open(None if whole else self._validation_fraction)
 
     def _open(self, fraction: float | None) -> TokenCache:
@@ -129,7 +127,6 @@ class TextData(WindowData):
         return cache
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return hashes of text and tokenizer, and the options that decide which windows are seen."""
         self.prepare()
         assert self._cache
         return {
@@ -145,14 +142,10 @@ class TextData(WindowData):
 
     @property
     def is_packed(self) -> bool:
-        """Whether `documents` says so."""
         return self._documents == "packed"
 
     def where_gathered(self, windows: AnyWindows) -> AnyWindows:
-        """Return the windows on the device, if that is where the ids are to be."""
         return windows.to(self.device) if self._device_resident else windows
-
-    # --- layouts ------------------------------------------------------------------------------------------------------
 
     def _lay_out(self, cache: TokenCache) -> TextWindows:
         layouts = [
@@ -256,11 +249,7 @@ class TextData(WindowData):
 
 
 def _check_weights(names: Sequence[str], weights: Mapping[str, float] | None) -> list[float] | None:
-    """Return the weights in the order of the corpora.
-
-    Raises:
-        ValueError: if they do not name the corpora, or are not shares.
-    """
+    """Return the weights in the order of the corpora; ValueError if they do not name the corpora, or are not shares."""
     if weights is None:
         return None
     if set(weights) != set(names):

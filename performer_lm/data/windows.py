@@ -54,11 +54,9 @@ class TextWindows(Windows):
         self._context = context
 
     def rows(self, places: Indices) -> Tensor:
-        """Gather the windows where the ids lie."""
         return self._ids.windows(self._layout.spans(places), context=self._context)
 
     def to(self, device: torch.device) -> Self:
-        """Return windows onto a copy of the ids on the device."""
         return type(self)(self._ids.to(device), self._layout, context=self._context)
 
 
@@ -78,14 +76,12 @@ class FiniteWindows(Windows):
         return self._count
 
     def rows(self, places: Indices) -> Tensor:
-        """Return windows by number."""
         rows = self._windows.rows(np.minimum(places, self._count - 1))
         if (beyond := places >= self._count).any():
             rows = rows.masked_fill(torch.from_numpy(beyond[:, None]).to(rows.device, non_blocking=True), IGNORE)
         return rows
 
     def to(self, device: torch.device) -> Self:
-        """Return the same of windows gathered on the device."""
         return type(self)(self._windows.to(device), count=self._count, byte_lengths=self.byte_lengths)
 
 

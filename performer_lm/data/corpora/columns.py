@@ -9,11 +9,7 @@ TEXT_TYPES: Final = ("string", "large_string", "string_view", "binary", "large_b
 
 
 def pick_column(name: str, columns: Sequence[str], *, where: str) -> str:
-    """Return `name` if it is one of the columns.
-
-    Raises:
-        ValueError: naming the nearest column, and all of them where there are few.
-    """
+    """Return `name` if it is one of the columns, or raise ValueError with the nearest, and all where there are few."""
     if name in columns:
         return name
     hint = did_you_mean(name, columns, prefix="data.text_column=", cutoff=0.4)
@@ -22,20 +18,12 @@ def pick_column(name: str, columns: Sequence[str], *, where: str) -> str:
 
 
 def pick_outer(name: str, columns: Sequence[str], *, where: str) -> str:
-    """Return the column that `name` is, or that it is a field of.
-
-    Raises:
-        ValueError: naming the nearest column.
-    """
+    """Return the column that `name` is, or that it is a field of, or raise ValueError with the nearest."""
     return name if name in columns else pick_column(name.partition(".")[0], columns, where=where)
 
 
 def texts_of(batch: Any, name: str, *, where: str) -> list[bytes | None]:
-    """Return the texts in a column of an arrow table, UTF-8 or not.
-
-    Raises:
-        ValueError: for a column or field that is not there, or holds something else.
-    """
+    """Return the texts in a column of an arrow table, UTF-8 or not, or raise ValueError for what is none."""
     from pyarrow import compute, large_binary, types  # comes with datasets
 
     outer = pick_outer(name, batch.schema.names, where=where)

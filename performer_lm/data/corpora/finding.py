@@ -37,11 +37,11 @@ class Found(NamedTuple):
 
 
 def find(key: str, path: str, include: Sequence[str]) -> Found:
-    """Return the files that a path means.
+    """Return the files that a path means: a file, a folder or a glob; what exists under the whole name is no glob.
 
     Args:
         key: the option that gives the path, for messages.
-        path: a file, a folder or a glob; what exists under the whole name is no glob.
+        path: of the files.
         include: of a folder, the patterns of the names to take, whatever their case and however the files are packed.
 
     Raises:
@@ -94,12 +94,7 @@ def _find_by_glob(key: str, whole: Path, root: Path) -> Found:
 
 
 class _Walk:
-    """One way through a folder, along the parts of a glob.
-
-    Args:
-        root: the folder.
-        takes: whether a file of that relative name is wanted.
-    """
+    """One way through a folder, along the parts of a glob; `takes` says which relative names of files are wanted."""
 
     def __init__(self, root: Path, *, takes: Callable[[str], bool] = lambda name: True) -> None:
         self.others: list[str] = []
@@ -197,8 +192,7 @@ def _endings(names: Sequence[str]) -> str:
 
 
 def _exists(path: Path) -> bool:
-    """Return True if there is something of that name, a link that leads nowhere included."""
-    return os.path.lexists(path)
+    return os.path.lexists(path)  # a link that leads nowhere included
 
 
 def _nearest(path: Path) -> str:

@@ -51,26 +51,19 @@ class Hub(Corpus):
 
     @property
     def label(self) -> str:
-        """The name as it was given."""
         return f"data.name={self._name}"
 
     @property
     def validation_label(self) -> str | None:
-        """The split for validation, as it was given."""
         return self._validation_split and f"data.validation_split={self._validation_split} of {self.label}"
 
     def documents(self) -> Iterator[Document]:
-        """Yield the rows of the split, then those for validation."""
         for split, held_out in self.splits:
             for row, text in enumerate(self.texts(self.open(split, streaming=False))):
                 yield Document(f"{split}#{row}", text, held_out)
 
     def texts(self, data: Any) -> Iterator[bytes]:
-        """Yield the text of every row of what `open` gave; a row without text is empty.
-
-        Raises:
-            ValueError: in one line, for a set that cannot be read to its end.
-        """
+        """Yield the text of every row of what `open` gave, or nothing for it; ValueError for a set that breaks off."""
         try:
             for batch in data.with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
                 for text in texts_of(batch, self._text_column, where=self.label):
@@ -116,11 +109,7 @@ class Hub(Corpus):
 
 
 def import_datasets() -> Any:
-    """Return HF `datasets`, quiet.
-
-    Raises:
-        ValueError: if it is not installed.
-    """
+    """Return HF `datasets`, quiet, or raise ValueError if it is not installed."""
     try:
         import datasets
     except ImportError as error:

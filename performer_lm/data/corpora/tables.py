@@ -25,11 +25,11 @@ def is_table(name: str, *, column: str | None) -> bool:
 
 
 def read_column(path: Path, *, column: str | None) -> Iterator[tuple[int, bytes]]:
-    """Yield the number and the text of each row; a row without text is empty.
+    """Yield the number and the text of each row of a file that `is_table`; a row without text is empty.
 
     Args:
-        path: of a file that `is_table`.
-        column: that holds the text; None for `text`.
+        path: of the file.
+        column: of the text; None for `text`.
 
     Raises:
         ValueError: naming the file, and the nearest column where there is none of that name.

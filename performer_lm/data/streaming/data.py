@@ -1,4 +1,4 @@
-"""Data sets that are too large to keep, read from the hub while a run goes on: nothing of them is stored.
+"""A data set that is too large to keep, read from the hub while a run goes on.
 
 Documents come in the set's own order, shuffled within a buffer; windows are cut from them as they come. What a run
 sees is a function of its seed as long as the set stays as it is, but the place to go on from is not one number: a
@@ -69,7 +69,6 @@ class StreamData(WindowData):
         self._stream: DocumentStream | None = None
 
     def prepare(self) -> None:
-        """Read the head of the stream, make the tokenizer from it and set aside what to validate on."""
         if self._stream:
             return
         say("streaming: a resumed run goes on about where it stopped (approximate resume)")
@@ -87,17 +86,11 @@ class StreamData(WindowData):
         )
 
     def prepare_held_out(self, *, whole: bool) -> None:
-        """Do what `prepare` does.
-
-        Raises:
-            ValueError: for the whole of a stream.
-        """
         if whole:
             raise ValueError("data.streaming=true keeps no text to measure; data.streaming=false reads the whole split")
         self.prepare()
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what is known of a set that is not read whole."""
         self.prepare()
         plain = repr(sorted(self.tokenizer.to_dict().items()))
         return {
@@ -113,11 +106,9 @@ class StreamData(WindowData):
 
     @property
     def is_packed(self) -> bool:
-        """Whether `packed` says so."""
         return self._packed
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return the micro-batches of a whole run on this rank."""
         assert self._stream
         trainer = self.fitting_trainer()
         share = self.share(trainer)

@@ -29,7 +29,6 @@ class TaskWindows(Windows):
         self._block = lru_cache(maxsize=4)(self._draw)
 
     def rows(self, places: Indices) -> Tensor:
-        """Return the rows of numbers `places` `(b,)`, int64 `(b, n + 1)`; what is no answer is only `shown`."""
         rows = np.empty((len(places), self._context + 1), dtype=np.int64)
         blocks, within = np.divmod(places, BLOCK)
         for block in np.unique(blocks):
@@ -51,15 +50,12 @@ class TaskWindows(Windows):
 @ranged
 @final
 class SyntheticData(WindowData):
-    """A task, generated.
+    """A task, generated; ValueError for one that does not fit the context.
 
     Args:
-        task: what is asked.
+        task: source of rows and answers.
         validation_bytes: bytes of answers, as they are spelled, that a run validates on.
         options: of `WindowData`.
-
-    Raises:
-        ValueError: for a task that does not fit the context.
     """
 
     def __init__(self, *, task: Task, validation_bytes: Count, **options: Unpack[WindowOptions]) -> None:
@@ -70,7 +66,6 @@ class SyntheticData(WindowData):
         self._unseen = TaskWindows(task, seed=HELD_OUT, context=self.context)
 
     def prepare(self) -> None:
-        """Make tokenizer and windows."""
         self.tokenizer = SymbolTokenizer(names=self._task.names)
         self.training = TaskWindows(self._task, seed=self._seed, context=self.context)
         lengths = self.tokenizer.byte_lengths()
@@ -80,7 +75,6 @@ class SyntheticData(WindowData):
         self.validation = self.held_out = FiniteWindows(self._unseen, count=count, byte_lengths=lengths)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return the task and its options."""
         options = {name.removeprefix("_"): value for name, value in vars(self._task).items() if name != "names"}
         return {
             "task": type(self._task).__name__,
@@ -99,7 +93,6 @@ class SyntheticData(WindowData):
 
     @property
     def counted(self) -> float:
-        """The share of answers in the first rows."""
         return float((self._first_targets() != IGNORE).float().mean())
 
     def _first_targets(self) -> Tensor:
