@@ -22,7 +22,7 @@ TRAINERS: Final[dict[str, type]] = {
     **{"global_step": int, "loops": dict, "callbacks": dict, AVERAGES: dict},
     **{"optimizer_states": list, "lr_schedulers": list, "random": list},
 }
-"""What the trainer keeps, where a file has it: a file to generate from needs none of it."""
+"""Sections of the trainer: a file to generate from needs none of them."""
 
 
 def describe(
@@ -48,8 +48,7 @@ def check_content(content: Any) -> None:
     """Refuse the content of a file, unless it is a checkpoint of this version's format.
 
     Raises:
-        Foreign: in one line.
-        OtherFormat: for a file of another format.
+        Foreign: in one line; `OtherFormat` for a file of another format.
     """
     section = content.get("performer_lm") if isinstance(content, dict) else None
     if not isinstance(section, dict) or not isinstance(content.get("state_dict"), dict):

@@ -27,10 +27,9 @@ _DIGEST = re.compile(r"[0-9a-f]{64}  .+")
 
 
 class Checkpoint(NamedTuple):
-    """A file as read: the project's own section, the weights, and all the trainer keeps.
+    """A file as read: the project's own section, the weights to use, and the whole content.
 
-    The weights are for use: where training kept a running average of them, that. `content` has those that training
-    goes on from.
+    The weights are running averages where training kept some; `content` has those that training goes on from.
     """
 
     path: Path
@@ -94,11 +93,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def peek(path: Path) -> Checkpoint:
-    """Read what a checkpoint says, quickly: tensors stay on disk until they are looked at, checksums unchecked.
-
-    Raises:
-        ValueError: as `read`.
-    """
+    """Read a checkpoint as `read` does, quickly: tensors stay on disk until they are looked at, checksums unchecked."""
     return _load(path, mmap=True)
 
 

@@ -1,7 +1,6 @@
-"""How model, tokenizer and objective are rebuilt from a checkpoint, with sizes before memory.
+"""Model, tokenizer and objective rebuilt from a checkpoint.
 
-A file says how large its model is, and holds its weights: the one is held against the other on the meta device, where
-nothing has values, before anything is allocated.
+The size that a file declares is held against its weights on the meta device before any memory is asked for.
 """
 
 from collections.abc import Iterator, Mapping
@@ -55,7 +54,7 @@ def open_model(checkpoint: Checkpoint, *, attn: Mapping[str, Any] | None = None)
 
 @contextmanager
 def _named(source: str) -> Iterator[None]:
-    """Put the file before whatever is raised on a foreign description: each is a mistake of the file, in one line."""
+    """Put the file before the first line of an error: each is a mistake of the file."""
     try:
         yield
     except Exception as error:
@@ -77,7 +76,7 @@ def _check_vocabulary(model: LanguageModel, tokenizer: Tokenizer) -> None:
 
 
 def open_objective(checkpoint: Checkpoint, model: LanguageModel, tokenizer: Tokenizer) -> Objective:
-    """Return what a checkpoint's model was trained to predict; next tokens where the file does not say.
+    """Return the objective that a checkpoint's model was trained on; next tokens where the file does not say.
 
     Raises:
         ValueError: for an objective that is none of this package's, or that does not fit the model.
@@ -108,7 +107,7 @@ def _with_backend(section: Mapping[str, Any], attn: Mapping[str, Any]) -> dict[s
 
 
 def _without_unfit(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Return the weights but for what the backend owned in another shape: it was asked for other features."""
+    """Return the weights but for those that the backend owned in another shape."""
     own = model.state_dict()
     is_other = {name for name in weights if BACKEND in name and name in own and weights[name].shape != own[name].shape}
     return {name: value for name, value in weights.items() if name not in is_other}
@@ -148,20 +147,20 @@ def check_fit(model: nn.Module, weights: Mapping[str, Tensor], *, source: str) -
 
     The model may be on the meta device.
     """
-    own = model.state_dict()
+    if problem := next(_unfit(model.state_dict(), weights), None):
+        raise ValueError(f"{source} does not fit the model: {problem}")
+
+
+def _unfit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Iterator[str]:
     for name, value in own.items():
-        if name not in weights:
-            problem = "" if BACKEND in name else f"it has no {name}"
-        else:
-            given = weights[name]
-            problem = ""
-            if given.shape != value.shape:
-                shapes = tuple(given.shape), tuple(value.shape)
-                problem = f"size mismatch for {name}: {shapes[0]} in the file, {shapes[1]} in the model"
-            elif given.is_floating_point() != value.is_floating_point():
-                problem = f"{name} holds {given.dtype} in the file, {value.dtype} in the model"
-        if problem:
-            raise ValueError(f"{source} does not fit the model: {problem}")
-    unknown = [name for name in weights if name not in own and BACKEND not in name]
-    if unknown:
-        raise ValueError(f"{source} does not fit the model: it has {unknown[0]}, which the model has not")
+        given = weights.get(name)
+        if given is None:
+            if BACKEND not in name:
+                yield f"it has no {name}"
+        elif given.shape != value.shape:
+            yield f"size mismatch for {name}: {tuple(given.shape)} in the file, {tuple(value.shape)} in the model"
+        elif given.is_floating_point() != value.is_floating_point():
+            yield f"{name} holds {given.dtype} in the file, {value.dtype} in the model"
+    yield from (
+        f"it has {name}, which the model has not" for name in weights if name not in own and BACKEND not in name
+    )

@@ -40,8 +40,8 @@ def read_content(path: Path, *, mmap: bool) -> Any:
     """Return a file's content, with tensors on the CPU; `mmap` leaves their numbers on disk until they are looked at.
 
     Raises:
-        Foreign: in one line, for what no checkpoint holds.
-        Exception: whatever zip and pickle readers raise on broken bytes.
+        Foreign: in one line, for content that no checkpoint has.
+        Exception: of zip and pickle readers, on broken bytes.
     """
     check_pickle(_read_pickle(path))
     # explicit: the environment (TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD) may turn the default off, but not this
@@ -105,22 +105,14 @@ def _check_records(records: list[ZipInfo], size: int) -> None:
 
 
 class _Walk:
-    """One way through all that a file holds, in which each object is looked at once.
-
-    Args:
-        bytes_stored: of the file.
-    """
+    """One way through all that a file of `bytes_stored` holds, in which each object is looked at once."""
 
     def __init__(self, *, bytes_stored: int) -> None:
         self._known: dict[int, tuple[int, int]] = {}  # by identity: objects inside, and how deep they go
         self._left = MOST_VIEWS * bytes_stored  # bytes that further tensors may span
 
     def check(self, value: Any, *, depth: int = 0) -> tuple[int, int]:
-        """Return how many objects a value holds, and how deep they go.
-
-        Raises:
-            Foreign: for what is neither plain data nor a dense tensor, holds itself, or is more than it seems.
-        """
+        """Return how many objects a value holds, and how deep they go, or raise Foreign for what no checkpoint has."""
         if isinstance(value, Tensor):
             self._check_tensor(value)
             return 1, 1

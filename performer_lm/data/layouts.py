@@ -169,7 +169,7 @@ def document_spans(bounds: Indices, *, context: int) -> Spans:
 
 
 def shares(weights: Sequence[float]) -> Indices:
-    """Return how many of `BLOCK` windows each weight is worth, in whole numbers; ValueError for less than half a one."""
+    """Return how many of `BLOCK` windows each weight is worth, in whole numbers; ValueError for less than half one."""
     wanted = BLOCK * np.array(weights, dtype=np.float64) / math.fsum(weights) if min(weights) > 0 else np.zeros(1)
     if not (wanted >= 0.5).all():
         raise ValueError(f"data.weights ({', '.join(map(str, weights))}) must each be at least 1/{2 * BLOCK} of all")

@@ -1,4 +1,4 @@
-"""What performer-pytorch's constructor takes, and where the weights of its language models belong here."""
+"""The arguments of performer-pytorch's constructor, and the places here of the weights of its language models."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple

@@ -33,7 +33,7 @@ def is_drawn(attention: FavorAttention) -> bool:
 
 
 def redrawn(attention: FavorAttention, *, num_features: int, index: int) -> FavorAttention:
-    """Return a backend with `num_features` features of redraw `index`, otherwise alike: learned centres, averages.
+    """Return a backend with `num_features` features of redraw `index`, and the learned centres and averages of another.
 
     With the numbers of the original it has the original's projection, bit for bit.
 
@@ -71,16 +71,9 @@ def measure_draws(
 ) -> list[Finding]:
     """Measure every FAVOR layer's features, and `redraws` other draws of each number of features.
 
-    All are compared on the same vectors, those of the model as it is. The draws are those of the redraw indices from 1
-    on after the model's own. Layers whose features are not drawn are measured as they are only.
-
-    Args:
-        model: any with FAVOR layers.
-        run: runs it.
-        num_features: numbers of features.
-        redraws: draws of each.
-        queries: how many tokens' attention to look at, evenly spaced; None for all.
-        advance: called after each of `count_measurements`.
+    All are compared on the same vectors, those of the model as it is, when `run` runs it. The draws are those of the
+    redraw indices from 1 on after the model's own. Layers whose features are not drawn are measured as they are only.
+    `queries` as of `measure_approximation`; `advance` is called after each of `count_measurements`.
     """
     found: list[Finding] = []
 

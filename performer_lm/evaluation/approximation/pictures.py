@@ -81,14 +81,7 @@ def _dress(axes: "Axes", name: str, *, is_log: bool) -> None:
 
 
 def draw_weights(weights: Weights, path: Path, *, heads: Sequence[int], title: str) -> None:
-    """Draw for each head the matrix that features imply, softmax's, and their difference.
-
-    Args:
-        weights: of one layer; of the batch the first is drawn.
-        path: of the PNG file.
-        heads: which heads.
-        title: over all.
-    """
+    """Draw the matrix that features imply, softmax's, and their difference, a row a head, for the batch's first."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.6, 0.6 + 2.9 * len(heads)), dpi=100, layout="constrained")
