@@ -104,7 +104,7 @@ def remove(path: Path) -> None:
 
 
 def delete_stale(folder: Path) -> None:
-    """Delete what killed saves have left in a folder that no other process writes to."""
+    """Delete remains of killed saves in a folder that no other process writes to."""
     for stale in folder.glob("*.tmp"):
         stale.unlink(missing_ok=True)
 
@@ -159,7 +159,7 @@ def _resolve(path: Path) -> Path:
 
 
 def _unwritable(path: Path, content: Mapping[str, Any], error: Exception) -> OSError:
-    """Return what a failed write means to the user: which file, how much it needs, how much there is."""
+    """Return a failed write as an error for the user: the file, the bytes it needs, the bytes there are."""
     cause = next((link for link in (error, error.__cause__, error.__context__) if isinstance(link, OSError)), None)
     code, reason = (cause.errno, cause.strerror) if cause else (errno.EIO, first_line(error)[:120])
     needed = sum(tensor.untyped_storage().nbytes() for tensor in _tensors(content))

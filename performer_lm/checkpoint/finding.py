@@ -50,7 +50,7 @@ def newest_runs(runs: Path) -> list[Path]:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """Yield what has a checkpoint's name below a folder."""
+    """Yield paths with a checkpoint's name below a folder."""
     return (Path(entry.path) for entry in entries_below(folder) if entry.name.endswith(".ckpt"))
 
 

@@ -1,4 +1,4 @@
-"""Checkpoint files, read without trusting them: how much a file may hold, of what, and how it hangs together.
+"""Checkpoint files, read without trusting them: bounds on their size, content and structure.
 
 A file is looked at three times, each time before the next could do harm: its table of records, its pickle
 (`pickles.py`), and what `torch.load(weights_only=True)` has made of it. What is read is plain data and dense tensors on
@@ -112,7 +112,7 @@ class _Walk:
         self._left = MOST_VIEWS * bytes_stored  # bytes that further tensors may span
 
     def check(self, value: Any, *, depth: int = 0) -> tuple[int, int]:
-        """Return how many objects a value holds, and how deep they go, or raise Foreign for what no checkpoint has."""
+        """Return the number of objects in a value, and their depth, or raise Foreign for one that no checkpoint has."""
         if isinstance(value, Tensor):
             self._check_tensor(value)
             return 1, 1

@@ -41,7 +41,7 @@ class Piece(NamedTuple):
 
 
 class Built(NamedTuple):
-    """Where the ids of each corpus start and stop, `(p + 1,)` a side, and what was written."""
+    """Positions where the ids of each corpus start and stop, `(p + 1,)` a side, and counts of documents."""
 
     train_bounds: list[int]
     held_out_bounds: list[int]
@@ -108,7 +108,7 @@ def write_arrays(
 def in_order(
     function: Callable[[Item], Result], items: Iterable[Item], *, threads: int
 ) -> Iterator[tuple[Item, Result]]:
-    """Yield every item with what the function makes of it, in order, a few of them at work at any time."""
+    """Yield every item with its result of the function, in order, a few of them at work at any time."""
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[tuple[Item, Future[Result]]] = deque()
         try:

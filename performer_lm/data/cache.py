@@ -98,7 +98,7 @@ def open_cache(
 
 
 def _open_or_build(path: Path, read: Callable[[], Any], build: Callable[[], None]) -> Any:
-    """Read what stands at `path`, building it under a lock if it is not there or not whole."""
+    """Return the content of `path`, built under a lock if it is not there or not whole."""
     if (found := read()) is not None:
         return found
     path.parent.mkdir(parents=True, exist_ok=True)

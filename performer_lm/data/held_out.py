@@ -96,7 +96,7 @@ def _choose(
 
 
 def _without_copies(sides: NDArray[np.int64], texts: NDArray[np.int64], given: NDArray[np.int64]) -> Split:
-    """Keep from validation what stands in training: it is trained on, or left out if it was given for validation."""
+    """Keep from validation any text that stands in training: train on it, or leave it out if it was given."""
     trained = np.zeros(texts.max() + 1, dtype=bool)
     trained[texts[sides == TRAIN]] = True
     copies = (sides == HELD_OUT) & trained[texts]

@@ -1,4 +1,4 @@
-"""What preparing data shows: a bar on a terminal, one line at the end elsewhere."""
+"""Progress of preparing data: a bar on a terminal, one line at the end elsewhere."""
 
 import sys
 from types import TracebackType

@@ -33,7 +33,7 @@ Threads = Annotated[int, Ge(1), Le(1024)]
 
 
 class TextOptions(WindowOptions):
-    """What all text data take; `TextData` says what they mean."""
+    """Options of all text data; `TextData` explains them."""
 
     tokenizer: TokenizerRecipe
     documents: Documents
@@ -230,7 +230,7 @@ class TextData(WindowData):
         return listed_windows(HostIds(cache.validation), *spans, context=self.context, byte_lengths=lengths)
 
     def _byte_lengths(self, cache: TokenCache, ranges: Sequence[tuple[int, int]]) -> ByteLengths:
-        """Return the bytes of text of each id; where the tokenizer is not exact, what an id is worth on average.
+        """Return the bytes of text of each id; where the tokenizer is not exact, the average over all ids.
 
         Args:
             cache: what was tokenized.

@@ -1,4 +1,4 @@
-"""Windows of ids by number, as a batch holds them, and what a step of training makes of one.
+"""Windows of ids by number, as a batch holds them, and inputs and targets of a training step.
 
 Letters: `b` batch, `n` context. A window is `n + 1` ids, so that n of them have a next one to predict; `IGNORE` fills
 up what is shorter, and ids that are read but not predicted are negative (`shown`). A batch is one tensor `(b, n + 1)`.

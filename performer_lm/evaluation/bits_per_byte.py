@@ -91,7 +91,7 @@ class MeasureBitsPerByte(Evaluation):
     """Print loss, bits per byte and accuracy over a text."""
 
     def check(self, model: LanguageModel, *, folder: Path) -> None:
-        """Take any model: each is measured by what it was trained to predict."""
+        """Take any model: each is measured by its own objective."""
 
     def __call__(self, subject: Subject) -> float:
         model, objective, data, _ = subject

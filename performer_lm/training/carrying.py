@@ -1,4 +1,4 @@
-"""What a run takes along where its backend or its optimizer is another one than the checkpoint's.
+"""State that a run keeps where its backend or its optimizer is another one than the checkpoint's.
 
 Weights stay, but for what a backend owns: that is left out or drawn anew. Of an optimizer's state stays what belongs to
 parameters that stay; another optimizer begins with none.

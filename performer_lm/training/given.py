@@ -1,4 +1,4 @@
-"""A new run from given weights: what `init=` takes from a checkpoint, and what the command line changes of it.
+"""A new run from given weights: model and tokenizer of `init=`, with the changes of the command line.
 
 The model is the checkpoint's, with the backend and the options that were typed; the tokenizer is the checkpoint's.
 Data, objective, optimizer, schedule and all else are the command line's, and the run begins at step 0.
@@ -62,7 +62,7 @@ def check_tokenizer(data: WindowData, source: Checkpoint) -> None:
 
 
 def load_given(model: nn.Module, given: Checkpoint) -> list[str]:
-    """Load a checkpoint's weights into the model of a new run, and return what there is to say of it."""
+    """Load a checkpoint's weights into the model of a new run, and return notes on them."""
     weights, changed = fit_backend(given.weights, model, source=str(given.path))
     model.load_state_dict(weights)
     averaged = "averages of the weights" if given.content.get(checkpoint.AVERAGES) else "weights"
@@ -96,7 +96,7 @@ def _with_attn(section: dict[str, Any], cfg: DictConfig, *, typed: list[str], so
 
 
 def _copy(path: Sequence[str], wanted: Mapping[str, Any], section: dict[str, Any]) -> None:
-    """Set what stands at a path to what is wanted there; what is not wanted is taken out."""
+    """Set the value at a path to the wanted one; a path that is not wanted is removed."""
     name, *rest = path
     if name not in wanted:
         section.pop(name, None)

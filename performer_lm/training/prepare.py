@@ -138,7 +138,7 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
 
 
 def _open_known(cfg: DictConfig, wanted: Path, *, is_named: bool) -> tuple[Checkpoint | None, list[str]]:
-    """Return the checkpoint that the command line names, and what there is to say about it."""
+    """Return the checkpoint that the command line names, and notes on it."""
     if cfg.ckpt == AUTO:
         return open_last(wanted) if is_named else (None, [])
     return (None, []) if cfg.ckpt is None else (open_named(cfg.ckpt), [])
@@ -154,7 +154,7 @@ def _build_data(cfg: DictConfig, given: Checkpoint | None, overrides: Sequence[s
 
 
 def _describe(cfg: DictConfig, model: dict[str, Any], data: WindowData, trainer: Trainer) -> dict[str, Any]:
-    """Return what the run's checkpoints say of it, and what must be alike where it goes on."""
+    """Return the section of the run's checkpoints, which must be alike where the run goes on."""
     section = checkpoint.describe(
         model=model,
         tokenizer=data.tokenizer,
@@ -280,7 +280,7 @@ def _sketch_model(section: dict[str, Any], *, context: int) -> LanguageModel:
 
 
 def _check_backends(sketch: LanguageModel, *, packed: bool) -> None:
-    """Refuse what a layer's attention cannot keep, before any data is read."""
+    """Refuse options that a layer's attention cannot keep, before any data is read."""
     for module in sketch.modules():
         if isinstance(module, MultiHeadAttention):
             module.backend.check(causal=module.causal, packed=packed)

@@ -1,4 +1,4 @@
-"""Whether a checkpoint holds what training goes on from, before the run's folder is touched.
+"""Checks of a checkpoint's training state, before the run's folder is touched.
 
 A trainer takes over whatever a file says and fails, or reads beyond its memory, wherever that first matters. So each
 part is held against what this run itself would save: the same names, kinds and shapes.
@@ -28,7 +28,7 @@ VERSION = re.compile(r"[2-9]\d*(\.\d+)*((a|b|rc|\.post|\.dev)\d+)?")
 
 
 def check_state(resumed: Checkpoint, trainer: Trainer, task: LanguageModelTask, *, optimizer: bool) -> None:
-    """Refuse a checkpoint whose training state is not in kind what this run would save.
+    """Refuse a checkpoint whose training state is not of the kind of the run's own.
 
     Args:
         resumed: what the run goes on from.
@@ -54,7 +54,7 @@ def check_state(resumed: Checkpoint, trainer: Trainer, task: LanguageModelTask, 
 
 
 def check_callbacks(resumed: Checkpoint, callbacks: Iterable[Callback]) -> None:
-    """Refuse a checkpoint whose callbacks' states are not in kind what these callbacks save.
+    """Refuse a checkpoint whose callbacks' states are not of the kind of these callbacks'.
 
     Raises:
         ValueError: in one line.

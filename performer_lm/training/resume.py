@@ -1,4 +1,4 @@
-"""Resuming: which checkpoints a run may go on from, what it takes from them, and the command for it."""
+"""Resuming: the checkpoints that a run may go on from, the changes allowed, and the command for it."""
 
 import json
 import math
@@ -64,7 +64,7 @@ def is_like(saved: Mapping[str, Any], section: Mapping[str, Any]) -> bool:
 
 
 def validation_digest(windows: FiniteWindows, objective: Mapping[str, Any]) -> str:
-    """Return a digest of what a run validates on: scores of two runs compare where it is the same."""
+    """Return a digest of validation data and objective: scores of two runs compare where it is the same."""
     kept = {name: value for name, value in objective.items() if name not in CHUNK_SIZES}
     digest = sha256(json.dumps(kept, sort_keys=True).encode())
     digest.update(np.ascontiguousarray(windows.byte_lengths).tobytes())
@@ -96,7 +96,7 @@ def share_out_anew(content: dict[str, Any], *, accumulation: int) -> None:
 
 
 def _differing(saved: Mapping[str, Any], section: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Return keys, old and new values of what makes two runs different ones."""
+    """Return keys, old and new values of sections that make two runs different ones."""
     pairs = [(name, saved.get(name), section[name]) for name in ("model", "fingerprint", "seed")]
     known = _training(saved)
     pairs += [(name, known[name], new) for name, new in section.get("training", {}).items() if name in known]

@@ -67,7 +67,7 @@ def shard(task: LightningModule, model: nn.Module) -> None:
 
 
 def check_sharding(trainer: Trainer, model: nn.Module, optimizer: Optimizer, callbacks: Sequence[Callback]) -> None:
-    """Refuse what needs whole weights, where each process holds a share of them.
+    """Refuse options that need whole weights, where each process holds a share of them.
 
     Raises:
         ValueError: in one line, with what to choose instead.

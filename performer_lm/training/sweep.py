@@ -1,4 +1,4 @@
-"""What a sweep says at its end: one table and one picture over its jobs, and `sweep.csv`.
+"""The end of a sweep: one table and one picture over its jobs, and `sweep.csv`.
 
 A job that came to its end has a `summary.json` in its folder; one that failed has a line in `failures.jsonl` beside the
 folders; one that was killed has neither.
@@ -47,7 +47,7 @@ def close_sweep(folder: Path) -> None:
 
 
 def collect(folder: Path) -> list[Row]:
-    """Return a row per job: its number, what was varied, what it reached, and how it ended."""
+    """Return a row per job: its number, the options varied, its measures, and how it ended."""
     told: dict[int, Row] = {}
     for path in folder.glob("*/config.yaml"):
         if path.parent.name.isdecimal():
@@ -74,7 +74,7 @@ def collect(folder: Path) -> list[Row]:
 
 
 def _read_object(text: bytes) -> Row:
-    """Return what JSON says, and nothing for what a kill cut short."""
+    """Return a JSON object, and nothing for one that a kill cut short."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -83,7 +83,7 @@ def _read_object(text: bytes) -> Row:
 
 
 def _tells(found: Row, **wanted: Any) -> bool:
-    """Return True for what a job wrote at its end: its overrides, and values of the types `wanted`."""
+    """Return True for the report of a job: its overrides, and values of the types `wanted`."""
     is_typed = all(isinstance(found.get(name), kind) for name, kind in wanted.items())
     return is_typed and isinstance(found.get("overrides"), list)
 
@@ -102,7 +102,7 @@ def table(rows: Sequence[Row], *, title: str) -> Table:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw what each job reached, one panel a measure."""
+    """Draw the measures of all jobs, one panel a measure."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 

@@ -95,7 +95,7 @@ class LanguageModelTask(LightningModule):
 
     @property
     def measured(self) -> LanguageModel:
-        """The model that validation and samples run: the one that trains, or what `measure` was given."""
+        """The model that validation and samples run: the one that trains, or the one given to `measure`."""
         return self._measured[0]
 
     def measure(self, model: LanguageModel) -> None:
@@ -199,7 +199,7 @@ class LanguageModelTask(LightningModule):
             clip_grads_with_norm_(parameters, gradient_clip_val, norm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what makes the file enough to rebuild model and tokenizer."""
+        """Add the section that rebuilds model and tokenizer."""
         checkpoint["performer_lm"] = dict(self.section)
 
 

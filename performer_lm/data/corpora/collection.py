@@ -1,4 +1,4 @@
-"""Corpora read together: one policy for what is not UTF-8, and no document without text."""
+"""Corpora read together: one policy for bytes that are not UTF-8, and no document without text."""
 
 from collections.abc import Iterator, Mapping
 from typing import Final, Literal, NamedTuple

@@ -23,7 +23,7 @@ def pick_outer(name: str, columns: Sequence[str], *, where: str) -> str:
 
 
 def texts_of(batch: Any, name: str, *, where: str) -> list[bytes | None]:
-    """Return the texts in a column of an arrow table, UTF-8 or not, or raise ValueError for what is none."""
+    """Return the texts in a column of an arrow table, UTF-8 or not, or raise ValueError for another type."""
     from pyarrow import compute, large_binary, types  # comes with datasets
 
     outer = pick_outer(name, batch.schema.names, where=where)

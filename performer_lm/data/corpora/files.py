@@ -13,7 +13,7 @@ from performer_lm.data.reading import read_bytes
 
 @final
 class Files(Corpus):
-    """A local file, every file of a folder whose name one of the patterns matches, or what a glob finds.
+    """A local file, every file of a folder whose name one of the patterns matches, or the files of a glob.
 
     A text file is one document, as it is on disk (line ends, NULs and all). Each row of a table is one document:
     .jsonl and .parquet always are tables, .csv, .tsv and .json if a column is named. Either may be packed

@@ -1,4 +1,4 @@
-"""Which files a path means: one file, the text files of a folder, or what a glob finds.
+"""Files that a path means: one file, the text files of a folder, or the matches of a glob.
 
 A folder is the glob `**/*`, of whose files those are taken whose names match a pattern; so both go through folders
 alike. Hidden ones and `__pycache__` are skipped. Links are followed, but no folder or file is taken twice, by whatever
@@ -37,7 +37,7 @@ class Found(NamedTuple):
 
 
 def find(key: str, path: str, include: Sequence[str]) -> Found:
-    """Return the files that a path means: a file, a folder or a glob; what exists under the whole name is no glob.
+    """Return the files that a path means: a file, a folder or a glob; a name that exists is no glob.
 
     Args:
         key: the option that gives the path, for messages.
@@ -154,7 +154,7 @@ class _Walk:
             self.others.append(name)
 
     def _enter(self, folder: str, parts: Parts) -> None:
-        """Put what a folder holds before what is pending, but its links behind."""
+        """Put a folder's entries before the pending ones, but its links behind."""
         part, rest = parts[0], parts[1:]
         if part == "**":
             self._pending.appendleft((folder, rest or ("*",)))  # no folder at all

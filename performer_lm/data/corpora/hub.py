@@ -63,7 +63,7 @@ class Hub(Corpus):
                 yield Document(f"{split}#{row}", text, held_out)
 
     def texts(self, data: Any) -> Iterator[bytes]:
-        """Yield the text of every row of what `open` gave, or nothing for it; ValueError for a set that breaks off."""
+        """Yield the text of every row of a split from `open`; ValueError for a set that breaks off."""
         try:
             for batch in data.with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
                 for text in texts_of(batch, self._text_column, where=self.label):
@@ -125,7 +125,7 @@ def _mean(key: str, name: str, choices: list[str]) -> str:
 
 
 def _at_hand() -> list[str]:
-    """Return the names that can be opened without a network: what the cache holds, and folders here."""
+    """Return the names that can be opened without a network: those in the cache, and folders here."""
     cache = Path(import_datasets().config.HF_DATASETS_CACHE)
     cached = [path.name.replace("___", "/") for path in cache.glob("*") if path.is_dir() and path.name not in READERS]
     return [*cached, *{path.parent.name for kind in ("jsonl", "parquet", "csv") for path in Path().glob(f"*/*.{kind}")}]

@@ -144,7 +144,7 @@ class Recall(Task):
 
 
 def _answered(shown: Indices, answers: Indices) -> Rows:
-    """Return rows of what is shown, with the answers after it."""
+    """Return rows of the ids shown, with the answers after them."""
     counted = np.concatenate((np.zeros_like(shown, dtype=bool), np.ones_like(answers, dtype=bool)), axis=1)
     return Rows(np.concatenate((shown, answers), axis=1), counted)
 

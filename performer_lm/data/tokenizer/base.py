@@ -46,7 +46,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _plain(self) -> dict[str, Any]:
-        """Return the kind, and what rebuilds the pieces."""
+        """Return the kind, and the data that rebuild the pieces."""
 
     @final
     def to_dict(self) -> dict[str, Any]:

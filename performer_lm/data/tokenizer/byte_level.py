@@ -1,4 +1,4 @@
-"""Tokenizers over bytes that the `tokenizers` library runs: how it spells bytes, where words part, what they share.
+"""Tokenizers over bytes that the `tokenizers` library runs: spelling of bytes, splits between words.
 
 Letters: none; a *spelled* piece is a string with one visible character a byte, as the library keeps it.
 """
@@ -85,7 +85,7 @@ def _groups(texts: Sequence[Text]) -> Iterator[list[tuple[int, Text]]]:
 
 
 def training_parts(texts: Iterable[bytes]) -> Iterator[str]:
-    """Yield texts in parts of bounded length, for the library's trainers; what is not UTF-8 teaches them nothing."""
+    """Yield texts in parts of bounded length, for the library's trainers; bytes that are not UTF-8 are left out."""
     for text in texts:
         for run in runs(text):
             if isinstance(run, str):

@@ -1,4 +1,4 @@
-"""Byte-pair encoding: a token is what frequent neighbours were merged into."""
+"""Byte-pair encoding: a token is a merge of frequent neighbours."""
 
 import json
 from collections.abc import Iterable, Sequence

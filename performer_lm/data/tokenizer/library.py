@@ -68,7 +68,7 @@ def read_library(plain: dict[str, Any], *, specials: Sequence[str]) -> LibraryTo
 
 
 def _settled(content: dict[str, Any]) -> dict[str, Any]:
-    """Return the content without what makes encoding random, shortens it or adds to it."""
+    """Return the content without options that make encoding random, shorten it or add to it."""
     model = content.get("model")
     if not isinstance(model, dict):
         raise ValueError(f"tokenizer.json: model ({short(model)}) must be a section")
@@ -106,7 +106,7 @@ def _pieces(library: Any, content: dict[str, Any]) -> list[bytes]:
 
 
 def _spoken(library: Any, tokens: list[int]) -> dict[int, bytes]:
-    """Return what each token adds to the decoded text of the token before it."""
+    """Return the text that each token adds to the decoded text of the token before it."""
     if not tokens:
         return {}
     anchor = tokens[0]
@@ -152,7 +152,7 @@ def _parts(section: Any) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _library_errors() -> Iterator[None]:
-    """Turn what the library raises into one line; a panic of its Rust side is no Exception to Python."""
+    """Turn errors of the library into one line; a panic of its Rust side is no Exception to Python."""
     try:
         yield
     except ValueError:

@@ -1,4 +1,4 @@
-"""Tokenizers from plain data: what a checkpoint or a cache holds is checked, then built; nothing in it is run."""
+"""Tokenizers from plain data of a checkpoint or a cache: checked, then built; nothing in it is run."""
 
 from typing import Any, Final
 

@@ -98,7 +98,7 @@ def _count_words(texts: Iterable[bytes]) -> dict[str, int]:
 
 
 def _estimate(scores: Mapping[str, float], words: Mapping[str, int]) -> dict[str, float]:
-    """Write all words with the likeliest pieces, and return the log share of each piece in what was written."""
+    """Write all words with the likeliest pieces, and return the log share of each piece in the result."""
     library = tokenizers.Tokenizer(models.Unigram(list(scores.items()), None, False))
     counts = np.zeros(len(scores), dtype=np.int64)
     spelled, times = list(words), np.array(list(words.values()), dtype=np.int64)
@@ -111,7 +111,7 @@ def _estimate(scores: Mapping[str, float], words: Mapping[str, int]) -> dict[str
 
 
 def _prune(scores: Mapping[str, float], *, keep: int) -> dict[str, float]:
-    """Keep the bytes, and the longer pieces whose loss would cost most nats: their share times what replaces them."""
+    """Keep the bytes, and the longer pieces whose loss would cost most nats: their share times the difference."""
     costs = {
         name: math.exp(score) * (score - _without(name, scores)) for name, score in scores.items() if len(name) > 1
     }

@@ -65,7 +65,7 @@ def _place(name: str) -> str:
 
 
 def watch(model: nn.Module, look: Look, run: Callable[[], object]) -> None:
-    """Let `run` run the model in evaluation mode, without gradients, and show `look` what each FAVOR backend gets."""
+    """Run the model by `run`, in evaluation mode without gradients, and show `look` the input of each FAVOR backend."""
     with ExitStack() as stack, torch.no_grad():
         stack.enter_context(_evaluating(model))
         for layer, attention in favor_layers(model).items():

@@ -133,7 +133,7 @@ class Pairs:
         return visible
 
     def _fading(self, rows: slice) -> Tensor:
-        """Return what decay adds to log weights, `(b, h, i, j)` or `(1, 1, 1, 1)`."""
+        """Return the log weights of decay, `(b, h, i, j)` or `(1, 1, 1, 1)`."""
         if self.total is None:
             return self.q.new_zeros(1, 1, 1, 1)
         lag = (self.total[:, :, self.places[rows], None] - self.total[:, :, None]).clamp(max=0.0)

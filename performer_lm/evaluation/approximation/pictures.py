@@ -114,7 +114,7 @@ def _draw_head(figure: "Figure", row: Any, implied: NDArray[np.float64], exact: 
 
 
 def _bar(figure: "Figure", axes: "Axes", image: Any, ticks: Sequence[float]) -> None:
-    """Say beside an image what its colours mean; what lies beyond the last of them has its colour."""
+    """Add a bar of colours to an image; values beyond the last of them have its colour."""
     bar = figure.colorbar(image, ax=axes, shrink=0.85)
     bar.set_ticks(list(ticks), labels=[f"{tick:.2g}" for tick in ticks], minor=False)
     bar.ax.minorticks_off()

@@ -61,7 +61,7 @@ COLUMNS: dict[str, Callable[[Approximation], Tensor]] = {
 
 
 def tabulate_heads(findings: Sequence[Finding]) -> Table:
-    """Return a line per layer and head of the features that the model runs; in green what beats equal weights."""
+    """Return a line per layer and head of the features that the model runs; in green those that beat equal weights."""
     shown = Table(title="random features against softmax, as the model runs them", title_justify="left")
     for name in ("layer", "head", "m", *COLUMNS):
         shown.add_column(name, justify="left" if name == "layer" else "right")

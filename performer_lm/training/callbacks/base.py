@@ -1,4 +1,4 @@
-"""A callback that counts in optimizer steps, whatever the accumulation, and knows the run it belongs to."""
+"""Callbacks that count optimizer steps at any accumulation, and know their run."""
 
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast

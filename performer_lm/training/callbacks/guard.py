@@ -54,7 +54,7 @@ class NonFiniteGuard(RunCallback):
         self._batches.append(batch)
 
     def on_gradients(self, trainer: Trainer, task: TrainingTask, *, loss: Tensor, norm: Tensor) -> None:
-        """Look at the last step's numbers, if they were not there yet, and take this step's."""
+        """Check the numbers of the last step, if they had not arrived, and take those of this step."""
         self._look(trainer)
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         values = torch.stack((loss, torch.zeros_like(loss) if scaled else norm.to(loss.dtype))).detach()
@@ -67,7 +67,7 @@ class NonFiniteGuard(RunCallback):
         self._look(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Look before anything is saved, at the weights too."""
+        """Check the last step and the weights before anything is saved."""
         self._look(trainer)
         if name := _find_spoilt(pl_module):
             raise FloatingPointError(
@@ -76,7 +76,7 @@ class NonFiniteGuard(RunCallback):
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at what was measured, before any other callback takes it for a score."""
+        """Check the measures, before any other callback takes them for a score."""
         loss, score = (float(trainer.callback_metrics[f"val/{name}"]) for name in ("loss", "bpb"))
         if not (math.isfinite(loss) and math.isfinite(score)):
             raise FloatingPointError(

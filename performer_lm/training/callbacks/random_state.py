@@ -25,7 +25,7 @@ class RandomState(Callback):
         self._before_validation: State | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Seed this rank, whatever was drawn on the way here."""
+        """Seed this rank, whatever was drawn before."""
         lightning.seed_everything(mix_seed(self.seed, trainer.global_rank) % 2**32, workers=True, verbose=False)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -34,7 +34,7 @@ class RandomState(Callback):
         self._restored = states[trainer.global_rank] if trainer.global_rank < len(states) else None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Restore what was loaded before the first step: setting up loops and loaders draws too."""
+        """Restore the loaded state before the first step: setting up loops and loaders draws too."""
         if self._restored is not None:
             restore(self._restored, pl_module.device)
             self._restored = None
@@ -71,7 +71,7 @@ def capture(device: torch.device) -> State:
 
 
 def restore(state: State, device: torch.device) -> None:
-    """Set all generators to what `capture` returned."""
+    """Set all generators to a state of `capture`."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     keys, position, has_gauss, cached = state["numpy"]

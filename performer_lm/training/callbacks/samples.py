@@ -40,7 +40,7 @@ class Samples(RunCallback):
         return self.run.folder / "samples.txt"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Drop what was written after the step that is restored, and make sure that the prompt can be written."""
+        """Drop samples of later steps than the restored one, and check that the prompt can be encoded."""
         if trainer.is_global_zero and self.file.exists():
             with self.file.open(encoding="utf-8", errors="replace", newline="") as file:
                 written = file.read()

@@ -15,7 +15,7 @@ log = logging.getLogger("performer_lm")
 
 
 class ModelSummary(RunCallback):
-    """Print what the model costs, on the first rank, before the first step."""
+    """Print the cost of the model, on the first rank, before the first step."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count on a sketch of the model, which computes nothing."""

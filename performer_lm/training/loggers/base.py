@@ -9,7 +9,7 @@ class RunLogger(ABC):
 
     @abstractmethod
     def begin(self, folder: Path, *, step: int) -> None:
-        """Begin to log in an existing run folder; what an earlier process logged after `step` is void."""
+        """Begin to log in an existing run folder; logs of an earlier process after `step` are void."""
 
     def log_sample(self, prompt: str, continuation: str, *, step: int) -> None:
         """Keep a prompt and its continuation by the model, where the logger has a place for text."""

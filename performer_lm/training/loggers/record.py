@@ -43,7 +43,7 @@ class MetricsLogger(Logger, RunLogger):
 
     @rank_zero_only
     def begin(self, folder: Path, *, step: int) -> None:
-        """Drop what was logged after `step`, and lines that are none of this logger's."""
+        """Drop lines after `step`, and lines that are no rows of metrics."""
         if self.record.exists():
             kept = [line for line, row in _read_lines(self.record) if row["step"] <= step]
             replace_text(self.record, "".join(kept))

@@ -24,7 +24,7 @@ class TensorBoard(TensorBoardLogger, RunLogger):
 
     @rank_zero_only
     def begin(self, folder: Path, *, step: int) -> None:
-        """Let TensorBoard hide what an earlier process logged after `step`."""
+        """Let TensorBoard hide logs of an earlier process after `step`."""
         if step:
             self._kwargs["purge_step"] = step + 1
 
