@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from performer_lm.data.windows import FiniteWindows, Windows
 
 
-class Share(NamedTuple):
+class BatchShare(NamedTuple):
     """The part of every global batch that one process takes, in `accumulation` micro-batches."""
 
     batch_size: int
@@ -46,7 +46,7 @@ class Share(NamedTuple):
 class TrainBatches(Dataset[Tensor]):
     """The micro-batches `(micro_batch, context + 1)` of a run of `steps` on one rank."""
 
-    def __init__(self, windows: Windows, share: Share, *, steps: int) -> None:
+    def __init__(self, windows: Windows, share: BatchShare, *, steps: int) -> None:
         self._windows = windows
         self._share = share
         self._steps = steps
@@ -64,7 +64,7 @@ class TrainBatches(Dataset[Tensor]):
 class ValidationBatches(Dataset[Tensor]):
     """The validation micro-batches of one rank: ranks take turns, and each has as many."""
 
-    def __init__(self, windows: FiniteWindows, share: Share) -> None:
+    def __init__(self, windows: FiniteWindows, share: BatchShare) -> None:
         self._windows = windows
         self._share = share
 

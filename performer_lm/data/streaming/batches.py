@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from performer_lm.data.corpora.collection import Errors, clean
 from performer_lm.data.corpora.hub import Hub
 from performer_lm.data.ids import Ids
-from performer_lm.data.loader import RemainingIndices, Share
+from performer_lm.data.loader import BatchShare, RemainingIndices
 from performer_lm.data.progress import say
 from performer_lm.data.survey import digest_of
 from performer_lm.data.tokenizer import Tokenizer
@@ -80,7 +80,9 @@ class StreamBatches(Dataset[tuple[Tensor, Place]]):
     the whole stream and takes its own rows, so that any number of ranks sees the same batches.
     """
 
-    def __init__(self, stream: DocumentStream, tokenizer: Tokenizer, share: Share, *, context: int, steps: int) -> None:
+    def __init__(
+        self, stream: DocumentStream, tokenizer: Tokenizer, share: BatchShare, *, context: int, steps: int
+    ) -> None:
         self._stream = stream
         self._tokenizer = tokenizer
         self._share = share
