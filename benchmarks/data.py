@@ -29,11 +29,11 @@ from performer_lm.data.build import pieces, write_arrays
 from performer_lm.data.corpora.base import Corpus, Document
 from performer_lm.data.corpora.collection import Collection
 from performer_lm.data.corpora.standard_library import StandardLibrary
+from performer_lm.data.held_out import split_documents
 from performer_lm.data.ids import HostIds
 from performer_lm.data.layouts import StreamLayout
-from performer_lm.data.loader import Share, TrainBatches, TrainLoader
+from performer_lm.data.loader import BatchShare, TrainBatches, TrainLoader
 from performer_lm.data.progress import PreparationProgress
-from performer_lm.data.split import split_documents
 from performer_lm.data.survey import read_through
 from performer_lm.data.tokenizer import Tokenizer
 from performer_lm.data.tokenizer.recipes import BytePairs, Bytes, Characters, TokenizerRecipe, Unigram, WordPieces
@@ -118,7 +118,7 @@ def loaders(folder: Path) -> dict[str, TrainLoader]:
     layout = StreamLayout(len(ids), seed=0, context=CONTEXT)
     on_disk = TextWindows(ids, layout, context=CONTEXT)
     resident = on_disk.to(torch.device("cpu"))
-    share = Share(batch_size=BATCH, accumulation=1, ranks=1, rank=0)
+    share = BatchShare(batch_size=BATCH, accumulation=1, ranks=1, rank=0)
 
     def loader(windows: TextWindows, workers: int) -> TrainLoader:
         batches = TrainBatches(windows, share, steps=1_000_000)

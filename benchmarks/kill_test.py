@@ -165,7 +165,7 @@ def kill_saves(count: int, *, chance: random.Random) -> int:
         except ValueError as error:
             print(error)
             lost += 1
-    checkpoint.sweep(folder)
+    checkpoint.delete_stale(folder)
     assert not list(folder.glob("*.tmp"))
     return lost
 

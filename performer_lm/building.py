@@ -1,4 +1,4 @@
-"""Objects built from plain config sections, and the only names that a section may give.
+"""Objects built from plain config sections, and the only names that a section may give, of a config or a checkpoint.
 
 A section is a dict whose `_target_` names the class or function that is called with the other values, sections among
 them built first. With `_partial_: true` it stands for a factory, which its user calls with what is still missing.
@@ -9,12 +9,13 @@ own imports (`performer_lm.checkpoint.shutil.copy`) leads nowhere. Names outside
 is imported.
 """
 
-import difflib
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NotRequired, Unpack, get_args, get_origin, get_type_hints
+
+from performer_lm.wording import did_you_mean, first_line
 
 ALLOWED = (
     "performer_lm",
@@ -33,6 +34,14 @@ REFUSED = (
     "performer_lm.cli",
     "performer_lm.interop",
     "performer_lm.training.folder",
+)
+# Of a checkpoint, which may be a stranger's, the classes of a model are built and nothing else.
+MODEL = (
+    "performer_lm.attention",
+    "performer_lm.encoder_decoder",
+    "performer_lm.model",
+    "performer_lm.nn",
+    "performer_lm.performer",
 )
 TRAINERS = ("lightning.Trainer", "lightning.pytorch.Trainer")
 TARGET, PARTIAL = "_target_", "_partial_"
@@ -108,6 +117,36 @@ def build(
         raise ValueError("\n".join(_placed(line, key, values) for line in str(error).splitlines())) from error
 
 
+def build_model(section: Any) -> Any:
+    """Return what a model's section in a checkpoint builds.
+
+    Raises:
+        ValueError: for a target that is not a model class defined in this package, or values that its constructor
+            refuses.
+    """
+    try:
+        return build(section, find=_find_model)
+    except TypeError as error:
+        raise ValueError(first_line(error)) from error
+
+
+def _find_model(name: object) -> Callable[..., Any]:
+    """Return the class that a dotted name stands for, if this package defines it as part of a model."""
+    from torch import nn  # here: to be refused, a config needs no torch
+
+    module_name, _, class_name = str(name).rpartition(".")
+    found = None
+    if _within(module_name, MODEL):
+        try:
+            found = getattr(importlib.import_module(module_name), class_name, None)
+        except ModuleNotFoundError as error:
+            if not (error.name and _within(module_name, (error.name,))):
+                raise
+    if not isinstance(found, type) or not issubclass(found, nn.Module) or found.__module__ != module_name:
+        raise ValueError(f"{name!r} is not a model class of performer_lm, so it is not built")
+    return found
+
+
 def _placed(line: str, key: str, values: Mapping[str, Any]) -> str:
     """Return a refusal with the key of the section or value that it is about."""
     name = re.match(r"(\w+)(\[\d+\])* must be ", line)
@@ -170,12 +209,6 @@ def escape(text: str) -> str:
     if text == "???":  # OmegaConf's word for a value that is yet to be given
         return '??${oc.decode:"?"}'
     return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", text)
-
-
-def did_you_mean(name: str, choices: Iterable[str], *, prefix: str = "") -> str:
-    """Return `; did you mean <prefix><choice>?` for the choice nearest to `name`, or nothing if none is near."""
-    nearest = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
-    return f"; did you mean {prefix}{nearest[0]}?" if nearest else ""
 
 
 def _within(module: str, roots: tuple[str, ...]) -> bool:

@@ -4,13 +4,16 @@ A run folder may come from a stranger, who has put a link where a file is about 
 one: a new file takes the place of whatever has its name, and a file that is appended to must be a plain one.
 """
 
+import csv
 import errno
+import io
 import os
 import stat
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
 
 def temporary_of(path: Path) -> Path:
@@ -48,6 +51,22 @@ def replace_text(path: Path, text: str, *, sync: bool = True) -> None:
     """Put `text` in the place of a file's content in one move: whoever reads it finds the old text or the new."""
     with replacing(path, sync=sync) as file:
         file.write(text.encode("utf-8", "backslashreplace"))
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
+    """Put a table in the place of a file's content in one move."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(columns)
+    writer.writerows(rows)
+    replace_text(path, text.getvalue())
+
+
+def write_png(path: Path, figure: Any) -> None:
+    """Put a figure of matplotlib in the place of a file's content in one move."""
+    with replacing(path) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a box stands for what the font lacks
+        figure.savefig(file, format="png")
 
 
 def append_text(path: Path, text: str) -> None:

@@ -129,7 +129,7 @@ class Watch(Callback):
             assert torch.equal(*found), f"{name} at step {trainer.global_step}"
             self.seen += "projection" in name
     def on_train_end(self, trainer, task):
-        print(f"rank {trainer.global_rank}: {self.seen} projections in {trainer.callbacks[0].room.path}", flush=True)
+        print(f"rank {trainer.global_rank}: {self.seen} projections in {trainer.callbacks[0].folder.path}", flush=True)
 
 attach = module.attach
 module.attach = lambda trainer, *, callbacks, **rest: attach(trainer, callbacks=[*callbacks, Watch()], **rest)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from performer_lm.attention.feature_maps import AttentionFeatures, DrawOptions, FeatureSizes, RandomFeatures
+from performer_lm.ops.hashing import mix_seed
 from performer_lm.ops.maps import ACTIVATIONS, POSITIVE, Exponential, FeatureMap, Generalized, Taylor, Trigonometric
-from performer_lm.ops.projections import haar, mix_seed
+from performer_lm.ops.projections import haar
 from performer_lm.ranges import NotNegative, ranged
 
 

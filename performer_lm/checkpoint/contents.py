@@ -1,4 +1,4 @@
-"""The sections that a checkpoint has to hold, each of its kind, so that nothing later meets another."""
+"""The sections of a checkpoint: how they are described, and checked to be each of its kind."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from performer_lm.checkpoint.pickles import Foreign
-from performer_lm.data.tokenizer.base import short
+from performer_lm.data.tokenizer.base import Tokenizer
+from performer_lm.wording import short
 
 FORMAT: Final = 1
 AVERAGES: Final = "averages"  # key of a checkpoint: running averages of the model's parameters by name
@@ -21,15 +22,33 @@ TRAINERS: Final[dict[str, type]] = {
     **{"global_step": int, "loops": dict, "callbacks": dict, AVERAGES: dict},
     **{"optimizer_states": list, "lr_schedulers": list, "random": list},
 }
-"""What the trainer keeps, where a file has it: a file to generate from needs none of it."""
+"""Sections of the trainer: a file to generate from needs none of them."""
+
+
+def describe(
+    *,
+    model: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    fingerprint: Mapping[str, Any],
+    seed: int,
+    training: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the plain-data section that makes a file enough to rebuild model and tokenizer, and to know its run."""
+    return {
+        "format": FORMAT,
+        "model": dict(model),
+        "tokenizer": tokenizer.to_dict(),
+        "fingerprint": dict(fingerprint),
+        "seed": seed,
+        "training": dict(training or {}),
+    }
 
 
 def check_content(content: Any) -> None:
     """Refuse the content of a file, unless it is a checkpoint of this version's format.
 
     Raises:
-        Foreign: in one line.
-        OtherFormat: for a file of another format.
+        Foreign: in one line; `OtherFormat` for a file of another format.
     """
     section = content.get("performer_lm") if isinstance(content, dict) else None
     if not isinstance(section, dict) or not isinstance(content.get("state_dict"), dict):

@@ -20,16 +20,16 @@ from torch import Tensor
 from performer_lm.checkpoint.contents import AVERAGES, OtherFormat, check_content, find_spoilt
 from performer_lm.checkpoint.pickles import Foreign
 from performer_lm.checkpoint.reading import read_content
+from performer_lm.wording import first_line
 from performer_lm.writing import read_start, replace_text, temporary_of
 
 _DIGEST = re.compile(r"[0-9a-f]{64}  .+")
 
 
 class Checkpoint(NamedTuple):
-    """A file as read: the project's own section, the weights, and all the trainer keeps.
+    """A file as read: the project's own section, the weights to use, and the whole content.
 
-    The weights are for use: where training kept a running average of them, that. `content` has those that training
-    goes on from.
+    The weights are running averages where training kept some; `content` has those that training goes on from.
     """
 
     path: Path
@@ -93,11 +93,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def peek(path: Path) -> Checkpoint:
-    """Read what a checkpoint says, quickly: tensors stay on disk until they are looked at, checksums unchecked.
-
-    Raises:
-        ValueError: as `read`.
-    """
+    """Read a checkpoint as `read` does, quickly: tensors stay on disk until they are looked at, checksums unchecked."""
     return _load(path, mmap=True)
 
 
@@ -107,8 +103,8 @@ def remove(path: Path) -> None:
     sidecar_of(path).unlink(missing_ok=True)
 
 
-def sweep(folder: Path) -> None:
-    """Delete what killed saves have left in a folder that no other process writes to."""
+def delete_stale(folder: Path) -> None:
+    """Delete remains of killed saves in a folder that no other process writes to."""
     for stale in folder.glob("*.tmp"):
         stale.unlink(missing_ok=True)
 
@@ -143,7 +139,7 @@ def _load(path: Path, *, mmap: bool) -> Checkpoint:
         raise ValueError(f"{path} is not a checkpoint of performer_lm: {error}") from error
     except Exception as error:  # whatever the unpickler and the zip reader raise on foreign bytes
         raise ValueError(
-            f"{path} is not a checkpoint of performer_lm, or is cut short ({_first_line(error)})"
+            f"{path} is not a checkpoint of performer_lm, or is cut short ({first_line(error)[:120]})"
         ) from error
     content["state_dict"] = dict(content["state_dict"])  # without the attributes of an ordered one
     weights = {name.removeprefix("model."): value for name, value in content["state_dict"].items()}
@@ -163,9 +159,9 @@ def _resolve(path: Path) -> Path:
 
 
 def _unwritable(path: Path, content: Mapping[str, Any], error: Exception) -> OSError:
-    """Return what a failed write means to the user: which file, how much it needs, how much there is."""
+    """Return a failed write as an error for the user: the file, the bytes it needs, the bytes there are."""
     cause = next((link for link in (error, error.__cause__, error.__context__) if isinstance(link, OSError)), None)
-    code, reason = (cause.errno, cause.strerror) if cause else (errno.EIO, _first_line(error))
+    code, reason = (cause.errno, cause.strerror) if cause else (errno.EIO, first_line(error)[:120])
     needed = sum(tensor.untyped_storage().nbytes() for tensor in _tensors(content))
     free = shutil.disk_usage(path.parent).free
     text = f"cannot be written ({reason}): it needs about {needed:,} bytes, and {free:,} are free"
@@ -202,7 +198,7 @@ def _check_records(path: Path) -> None:
         raise
     except Exception as error:  # whatever the zip reader raises on foreign bytes
         raise ValueError(
-            f"{path} is not a checkpoint of performer_lm, or is cut short or damaged ({_first_line(error)})"
+            f"{path} is not a checkpoint of performer_lm, or is cut short or damaged ({first_line(error)[:120]})"
         ) from error
 
 
@@ -217,8 +213,3 @@ def _sync(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0][:120] if lines else type(error).__name__

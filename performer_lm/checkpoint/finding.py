@@ -32,7 +32,7 @@ def step_of(path: Path) -> int:
 
 
 def candidates(run: Path) -> list[Path]:
-    """Return what stands where a run keeps checkpoints: the last one saved, then the others, the latest step first.
+    """Return the checkpoints of a run: the last one saved, then the others, the latest step first.
 
     A link that leads to no file is among them, and a folder that has a checkpoint's name: reading it says so.
     """
@@ -50,7 +50,7 @@ def newest_runs(runs: Path) -> list[Path]:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """Yield what has a checkpoint's name below a folder."""
+    """Yield paths with a checkpoint's name below a folder."""
     return (Path(entry.path) for entry in entries_below(folder) if entry.name.endswith(".ckpt"))
 
 
@@ -74,9 +74,9 @@ def find(
 
     Args:
         name: as the user typed it.
-        prefer: which file of a run folder, first choice first.
-        runs: where runs lie.
-        key: what the name was typed for.
+        prefer: names of files in a run folder, first choice first.
+        runs: folder of runs.
+        key: the option that the name was typed for.
 
     Raises:
         ValueError: when there is none, listing the nearest checkpoints; for an address that is not of this machine.

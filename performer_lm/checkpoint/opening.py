@@ -1,7 +1,6 @@
-"""How model, tokenizer and objective are rebuilt from a checkpoint, with sizes before memory.
+"""Model, tokenizer and objective rebuilt from a checkpoint.
 
-A file says how large its model is, and holds its weights: the one is held against the other on the meta device, where
-nothing has values, before anything is allocated.
+The size that a file declares is held against its weights on the meta device before any memory is asked for.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,13 +10,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from performer_lm.building import build_model
 from performer_lm.checkpoint.files import Checkpoint
-from performer_lm.checkpoint.section import build
 from performer_lm.checkpoint.sizes import check_memory, check_sizes
 from performer_lm.data.tokenizer import Tokenizer, tokenizer_from_dict
-from performer_lm.data.tokenizer.base import short
 from performer_lm.language_model import LanguageModel
 from performer_lm.objectives import MaskedTokens, NextToken, Objective, SourceToTarget
+from performer_lm.wording import first_line, short
 
 OBJECTIVES: dict[str, type[Objective]] = {
     f"performer_lm.objectives.{each.__name__}": each for each in (NextToken, MaskedTokens, SourceToTarget)
@@ -47,7 +46,7 @@ def open_model(checkpoint: Checkpoint, *, attn: Mapping[str, Any] | None = None)
     check_fit(checked, weights, source=source)
     with _named(f"{source} does not fit the model"):
         check_memory(checked, checkpoint.weights, other_backend=attn is not None)
-    model = cast(LanguageModel, build(section))
+    model = cast(LanguageModel, build_model(section))
     model.redraw(int(checkpoint.content.get("global_step", 0)))
     load_weights(model, weights, source=source)
     return model.eval(), tokenizer
@@ -55,17 +54,16 @@ def open_model(checkpoint: Checkpoint, *, attn: Mapping[str, Any] | None = None)
 
 @contextmanager
 def _named(source: str) -> Iterator[None]:
-    """Put the file before whatever is raised on a foreign description: each is a mistake of the file, in one line."""
+    """Put the file before the first line of an error: each is a mistake of the file."""
     try:
         yield
     except Exception as error:
-        problem = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{source}: {problem[:300]}") from error
+        raise ValueError(f"{source}: {first_line(error)[:300]}") from error
 
 
 def _sketch(section: Mapping[str, Any]) -> LanguageModel:
     with torch.device("meta"):
-        model = build(section)
+        model = build_model(section)
     if not isinstance(model, LanguageModel):
         raise ValueError(f"{type(model).__name__} is no language model")
     return model.eval()
@@ -78,7 +76,7 @@ def _check_vocabulary(model: LanguageModel, tokenizer: Tokenizer) -> None:
 
 
 def open_objective(checkpoint: Checkpoint, model: LanguageModel, tokenizer: Tokenizer) -> Objective:
-    """Return what a checkpoint's model was trained to predict; next tokens where the file does not say.
+    """Return the objective that a checkpoint's model was trained on; next tokens where the file does not say.
 
     Raises:
         ValueError: for an objective that is none of this package's, or that does not fit the model.
@@ -109,28 +107,39 @@ def _with_backend(section: Mapping[str, Any], attn: Mapping[str, Any]) -> dict[s
 
 
 def _without_unfit(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Return the weights but for what the backend owned in another shape: it was asked for other features."""
+    """Return the weights but for those that the backend owned in another shape."""
     own = model.state_dict()
     is_other = {name for name in weights if BACKEND in name and name in own and weights[name].shape != own[name].shape}
     return {name: value for name, value in weights.items() if name not in is_other}
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, source: str) -> None:
-    """Load weights strictly, but for what the attention backend itself owns: that may have changed.
+def fit_backend(weights: Mapping[str, Tensor], model: nn.Module, *, source: str) -> tuple[dict[str, Tensor], list[str]]:
+    """Return weights for a model whose backend may be another one, and a line where it is.
 
-    Prints a line where backend weights were left out or kept at their initial values.
+    Raises:
+        ValueError: for the first weight that does not fit, a backend's own left aside.
+    """
+    own = model.state_dict()
+    fitting = _without_unfit(weights, model)
+    check_fit(model, fitting, source=source)
+    kept = {name: value for name, value in fitting.items() if name in own}
+    drawn = {name: value for name, value in own.items() if name not in kept}
+    left_out = len(weights) - len(kept)
+    line = f"the attention backend changed: {left_out} of its tensors left out, {len(drawn)} drawn anew"
+    return {**kept, **drawn}, [line] if left_out or drawn else []
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, source: str) -> None:
+    """Load weights strictly, but for names that only one of two attention backends owns; print a line on these.
 
     Raises:
         ValueError: naming the first key or shape that does not fit.
     """
     check_fit(model, weights, source=source)
-    own = model.state_dict()
-    kept = {name: value for name, value in weights.items() if name in own}
-    drawn = {name: value for name, value in own.items() if name not in weights}
-    model.load_state_dict({**kept, **drawn})
-    dropped = len(weights) - len(kept)
-    if dropped or drawn:
-        print(f"note: the attention backend changed: {dropped} of its tensors left out, {len(drawn)} drawn anew")
+    fitted, notes = fit_backend(weights, model, source=source)
+    model.load_state_dict(fitted)
+    for note in notes:
+        print(f"note: {note}")
 
 
 def check_fit(model: nn.Module, weights: Mapping[str, Tensor], *, source: str) -> None:
@@ -138,20 +147,20 @@ def check_fit(model: nn.Module, weights: Mapping[str, Tensor], *, source: str) -
 
     The model may be on the meta device.
     """
-    own = model.state_dict()
+    if problem := next(_unfit(model.state_dict(), weights), None):
+        raise ValueError(f"{source} does not fit the model: {problem}")
+
+
+def _unfit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Iterator[str]:
     for name, value in own.items():
-        if name not in weights:
-            problem = "" if BACKEND in name else f"it has no {name}"
-        else:
-            given = weights[name]
-            problem = ""
-            if given.shape != value.shape:
-                shapes = tuple(given.shape), tuple(value.shape)
-                problem = f"size mismatch for {name}: {shapes[0]} in the file, {shapes[1]} in the model"
-            elif given.is_floating_point() != value.is_floating_point():
-                problem = f"{name} holds {given.dtype} in the file, {value.dtype} in the model"
-        if problem:
-            raise ValueError(f"{source} does not fit the model: {problem}")
-    unknown = [name for name in weights if name not in own and BACKEND not in name]
-    if unknown:
-        raise ValueError(f"{source} does not fit the model: it has {unknown[0]}, which the model has not")
+        given = weights.get(name)
+        if given is None:
+            if BACKEND not in name:
+                yield f"it has no {name}"
+        elif given.shape != value.shape:
+            yield f"size mismatch for {name}: {tuple(given.shape)} in the file, {tuple(value.shape)} in the model"
+        elif given.is_floating_point() != value.is_floating_point():
+            yield f"{name} holds {given.dtype} in the file, {value.dtype} in the model"
+    yield from (
+        f"it has {name}, which the model has not" for name in weights if name not in own and BACKEND not in name
+    )

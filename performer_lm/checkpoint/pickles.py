@@ -1,9 +1,8 @@
 """The pickle inside a checkpoint, gone through operation by operation before any of them is run.
 
-`torch.load(weights_only=True)` runs no code of a file's, but it makes what it is told to make: a byte array of any
-length, keys whose hashes take for ever, objects that change as they are looked at. So a pickle is first run on a stack
-of sizes alone. It may make dicts, lists, tuples, numbers, strings and dense tensors, and no more of them than
-`MOST_OBJECTS`, those that are shared counted at each place where they stand.
+`torch.load(weights_only=True)` runs no code, but makes whatever it is told to: a byte array of any length, keys whose
+hashes take for ever. So a pickle is first run on a stack of sizes alone. It may make dicts, lists, tuples, numbers,
+strings and dense tensors, at most `MOST_OBJECTS` of them, those that are shared counted at each place.
 """
 
 import pickletools

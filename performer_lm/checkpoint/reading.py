@@ -1,4 +1,4 @@
-"""Checkpoint files, read without trusting them: how much a file may hold, of what, and how it hangs together.
+"""Checkpoint files, read without trusting them: bounds on their size, content and structure.
 
 A file is looked at three times, each time before the next could do harm: its table of records, its pickle
 (`pickles.py`), and what `torch.load(weights_only=True)` has made of it. What is read is plain data and dense tensors on
@@ -40,8 +40,8 @@ def read_content(path: Path, *, mmap: bool) -> Any:
     """Return a file's content, with tensors on the CPU; `mmap` leaves their numbers on disk until they are looked at.
 
     Raises:
-        Foreign: in one line, for what no checkpoint holds.
-        Exception: whatever zip and pickle readers raise on broken bytes.
+        Foreign: in one line, for content that no checkpoint has.
+        Exception: of zip and pickle readers, on broken bytes.
     """
     check_pickle(_read_pickle(path))
     # explicit: the environment (TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD) may turn the default off, but not this
@@ -105,22 +105,14 @@ def _check_records(records: list[ZipInfo], size: int) -> None:
 
 
 class _Walk:
-    """One way through all that a file holds, in which each object is looked at once.
-
-    Args:
-        bytes_stored: of the file.
-    """
+    """One way through all that a file of `bytes_stored` holds, in which each object is looked at once."""
 
     def __init__(self, *, bytes_stored: int) -> None:
         self._known: dict[int, tuple[int, int]] = {}  # by identity: objects inside, and how deep they go
         self._left = MOST_VIEWS * bytes_stored  # bytes that further tensors may span
 
     def check(self, value: Any, *, depth: int = 0) -> tuple[int, int]:
-        """Return how many objects a value holds, and how deep they go.
-
-        Raises:
-            Foreign: for what is neither plain data nor a dense tensor, holds itself, or is more than it seems.
-        """
+        """Return the number of objects in a value, and their depth, or raise Foreign for one that no checkpoint has."""
         if isinstance(value, Tensor):
             self._check_tensor(value)
             return 1, 1

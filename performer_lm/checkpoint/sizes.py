@@ -30,11 +30,7 @@ FREE: Final = frozenset(
 
 
 def check_sizes(section: Any, weights: Mapping[str, Tensor]) -> None:
-    """Refuse sizes that the weights cannot have: even without memory, building them would never end.
-
-    Raises:
-        ValueError: naming the first one.
-    """
+    """Raise ValueError for the first size that the weights cannot have: building it would never end."""
     held = _count(weights)
     for name, value in _numbers(section):
         most = min(len(weights), MOST_LAYERS) if "depth" in name else max(held, ANY_SIZE)
@@ -43,15 +39,12 @@ def check_sizes(section: Any, weights: Mapping[str, Tensor]) -> None:
 
 
 def check_memory(model: LanguageModel, weights: Mapping[str, Tensor], *, other_backend: bool) -> None:
-    """Refuse a model that needs many more numbers than there are weights; those that it lacks would be drawn.
+    """Raise ValueError for a model that needs many more numbers than there are weights: the rest would be drawn.
 
     Args:
         model: on the meta device, in evaluation mode.
         weights: of the file.
         other_backend: whether the model runs another backend than the file's, which draws its own.
-
-    Raises:
-        ValueError: with both counts.
     """
     held = _count(weights)
     declared = _count({**dict(model.named_parameters()), **dict(model.named_buffers())})

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from performer_lm.data.corpora.collection import Collection, Part
+from performer_lm.data.held_out import BOTH, HELD_OUT, NEITHER, Split, split_text
 from performer_lm.data.ids import Ids
 from performer_lm.data.progress import PreparationProgress
-from performer_lm.data.split import BOTH, HELD_OUT, NEITHER, Split, split_text
 from performer_lm.data.survey import Survey, digest_of
 from performer_lm.data.tokenizer import Tokenizer
 
@@ -41,7 +41,7 @@ class Piece(NamedTuple):
 
 
 class Built(NamedTuple):
-    """What was written: where the ids of each corpus start and stop, `(p + 1,)` a side, and how it went."""
+    """Positions where the ids of each corpus start and stop, `(p + 1,)` a side, and counts of documents."""
 
     train_bounds: list[int]
     held_out_bounds: list[int]
@@ -51,11 +51,7 @@ class Built(NamedTuple):
 
 
 def pieces(collection: Collection, survey: Survey, split: Split, *, fraction: float | None) -> Iterator[Piece]:
-    """Yield all texts with their sides, and make sure that they are those surveyed.
-
-    Raises:
-        ValueError: where they are not.
-    """
+    """Yield all texts with their sides, or raise ValueError where they are not those surveyed."""
     sides = iter(zip(survey.digests, survey.places, split.sides, strict=True))
     for part in collection.documents():
         digest, place, side = next(sides, (None, 0.0, NEITHER))
@@ -112,7 +108,7 @@ def write_arrays(
 def in_order(
     function: Callable[[Item], Result], items: Iterable[Item], *, threads: int
 ) -> Iterator[tuple[Item, Result]]:
-    """Yield every item with what the function makes of it, in order, a few of them at work at any time."""
+    """Yield every item with its result of the function, in order, a few of them at work at any time."""
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[tuple[Item, Future[Result]]] = deque()
         try:
@@ -186,17 +182,13 @@ def _encoder(tokenizer: Tokenizer, collection: Collection) -> Callable[[list[Pie
             return list(tokenizer.encode_batch([piece.text for piece in batch]))
         except ValueError:
             for piece in batch:
-                _encode_one(tokenizer, piece, collection)
+                try:
+                    tokenizer.encode(piece.text)
+                except ValueError as error:
+                    raise ValueError(f"{collection.place(piece.part)}: {error}") from None
             raise
 
     return encode
-
-
-def _encode_one(tokenizer: Tokenizer, piece: Piece, collection: Collection) -> None:
-    try:
-        tokenizer.encode(piece.text)
-    except ValueError as error:
-        raise ValueError(f"{collection.place(piece.part)}: {error}") from None
 
 
 def _batches(texts: Iterable[Piece]) -> Iterator[list[Piece]]:

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 from performer_lm.data.build import pieces, sync, write_arrays
 from performer_lm.data.corpora.collection import Collection
+from performer_lm.data.held_out import Split, hold_out_all, split_documents
 from performer_lm.data.ids import Ids
 from performer_lm.data.progress import PreparationProgress, say
 from performer_lm.data.reading import check_regular
-from performer_lm.data.split import Split, hold_out_all, split_documents
 from performer_lm.data.survey import Survey, read_through
 from performer_lm.data.tokenizer import Tokenizer, TokenizerRecipe, tokenizer_from_dict
 
@@ -34,13 +34,13 @@ CHECKSUM: Final = "sha256"
 
 
 class TokenCache(NamedTuple):
-    """A tokenized collection: memory-mapped ids `(n,)` of each side, and hashes that name what they were made of."""
+    """A tokenized collection: memory-mapped ids `(n,)` of each side, and hashes of text and tokenizer."""
 
     tokenizer: Tokenizer
     train: Ids
     validation: Ids
     train_bounds: list[int]
-    """Positions of the end tokens between corpora, one more than there are corpora."""
+    """Indices of the end tokens between corpora, one more than there are corpora."""
     validation_bounds: list[int]
     validation_sizes: NDArray[np.int64]
     """Bytes of text of each held-out document."""
@@ -70,10 +70,9 @@ def open_cache(
     Args:
         collection: read once to know it; building reads it once more, and training a tokenizer does, too.
         recipe: of the tokenizer; built from the training documents only.
-        validation_fraction: share of the documents held out (`split_documents`); of a single one, its last part. None
-            holds out all (`hold_out_all`).
-        cache_dir: where caches live; relative to the working directory.
-        threads: that tokenize; None for as many as torch uses, one a core. Their number changes nothing but the time.
+        validation_fraction: share of the documents held out (`split_documents`); None holds out all.
+        cache_dir: folder of all caches.
+        threads: that tokenize; None for as many as torch uses, one a core.
 
     Raises:
         ValueError: in one line, for text that cannot be read or split, or a cache that cannot be written.
@@ -99,7 +98,7 @@ def open_cache(
 
 
 def _open_or_build(path: Path, read: Callable[[], Any], build: Callable[[], None]) -> Any:
-    """Read what stands at `path`, building it under a lock if it is not there or not whole."""
+    """Return the content of `path`, built under a lock if it is not there or not whole."""
     if (found := read()) is not None:
         return found
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,9 +108,6 @@ def _open_or_build(path: Path, read: Callable[[], Any], build: Callable[[], None
             found = read()
     assert found is not None, f"{path} was built but does not open"
     return found
-
-
-# --- tokenizers -------------------------------------------------------------------------------------------------------
 
 
 class _TrainingTexts:
@@ -158,9 +154,6 @@ def _write_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
         file.write(json.dumps({"tokenizer": plain, CHECKSUM: _digest(plain)}).encode())
         sync(file)
     partial.replace(path)
-
-
-# --- ids --------------------------------------------------------------------------------------------------------------
 
 
 def _build(folder: Path, source: _Source, tokenizer: Tokenizer, threads: int, progress: PreparationProgress) -> None:

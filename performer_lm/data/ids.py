@@ -14,14 +14,14 @@ from torch import Tensor
 IGNORE: Final = -100  # fills up short windows; cross_entropy's ignore_index
 
 Ids = NDArray[np.integer[Any]]
-Positions = NDArray[np.int64]
+Indices = NDArray[np.int64]
 
 
 class Spans(NamedTuple):
     """Parts `ids[start:stop]` of a flat array, none longer than a window; `(b,)` each."""
 
-    starts: Positions
-    stops: Positions
+    starts: Indices
+    stops: Indices
 
 
 class FlatIds(ABC):
@@ -50,7 +50,6 @@ class HostIds(FlatIds):
         return len(self._ids)
 
     def windows(self, spans: Spans, *, context: int) -> Tensor:
-        """Gather on the host."""
         places = spans.starts[:, None] + np.arange(context + 1)
         if _all_full(spans, context):
             return torch.from_numpy(self._ids[places].astype(np.int64))
@@ -58,7 +57,6 @@ class HostIds(FlatIds):
         return torch.from_numpy(np.where(inside, self._ids[np.where(inside, places, 0)].astype(np.int64), IGNORE))
 
     def to(self, device: torch.device) -> FlatIds:
-        """Return a copy on the device."""
         return ResidentIds(self._ids, device=device)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -69,10 +67,10 @@ class HostIds(FlatIds):
 
 @final
 class ResidentIds(FlatIds):
-    """Ids on a device, where windows are gathered too: what goes there is where a batch's windows start and stop.
+    """Ids on a device, where windows are gathered too: only their starts and stops are sent there.
 
-    The device keeps them as narrow as the disk does, in the signed type of the same width, which every device can
-    index; widening takes the sign away again.
+    The device keeps ids as narrow as the disk does, in the signed type of the same width, which every device can index;
+    widening takes the sign away again.
     """
 
     def __init__(self, ids: Ids, *, device: torch.device) -> None:
@@ -86,7 +84,6 @@ class ResidentIds(FlatIds):
         return len(self._ids)
 
     def windows(self, spans: Spans, *, context: int) -> Tensor:
-        """Gather on the device, without waiting for it."""
         places = self._send(spans.starts)[:, None] + torch.arange(context + 1, device=self._device)
         if _all_full(spans, context):
             return self._take(places)
@@ -94,13 +91,12 @@ class ResidentIds(FlatIds):
         return torch.where(inside, self._take(torch.where(inside, places, 0)), IGNORE)
 
     def to(self, device: torch.device) -> FlatIds:
-        """Return a copy on another device."""
         return self if device == self._device else ResidentIds(self._ids.cpu().numpy(), device=device)
 
     def _take(self, places: Tensor) -> Tensor:
         return self._ids[places].long() & self._unsigned
 
-    def _send(self, positions: Positions) -> Tensor:
+    def _send(self, positions: Indices) -> Tensor:
         return torch.from_numpy(positions).to(self._device, non_blocking=True)
 
 

@@ -14,40 +14,28 @@ from typing import Final, final
 
 import numpy as np
 
-from performer_lm.data.ids import Ids, Positions, Spans
+from performer_lm.data.ids import Ids, Indices, Spans
 
 AT_ONCE: Final = 1 << 24  # ids looked through in one go
 BLOCK: Final = 1000  # windows of a mixture in which every corpus has its share
 
 
-class Layout(ABC):
+class WindowLayout(ABC):
     """Window i as a part of the array, for every i from 0 on."""
 
     @abstractmethod
-    def spans(self, places: Positions) -> Spans:
+    def spans(self, places: Indices) -> Spans:
         """Return where the windows of numbers `places` `(b,)` start and stop."""
 
 
-class FiniteLayout(Layout):
-    """So many windows; those past the last are empty."""
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-
-class ShuffledLayout(Layout):
-    """Epochs after one another, each all windows once in an order of its own.
-
-    Args:
-        per_epoch: windows in an epoch.
-    """
+class ShuffledLayout(WindowLayout):
+    """Epochs after one another, each all `per_epoch` windows once in an order of its own."""
 
     def __init__(self, per_epoch: int) -> None:
         self.per_epoch: Final = per_epoch
-        self._drawn: dict[int, Positions] = {}
+        self._drawn: dict[int, Indices] = {}
 
-    def spans(self, places: Positions) -> Spans:
-        """Cut the concatenated epochs: an epoch may end inside a batch, and a batch may be larger than an epoch."""
+    def spans(self, places: Indices) -> Spans:
         chosen = np.empty_like(places)
         epochs, within = np.divmod(places, self.per_epoch)
         for epoch in np.unique(epochs):
@@ -56,14 +44,14 @@ class ShuffledLayout(Layout):
         return self._cut(chosen)
 
     @abstractmethod
-    def _draw(self, epoch: int) -> Positions:
+    def _draw(self, epoch: int) -> Indices:
         """Return an epoch's windows `(per_epoch,)` in their order, as `_cut` knows them."""
 
     @abstractmethod
-    def _cut(self, chosen: Positions) -> Spans:
+    def _cut(self, chosen: Indices) -> Spans:
         """Return the spans of windows."""
 
-    def _epoch(self, epoch: int) -> Positions:
+    def _epoch(self, epoch: int) -> Indices:
         if epoch not in self._drawn:  # a batch may lie across two epochs: the last two are kept
             self._drawn = {**dict(list(self._drawn.items())[-1:]), epoch: self._draw(epoch)}
         return self._drawn[epoch]
@@ -77,10 +65,7 @@ class StreamLayout(ShuffledLayout):
         num_ids: of the stream.
         seed: of the order of the windows.
         context: of a window.
-        first: where the stream begins in the array.
-
-    Raises:
-        ValueError: if the array has no room for one window.
+        first: position of the stream in the array.
     """
 
     def __init__(self, num_ids: int, *, seed: int, context: int, first: int = 0) -> None:
@@ -90,13 +75,13 @@ class StreamLayout(ShuffledLayout):
         self._seed = seed
         self._context = context
 
-    def _draw(self, epoch: int) -> Positions:
+    def _draw(self, epoch: int) -> Indices:
         random = np.random.default_rng([self._seed, epoch])
         count = self.per_epoch
         offset = int(random.integers(self._num_ids - count * self._context))
         return self._first + offset + self._context * random.permutation(count)
 
-    def _cut(self, chosen: Positions) -> Spans:
+    def _cut(self, chosen: Indices) -> Spans:
         return Spans(chosen, chosen + self._context + 1)
 
 
@@ -110,39 +95,28 @@ class DocumentLayout(ShuffledLayout):
         context: of a window.
     """
 
-    def __init__(self, bounds: Positions, *, seed: int, context: int) -> None:
+    def __init__(self, bounds: Indices, *, seed: int, context: int) -> None:
         super().__init__(len(bounds) - 1)
-        self._bounds = bounds
+        self._documents = ListedLayout(document_spans(bounds, context=context))
         self._seed = seed
-        self._context = context
 
-    def _draw(self, epoch: int) -> Positions:
+    def _draw(self, epoch: int) -> Indices:
         return np.random.default_rng([self._seed, epoch]).permutation(self.per_epoch)
 
-    def _cut(self, chosen: Positions) -> Spans:
-        return _cropped(self._bounds, chosen, context=self._context)
+    def _cut(self, chosen: Indices) -> Spans:
+        return self._documents.spans(chosen)
 
 
 @final
-class MixtureLayout(Layout):
-    """Windows of several layouts, mixed by weight: of every `BLOCK` windows each gets its share, in a random order.
+class MixtureLayout(WindowLayout):
+    """Windows of several layouts, mixed by weight: of every `BLOCK` windows each gets its share, in a random order."""
 
-    Args:
-        layouts: of the corpora.
-        weights: their shares, in any unit.
-        seed: of the order.
-
-    Raises:
-        ValueError: for a weight that is no share of at least 1 in `2 * BLOCK`.
-    """
-
-    def __init__(self, layouts: Sequence[Layout], weights: Sequence[float], *, seed: int) -> None:
+    def __init__(self, layouts: Sequence[WindowLayout], weights: Sequence[float], *, seed: int) -> None:
         self._layouts = list(layouts)
         self._counts = shares(weights)
         self._seed = seed
 
-    def spans(self, places: Positions) -> Spans:
-        """Ask each layout for its next windows, in the order of their turns."""
+    def spans(self, places: Indices) -> Spans:
         layouts, numbers = np.empty_like(places), np.empty_like(places)
         blocks, within = np.divmod(places, BLOCK)
         for block in np.unique(blocks):
@@ -155,7 +129,7 @@ class MixtureLayout(Layout):
             starts[mine], stops[mine] = layout.spans(numbers[mine])
         return Spans(starts, stops)
 
-    def _turns(self, block: int) -> tuple[Positions, Positions]:
+    def _turns(self, block: int) -> tuple[Indices, Indices]:
         """Return whose turn each window of a block is, and which of the layout's own windows that is."""
         turns = np.random.default_rng([self._seed, block, len(self._layouts)]).permutation(
             np.repeat(np.arange(len(self._counts)), self._counts)
@@ -167,67 +141,35 @@ class MixtureLayout(Layout):
 
 
 @final
-class Concatenation(FiniteLayout):
-    """The windows of several layouts, one layout after the other."""
+class ListedLayout(WindowLayout):
+    """So many windows, each where it is said to lie."""
 
-    def __init__(self, layouts: Sequence[FiniteLayout]) -> None:
-        self._layouts = list(layouts)
-        self._bounds = np.cumsum([0, *map(len, layouts)])
-
-    def __len__(self) -> int:
-        return int(self._bounds[-1])
-
-    def spans(self, places: Positions) -> Spans:
-        """Ask each layout for those that are its own."""
-        starts, stops = np.zeros_like(places), np.zeros_like(places)
-        for layout, first, last in zip(self._layouts, self._bounds[:-1], self._bounds[1:], strict=True):
-            mine = (places >= first) & (places < last)
-            starts[mine], stops[mine] = layout.spans(places[mine] - first)
-        return Spans(starts, stops)
-
-
-@final
-class HeldOutStream(FiniteLayout):
-    """Windows once through the array, each from the last id of the one before: all ids but the first count once."""
-
-    def __init__(self, num_ids: int, *, context: int, first: int = 0) -> None:
-        self._first = first
-        self._num_ids = num_ids
-        self._context = context
+    def __init__(self, *parts: Spans) -> None:
+        self._starts, self._stops = (np.concatenate(each) for each in zip(*parts, strict=True))
 
     def __len__(self) -> int:
-        return -(-(self._num_ids - 1) // self._context)
+        return len(self._starts)
 
-    def spans(self, places: Positions) -> Spans:
-        """Lay the windows end to end; the last one may be short."""
-        starts = np.minimum(places * self._context, self._num_ids - 1)
-        stops = np.minimum(starts + self._context + 1, self._num_ids)
-        return Spans(self._first + starts, self._first + np.where(places < len(self), stops, starts))
+    def spans(self, places: Indices) -> Spans:
+        return Spans(self._starts[places], self._stops[places])
 
 
-@final
-class HeldOutDocuments(FiniteLayout):
-    """One window at the start of each document, in the array's order."""
+def stream_spans(num_ids: int, *, context: int, first: int = 0) -> Spans:
+    """Return windows once through a stream, each from the last id of the one before; the last one may be short.
 
-    def __init__(self, bounds: Positions, *, context: int) -> None:
-        self._bounds = bounds
-        self._context = context
-
-    def __len__(self) -> int:
-        return len(self._bounds) - 1
-
-    def spans(self, places: Positions) -> Spans:
-        """Crop each document to a window."""
-        spans = _cropped(self._bounds, np.minimum(places, len(self) - 1), context=self._context)
-        return Spans(spans.starts, np.where(places < len(self), spans.stops, spans.starts))
-
-
-def shares(weights: Sequence[float]) -> Positions:
-    """Return how many of `BLOCK` windows each weight is worth: the nearest whole numbers that add up.
-
-    Raises:
-        ValueError: for a weight that is not positive, or worth less than half a window.
+    All ids but the first are predicted once.
     """
+    starts = np.arange(0, num_ids - 1, context, dtype=np.int64)
+    return Spans(first + starts, first + np.minimum(starts + context + 1, num_ids))
+
+
+def document_spans(bounds: Indices, *, context: int) -> Spans:
+    """Return the documents between end tokens at `bounds`, with these, in order, as far as a window reaches."""
+    return Spans(bounds[:-1], np.minimum(bounds[1:] + 1, bounds[:-1] + context + 1))
+
+
+def shares(weights: Sequence[float]) -> Indices:
+    """Return how many of `BLOCK` windows each weight is worth, in whole numbers; ValueError for less than half one."""
     wanted = BLOCK * np.array(weights, dtype=np.float64) / math.fsum(weights) if min(weights) > 0 else np.zeros(1)
     if not (wanted >= 0.5).all():
         raise ValueError(f"data.weights ({', '.join(map(str, weights))}) must each be at least 1/{2 * BLOCK} of all")
@@ -237,23 +179,13 @@ def shares(weights: Sequence[float]) -> Positions:
 
 
 def windows_per_epoch(num_ids: int, *, context: int) -> int:
-    """Return how many windows an epoch of a stream has, whatever its offset.
-
-    Raises:
-        ValueError: if the array has no room for one window.
-    """
+    """Return how many windows an epoch of a stream has, whatever its offset; ValueError for too few ids for one."""
     if num_ids < context + 1:
         raise ValueError(f"{num_ids} ids are too few: one window needs {context + 1} (context={context})")
     return max(1, num_ids // context - 1)
 
 
-def document_bounds(ids: Ids, *, end_id: int) -> Positions:
+def document_bounds(ids: Ids, *, end_id: int) -> Indices:
     """Return the positions of the end tokens, `(documents + 1,)`, never holding more than a part of a large array."""
     parts = [first + np.flatnonzero(ids[first : first + AT_ONCE] == end_id) for first in range(0, len(ids), AT_ONCE)]
     return np.concatenate([np.empty(0, dtype=np.int64), *parts])
-
-
-def _cropped(bounds: Positions, documents: Positions, *, context: int) -> Spans:
-    """Return documents `(b,)` with the end tokens around them, as far as a window reaches."""
-    starts = bounds[documents]
-    return Spans(starts, np.minimum(bounds[documents + 1] + 1, starts + context + 1))

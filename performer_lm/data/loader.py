@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from performer_lm.data.windows import FiniteWindows, Windows
 
 
-class Share(NamedTuple):
+class BatchShare(NamedTuple):
     """The part of every global batch that one process takes, in `accumulation` micro-batches."""
 
     batch_size: int
@@ -46,7 +46,7 @@ class Share(NamedTuple):
 class TrainBatches(Dataset[Tensor]):
     """The micro-batches `(micro_batch, context + 1)` of a run of `steps` on one rank."""
 
-    def __init__(self, windows: Windows, share: Share, *, steps: int) -> None:
+    def __init__(self, windows: Windows, share: BatchShare, *, steps: int) -> None:
         self._windows = windows
         self._share = share
         self._steps = steps
@@ -64,7 +64,7 @@ class TrainBatches(Dataset[Tensor]):
 class ValidationBatches(Dataset[Tensor]):
     """The validation micro-batches of one rank: ranks take turns, and each has as many."""
 
-    def __init__(self, windows: FiniteWindows, share: Share) -> None:
+    def __init__(self, windows: FiniteWindows, share: BatchShare) -> None:
         self._windows = windows
         self._share = share
 
@@ -78,8 +78,8 @@ class ValidationBatches(Dataset[Tensor]):
 
 
 @final
-class Positions(DistributedSampler[int]):
-    """Every index of a data set from `start` on; its length stays that of the whole, as a resuming trainer expects.
+class RemainingIndices(DistributedSampler[int]):
+    """Every index of a data set from `start` on; the length stays that of the whole, as a resuming trainer expects.
 
     It is a DistributedSampler because a trainer with several ranks replaces any other kind, and the data sets here
     know their rank already.
@@ -100,11 +100,11 @@ class TrainLoader(DataLoader[Tensor]):
     The trainer's count is saved, not the loader's: worker processes run ahead of it.
 
     Args:
-        batches: what to load.
+        batches: of the run.
         accumulation: micro-batches per step, which a resumed run must share.
         done: gives the trainer's count.
         num_workers: worker processes.
-        start_method: how they start; None for the platform's way.
+        start_method: of these; None for the platform's way.
         pin_memory: whether batches are put where an accelerator can fetch them from by itself.
     """
 
@@ -118,7 +118,7 @@ class TrainLoader(DataLoader[Tensor]):
         start_method: str | None = None,
         pin_memory: bool = False,
     ) -> None:
-        self._positions = Positions(batches)
+        self._positions = RemainingIndices(batches)
         self._accumulation = accumulation
         self._done = done
         super().__init__(
@@ -132,15 +132,10 @@ class TrainLoader(DataLoader[Tensor]):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, as plain data."""
         return {"done": self._done(), "accumulation": self._accumulation}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the micro-batches that were done.
-
-        Raises:
-            ValueError: if a step has another number of micro-batches now.
-        """
+        """Go on after the micro-batches that were done; ValueError if a step has another number of them now."""
         if state["accumulation"] != self._accumulation:
             raise ValueError(
                 f"trainer.accumulate_grad_batches ({self._accumulation}) must stay what it was when the checkpoint was "

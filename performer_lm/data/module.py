@@ -12,7 +12,7 @@ from annotated_types import Ge, Le
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from performer_lm.data.loader import Positions, Share, TrainBatches, TrainLoader, ValidationBatches
+from performer_lm.data.loader import BatchShare, RemainingIndices, TrainBatches, TrainLoader, ValidationBatches
 from performer_lm.data.tokenizer import Tokenizer
 from performer_lm.data.windows import FiniteWindows, Windows
 from performer_lm.ranges import Count, Whole, ranged
@@ -125,7 +125,7 @@ class WindowData(lightning.LightningDataModule):
         del stage
         self.prepare()
 
-    def share(self, trainer: lightning.Trainer) -> Share:
+    def share(self, trainer: lightning.Trainer) -> BatchShare:
         """Return the part of every batch that this process of a trainer takes; no data need be prepared for it.
 
         Raises:
@@ -133,7 +133,7 @@ class WindowData(lightning.LightningDataModule):
         """
         if trainer.max_steps < 0:
             raise ValueError(f"trainer.max_steps ({trainer.max_steps}) must be at least 0: it is the length of a run")
-        share = Share(
+        share = BatchShare(
             batch_size=self.batch_size,
             accumulation=trainer.accumulate_grad_batches,
             ranks=trainer.world_size,
@@ -163,7 +163,7 @@ class WindowData(lightning.LightningDataModule):
         return DataLoader(
             batches,
             batch_size=None,
-            sampler=Positions(batches),
+            sampler=RemainingIndices(batches),
             generator=torch.Generator(),
             pin_memory=self.pins_memory and windows is self.validation,
         )

@@ -1,4 +1,4 @@
-"""What preparing data shows: a bar on a terminal, one line at the end elsewhere."""
+"""Progress of preparing data: a bar on a terminal, one line at the end elsewhere."""
 
 import sys
 from types import TracebackType
@@ -38,7 +38,6 @@ class PreparationProgress:
         self._bar.reset(self._stage, description=stage, total=num_bytes)
 
     def add(self, num_bytes: int) -> None:
-        """Move the bar on."""
         self._bar.advance(self._stage, num_bytes)
 
 

@@ -37,7 +37,7 @@ ARCHIVES: Final[Mapping[bytes, str]] = {
 
 
 class Packing(NamedTuple):
-    """How files are packed: the ending of their names, their first bytes, and what unpacks them."""
+    """A way to pack files: the ending of their names, their first bytes, and the function that unpacks them."""
 
     name: str
     ending: str
@@ -71,7 +71,7 @@ def without_packing(name: str) -> str:
 
 
 def check_regular(path: Path) -> None:
-    """Raise ValueError for what is no regular file, without opening it: a pipe may hang, a device may never end."""
+    """Raise ValueError for all but regular files, without opening them: a pipe may hang, a device never end."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
@@ -85,7 +85,7 @@ def open_unpacked(path: Path) -> Iterator[io.BufferedReader]:
     """Open a file to read the bytes it holds, unpacked.
 
     Raises:
-        ValueError: in one line that names the file, where it cannot be read to its end, now or while the context lasts.
+        ValueError: in one line that names the file, where it cannot be read to its end.
     """
     check_regular(path)
     try:
@@ -110,11 +110,7 @@ def open_unpacked(path: Path) -> Iterator[io.BufferedReader]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Return the bytes that a file holds, unpacked.
-
-    Raises:
-        ValueError: in one line that names the file.
-    """
+    """Return the bytes that a file holds, unpacked, or raise ValueError that names it."""
     with open_unpacked(path) as file:
         return file.read()
 

@@ -1,24 +1,20 @@
-"""What `data=` chooses: functions from the options of a config to the data of a run."""
+"""The choices of `data=`: functions from the options of a config to the data of a run. `options` are of `TextData`."""
 
 from collections.abc import Mapping
-from typing import Unpack
+from typing import Any, Unpack
 
 from performer_lm.data.corpora.base import Corpus
 from performer_lm.data.corpora.files import Files
 from performer_lm.data.corpora.hub import Hub
 from performer_lm.data.corpora.standard_library import StandardLibrary
-from performer_lm.data.module import WindowData
-from performer_lm.data.stream import StreamData
+from performer_lm.data.module import WindowData, WindowOptions
+from performer_lm.data.streaming.data import StreamData
 from performer_lm.data.text import TextData, TextOptions
 from performer_lm.ranges import Count, NotNegative, ranged
 
 
 def standard_library(**options: Unpack[TextOptions]) -> TextData:
-    """Return the source of Python's standard library.
-
-    Args:
-        options: of `TextData`.
-    """
+    """Return the source of Python's standard library."""
     return TextData(corpora={"stdlib": StandardLibrary()}, weights=None, **options)
 
 
@@ -30,12 +26,7 @@ def files(
     validation_path: str | None,
     **options: Unpack[TextOptions],
 ) -> TextData:
-    """Return local files.
-
-    Args:
-        path, include, text_column, validation_path: of `Files`.
-        options: of `TextData`.
-    """
+    """Return local files; `path`, `include`, `text_column` and `validation_path` are of `Files`."""
     corpus = Files(path=path, include=include, text_column=text_column, validation_path=validation_path)
     return TextData(corpora={"files": corpus}, weights=None, **options)
 
@@ -74,6 +65,7 @@ def hub(
         return TextData(corpora={"hub": corpus}, weights=None, **options)
     if options["device_resident"] or options["documents"] == "cropped":
         raise ValueError("data.streaming=true takes neither data.device_resident=true nor data.documents=cropped")
+    run: Any = {name: options[name] for name in WindowOptions.__annotations__}  # type: ignore[literal-required]
     return StreamData(
         hub=corpus,
         tokenizer=options["tokenizer"],
@@ -83,21 +75,12 @@ def hub(
         errors=options["errors"],
         validation_fraction=options["validation_fraction"],
         validation_bytes=options["validation_bytes"],
-        context=options["context"],
-        batch_size=options["batch_size"],
-        seed=options["seed"],
-        num_workers=options["num_workers"],
-        start_method=options["start_method"],
+        **run,
     )
 
 
 def mixture(
     *, corpora: Mapping[str, Corpus], weights: Mapping[str, NotNegative] | None, **options: Unpack[TextOptions]
 ) -> TextData:
-    """Return several corpora, mixed by weight.
-
-    Args:
-        corpora, weights: of `TextData`.
-        options: of `TextData`.
-    """
+    """Return several corpora, mixed by weight."""
     return TextData(corpora=corpora, weights=weights, **options)

@@ -1,4 +1,4 @@
-"""One reading of corpora: what identifies them, and what the split needs to know of each document.
+"""One reading of corpora: their identity, and the facts of each document that the split needs.
 
 Letters: `d` documents.
 """
@@ -16,7 +16,7 @@ DIGEST: Final = np.dtype([("high", "<u8"), ("low", "<u8")])
 
 
 class Survey(NamedTuple):
-    """What is known of every document, in the order they are read, and a hash of every name and byte."""
+    """Facts of every document, in the order of reading, and a hash of every name and byte."""
 
     corpora: NDArray[np.int64]
     """`(d,)` the number of each document's corpus."""

@@ -10,24 +10,22 @@ from annotated_types import Ge, Le
 from performer_lm.data.cache import TokenCache, open_cache
 from performer_lm.data.corpora.base import Corpus
 from performer_lm.data.corpora.collection import Collection, Errors
-from performer_lm.data.ids import HostIds
+from performer_lm.data.held_out import HeldOut
+from performer_lm.data.ids import HostIds, Spans
 from performer_lm.data.layouts import (
-    Concatenation,
     DocumentLayout,
-    FiniteLayout,
-    HeldOutDocuments,
-    HeldOutStream,
     MixtureLayout,
     ShuffledLayout,
     StreamLayout,
     document_bounds,
+    document_spans,
     shares,
+    stream_spans,
 )
 from performer_lm.data.module import AnyWindows, WindowData, WindowOptions
 from performer_lm.data.progress import say
-from performer_lm.data.split import HeldOut
 from performer_lm.data.tokenizer import TokenizerRecipe
-from performer_lm.data.windows import ByteLengths, HeldOutWindows, TextWindows, count_first, first_bytes
+from performer_lm.data.windows import ByteLengths, FiniteWindows, TextWindows, count_first, first_bytes, listed_windows
 from performer_lm.ranges import Count, ranged
 
 Documents = Literal["stream", "packed", "cropped"]
@@ -35,7 +33,7 @@ Threads = Annotated[int, Ge(1), Le(1024)]
 
 
 class TextOptions(WindowOptions):
-    """What all text data take; `TextData` says what they mean."""
+    """Options of all text data; `TextData` explains them."""
 
     tokenizer: TokenizerRecipe
     documents: Documents
@@ -98,7 +96,6 @@ class TextData(WindowData):
         self._cache: TokenCache | None = None
 
     def prepare(self) -> None:
-        """Open the tokenized corpora, building them on first use, and check that they can fill windows."""
         if self._cache:
             return
         cache = self._open(self._validation_fraction)
@@ -107,7 +104,6 @@ class TextData(WindowData):
         self._cache = cache
 
     def prepare_held_out(self, *, whole: bool) -> None:
-        """Open the tokenized corpora, or what is held out whole of them."""
         self._cache = self._open(None if whole else self._validation_fraction)
 
     def _open(self, fraction: float | None) -> TokenCache:
@@ -131,7 +127,6 @@ class TextData(WindowData):
         return cache
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return hashes of text and tokenizer, and the options that decide which windows are seen."""
         self.prepare()
         assert self._cache
         return {
@@ -147,14 +142,10 @@ class TextData(WindowData):
 
     @property
     def is_packed(self) -> bool:
-        """Whether `documents` says so."""
         return self._documents == "packed"
 
     def where_gathered(self, windows: AnyWindows) -> AnyWindows:
-        """Return the windows on the device, if that is where the ids are to be."""
         return windows.to(self.device) if self._device_resident else windows
-
-    # --- layouts ------------------------------------------------------------------------------------------------------
 
     def _lay_out(self, cache: TokenCache) -> TextWindows:
         layouts = [
@@ -182,17 +173,16 @@ class TextData(WindowData):
             )
         return StreamLayout(num_ids, seed=self._seed, context=self.context, first=first)
 
-    def _all_held_out(self, cache: TokenCache) -> HeldOutWindows:
-        layout: FiniteLayout
+    def _all_held_out(self, cache: TokenCache) -> FiniteWindows:
         if self._documents == "cropped":
-            layout = HeldOutDocuments(self._bounds, context=self.context)
+            spans = document_spans(self._bounds, context=self.context)
         else:
-            layout = HeldOutStream(len(cache.validation), context=self.context)
-        return self._held_out_windows(cache, layout, [(0, len(cache.validation) - 1)])
+            spans = stream_spans(len(cache.validation), context=self.context)
+        return self._held_out_windows(cache, [spans], [(0, len(cache.validation) - 1)])
 
-    def _first_held_out(self, cache: TokenCache) -> HeldOutWindows:
+    def _first_held_out(self, cache: TokenCache) -> FiniteWindows:
         """Return the windows that a run validates on: about `validation_bytes`, shared out among the corpora."""
-        layouts: list[FiniteLayout] = []
+        parts: list[Spans] = []
         ranges = []
         weights = self._weights or np.maximum(np.diff(cache.train_bounds), 1).tolist()
         limits = [self._validation_bytes * weight / sum(weights) for weight in weights]
@@ -201,10 +191,10 @@ class TextData(WindowData):
             if stop > first:  # else all that was held out of it stands in training too
                 if (cache.validation[first : stop + 1] == cache.tokenizer.end_id).all():
                     raise self._nothing_held_out(corpus.label, stop + 1 - first)
-                layout, end = self._first_of(cache, first, stop, limit=max(int(limit), 1))
-                layouts.append(layout)
+                spans, end = self._first_of(cache, first, stop, limit=max(int(limit), 1))
+                parts.append(spans)
                 ranges.append((first, end))
-        windows = self._held_out_windows(cache, Concatenation(layouts), ranges)
+        windows = self._held_out_windows(cache, parts, ranges)
         lengths = cache.tokenizer.byte_lengths()
         if not any(lengths[cache.validation[first : end + 1]].any() for first, end in ranges):
             raise self._nothing_held_out(self._collection.label, len(cache.validation))
@@ -216,15 +206,14 @@ class TextData(WindowData):
             f"data.validation_bytes={self._validation_bytes}, {num_tokens} tokens held out)"
         )
 
-    def _first_of(self, cache: TokenCache, first: int, stop: int, *, limit: int) -> tuple[FiniteLayout, int]:
+    def _first_of(self, cache: TokenCache, first: int, stop: int, *, limit: int) -> tuple[Spans, int]:
         """Return the first windows of a corpus's held-out ids, and the place of the last id they reach."""
         ids = cache.validation[first : stop + 1]
         if self._documents == "cropped":
             bounds = self._bounds[(self._bounds >= first) & (self._bounds <= stop)]
-            layout = HeldOutDocuments(bounds, context=self.context)
-            windows = self._held_out_windows(cache, layout, [(first, stop)])
-            count = count_first(windows, limit=limit)
-            return HeldOutDocuments(bounds[: count + 1], context=self.context), int(bounds[count])
+            windows = self._held_out_windows(cache, [document_spans(bounds, context=self.context)], [(first, stop)])
+            bounds = bounds[: count_first(windows, limit=limit) + 1]
+            return document_spans(bounds, context=self.context), int(bounds[-1])
         if cache.is_exact:
             num_ids = len(first_bytes(ids, cache.tokenizer.byte_lengths(), limit=limit))
         else:  # whole documents, whose bytes of text are known
@@ -232,16 +221,16 @@ class TextData(WindowData):
             sizes = np.cumsum(cache.validation_sizes[documents[0] : documents[1]])
             count = max(int(np.searchsorted(sizes, limit, side="right")), 1)
             num_ids = int(self._bounds[documents[0] + count]) + 1 - first
-        return HeldOutStream(num_ids, context=self.context, first=first), first + num_ids - 1
+        return stream_spans(num_ids, context=self.context, first=first), first + num_ids - 1
 
     def _held_out_windows(
-        self, cache: TokenCache, layout: FiniteLayout, ranges: Sequence[tuple[int, int]]
-    ) -> HeldOutWindows:
+        self, cache: TokenCache, spans: Sequence[Spans], ranges: Sequence[tuple[int, int]]
+    ) -> FiniteWindows:
         lengths = self._byte_lengths(cache, ranges)
-        return HeldOutWindows(HostIds(cache.validation), layout, context=self.context, byte_lengths=lengths)
+        return listed_windows(HostIds(cache.validation), *spans, context=self.context, byte_lengths=lengths)
 
     def _byte_lengths(self, cache: TokenCache, ranges: Sequence[tuple[int, int]]) -> ByteLengths:
-        """Return the bytes of text of each id; where the tokenizer is not exact, what an id is worth on average.
+        """Return the bytes of text of each id; where the tokenizer is not exact, the average over all ids.
 
         Args:
             cache: what was tokenized.
@@ -260,11 +249,7 @@ class TextData(WindowData):
 
 
 def _check_weights(names: Sequence[str], weights: Mapping[str, float] | None) -> list[float] | None:
-    """Return the weights in the order of the corpora.
-
-    Raises:
-        ValueError: if they do not name the corpora, or are not shares.
-    """
+    """Return the weights in the order of the corpora; ValueError if they do not name the corpora, or are not shares."""
     if weights is None:
         return None
     if set(weights) != set(names):

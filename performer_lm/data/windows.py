@@ -1,4 +1,4 @@
-"""Windows of ids by number, as a batch holds them, and what a step of training makes of one.
+"""Windows of ids by number, as a batch holds them, and inputs and targets of a training step.
 
 Letters: `b` batch, `n` context. A window is `n + 1` ids, so that n of them have a next one to predict; `IGNORE` fills
 up what is shorter, and ids that are read but not predicted are negative (`shown`). A batch is one tensor `(b, n + 1)`.
@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from performer_lm.data.ids import IGNORE, FlatIds, Ids, Positions
-from performer_lm.data.layouts import FiniteLayout, Layout
+from performer_lm.data.ids import IGNORE, FlatIds, Ids, Indices, Spans
+from performer_lm.data.layouts import ListedLayout, WindowLayout
 
-AnyIds = TypeVar("AnyIds", Tensor, Positions)
+AnyIds = TypeVar("AnyIds", Tensor, Indices)
 ByteLengths = NDArray[np.number[Any]]
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Windows",
     "count_first",
     "first_bytes",
+    "listed_windows",
     "segments_of",
     "shift",
     "shown",
@@ -35,64 +36,59 @@ class Windows(ABC):
     """Windows without end: number i is a pure function of i, whatever was asked before."""
 
     @abstractmethod
-    def rows(self, places: Positions) -> Tensor:
+    def rows(self, places: Indices) -> Tensor:
         """Return the windows of numbers `places` `(b,)`, int64 `(b, n + 1)`."""
 
-    @abstractmethod
     def to(self, device: torch.device) -> Self:
         """Return the same windows, gathered on a device where that saves copies."""
-
-
-class FiniteWindows(Windows):
-    """So many windows, each counted once; numbers past the last give rows of `IGNORE`.
-
-    `byte_lengths` `(vocab,)` says how many bytes of text each id stands for in them.
-    """
-
-    byte_lengths: ByteLengths
-
-    @abstractmethod
-    def __len__(self) -> int: ...
+        return self
 
 
 @final
 class TextWindows(Windows):
     """The windows of a layout onto flat ids."""
 
-    def __init__(self, ids: FlatIds, layout: Layout, *, context: int) -> None:
+    def __init__(self, ids: FlatIds, layout: WindowLayout, *, context: int) -> None:
         self._ids = ids
         self._layout = layout
         self._context = context
 
-    def rows(self, places: Positions) -> Tensor:
-        """Gather the windows where the ids lie."""
+    def rows(self, places: Indices) -> Tensor:
         return self._ids.windows(self._layout.spans(places), context=self._context)
 
     def to(self, device: torch.device) -> Self:
-        """Return windows onto a copy of the ids on the device."""
         return type(self)(self._ids.to(device), self._layout, context=self._context)
 
 
 @final
-class HeldOutWindows(FiniteWindows):
-    """The windows of a finite layout onto flat ids."""
+class FiniteWindows(Windows):
+    """The first `count` windows of others, each counted once; numbers past the last give rows of `IGNORE`.
 
-    def __init__(self, ids: FlatIds, layout: FiniteLayout, *, context: int, byte_lengths: ByteLengths) -> None:
+    `byte_lengths` `(vocab,)` says how many bytes of text each id stands for in them.
+    """
+
+    def __init__(self, windows: Windows, *, count: int, byte_lengths: ByteLengths) -> None:
+        self._windows = windows
+        self._count = count
         self.byte_lengths = byte_lengths
-        self._ids = ids
-        self._layout = layout
-        self._context = context
 
     def __len__(self) -> int:
-        return len(self._layout)
+        return self._count
 
-    def rows(self, places: Positions) -> Tensor:
-        """Gather the windows where the ids lie."""
-        return self._ids.windows(self._layout.spans(places), context=self._context)
+    def rows(self, places: Indices) -> Tensor:
+        rows = self._windows.rows(np.minimum(places, self._count - 1))
+        if (beyond := places >= self._count).any():
+            rows = rows.masked_fill(torch.from_numpy(beyond[:, None]).to(rows.device, non_blocking=True), IGNORE)
+        return rows
 
     def to(self, device: torch.device) -> Self:
-        """Return windows onto a copy of the ids on the device."""
-        return type(self)(self._ids.to(device), self._layout, context=self._context, byte_lengths=self.byte_lengths)
+        return type(self)(self._windows.to(device), count=self._count, byte_lengths=self.byte_lengths)
+
+
+def listed_windows(ids: FlatIds, *parts: Spans, context: int, byte_lengths: ByteLengths) -> FiniteWindows:
+    """Return windows onto flat ids that lie where `parts` say, one part after the other."""
+    layout = ListedLayout(*parts)
+    return FiniteWindows(TextWindows(ids, layout, context=context), count=len(layout), byte_lengths=byte_lengths)
 
 
 def shift(windows: Tensor) -> tuple[Tensor, Tensor]:

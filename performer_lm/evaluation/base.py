@@ -1,4 +1,4 @@
-"""What every evaluation is: something that measures a trained model on a text and tells what it found."""
+"""The interface of evaluations, which measure a trained model on a text."""
 
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -10,12 +10,12 @@ from performer_lm.objectives import Objective
 
 
 class Subject(NamedTuple):
-    """What is measured."""
+    """A trained model and a text to measure it on."""
 
     model: LanguageModel
     """In evaluation mode, on its device."""
     objective: Objective
-    """What it was trained to predict."""
+    """Of the model's training."""
     data: WindowData
     """`held_out` is prepared; of the model's own vocabulary."""
     folder: Path
@@ -31,4 +31,4 @@ class Evaluation(ABC):
 
     @abstractmethod
     def __call__(self, subject: Subject) -> float:
-        """Measure, print what there is to tell, and return the number that a sweep compares."""
+        """Measure, print the findings, and return the number that a sweep compares."""

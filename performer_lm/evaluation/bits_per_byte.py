@@ -22,7 +22,7 @@ from performer_lm.ops.terms import slices
 
 
 class BitsPerByte(NamedTuple):
-    """What a model makes of a text."""
+    """Losses of a model on a text."""
 
     loss: float  # nats per prediction
     bits_per_byte: float  # of the text that was predicted
@@ -32,7 +32,6 @@ class BitsPerByte(NamedTuple):
 
     @property
     def bits_per_token(self) -> float:
-        """The loss in bits."""
         return self.loss / math.log(2)
 
 
@@ -45,12 +44,12 @@ def measure_bits_per_byte(
     batch_size: int,
     separator: int | None = None,
 ) -> BitsPerByte:
-    """Predict what the objective asks of the windows: for next tokens, every id but the first of each window.
+    """Measure a model on all predictions that the objective asks of the windows.
 
     Args:
         model: in evaluation mode.
         windows: of the text, each byte in one.
-        objective: what is predicted.
+        objective: source of the predictions; next tokens are every id but the first of each window.
         batch_size: windows at a time.
         separator: the id that begins a document where tokens see their own document only.
 
@@ -92,10 +91,9 @@ class MeasureBitsPerByte(Evaluation):
     """Print loss, bits per byte and accuracy over a text."""
 
     def check(self, model: LanguageModel, *, folder: Path) -> None:
-        """Take any model: each is measured by what it was trained to predict."""
+        """Take any model: each is measured by its own objective."""
 
     def __call__(self, subject: Subject) -> float:
-        """Return the bits per byte."""
         model, objective, data, _ = subject
         found = measure_bits_per_byte(
             model, data.held_out, objective=objective, batch_size=data.batch_size, separator=data.separator

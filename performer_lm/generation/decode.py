@@ -41,41 +41,33 @@ def decode(
     """
     if not model.decodes:
         raise ValueError("this model sees both sides of a token (objective=mlm): it does not continue text")
-    room = model.room_after(prompt.shape[1])
-    if room is not None and max_new_tokens > room:
+    left = model.room_after(prompt.shape[1])
+    if left is not None and max_new_tokens > left:
         raise ValueError(
-            f"max_new_tokens ({max_new_tokens}) must be at most {room} after a prompt of {prompt.shape[1]} tokens: "
+            f"max_new_tokens ({max_new_tokens}) must be at most {left} after a prompt of {prompt.shape[1]} tokens: "
             "the model's learned positions end there"
         )
     mask = model.check_prompt(prompt, mask)
-    return _steps(model, prompt, mask, max_new_tokens, sampler, end_id, generator)
 
+    @torch.inference_mode()
+    def steps() -> Iterator[Tensor]:
+        logits, state = model.start(prompt, mask=mask, max_len=prompt.shape[1] + max_new_tokens)
+        ended = prompt.new_zeros(len(prompt), dtype=torch.bool)
+        seen, kept = prompt, torch.ones_like(prompt, dtype=torch.bool) if mask is None else mask
+        for index in range(max_new_tokens):
+            ids = sampler(logits[:, -1], generator, seen=seen, mask=kept)
+            if end_id is not None:
+                ids = torch.where(ended, end_id, ids)
+                ended = ended | (ids == end_id)
+            yield ids
+            if index + 1 == max_new_tokens or (end_id is not None and bool(ended.all())):
+                return
+            last = slice(1 - sampler.repetition_window, None) if sampler.repetition_window > 1 else slice(0, 0)
+            seen = torch.cat((seen[:, last], ids[:, None]), dim=1)
+            kept = torch.cat((kept[:, last], torch.ones_like(ids[:, None], dtype=torch.bool)), dim=1)
+            logits, state = model.extend(ids[:, None], state)
 
-@torch.inference_mode()
-def _steps(
-    model: LanguageModel,
-    prompt: Tensor,
-    mask: Tensor | None,
-    max_new_tokens: int,
-    sampler: Sampler,
-    end_id: int | None,
-    generator: torch.Generator | None,
-) -> Iterator[Tensor]:
-    logits, state = model.start(prompt, mask=mask, max_len=prompt.shape[1] + max_new_tokens)
-    ended = prompt.new_zeros(len(prompt), dtype=torch.bool)
-    seen, kept = prompt, torch.ones_like(prompt, dtype=torch.bool) if mask is None else mask
-    for index in range(max_new_tokens):
-        ids = sampler(logits[:, -1], generator, seen=seen, mask=kept)
-        if end_id is not None:
-            ids = torch.where(ended, end_id, ids)
-            ended = ended | (ids == end_id)
-        yield ids
-        if index + 1 == max_new_tokens or (end_id is not None and bool(ended.all())):
-            return
-        last = slice(1 - sampler.repetition_window, None) if sampler.repetition_window > 1 else slice(0, 0)
-        seen = torch.cat((seen[:, last], ids[:, None]), dim=1)
-        kept = torch.cat((kept[:, last], torch.ones_like(ids[:, None], dtype=torch.bool)), dim=1)
-        logits, state = model.extend(ids[:, None], state)
+    return steps()
 
 
 @ranged
@@ -105,11 +97,11 @@ def stream_text(
         end_id=tokenizer.end_id,
         generator=torch.Generator(device).manual_seed(seed),
     )
-    return _spell(tokens, tokenizer)
-
-
-def _spell(tokens: Iterator[Tensor], tokenizer: Tokenizer) -> Iterator[str]:
     stream = TextStream(tokenizer)
-    for token in tokens:
-        yield stream.push(token.tolist())
-    yield stream.finish()
+
+    def pieces() -> Iterator[str]:
+        for token in tokens:
+            yield stream.push(token.tolist())
+        yield stream.finish()
+
+    return pieces()

@@ -19,7 +19,7 @@ LEAST: Final = 1e-20  # lower temperatures and stronger penalties choose no othe
 @ranged
 @dataclass(frozen=True)
 class Sampler:
-    """How tokens are drawn: by temperature, among the `top_k` likeliest, among the nucleus of mass `top_p`.
+    """Draws of tokens by temperature, among the `top_k` likeliest, among the nucleus of mass `top_p`.
 
     Args:
         temperature: divides the logits; 0 always takes the likeliest token.
@@ -28,9 +28,6 @@ class Sampler:
         repetition_penalty: divides the logits above 0 of tokens lately seen, and multiplies those below, so that any
             value above 1 makes them less likely (CTRL, arXiv 1909.05858); 1: none.
         repetition_window: how many tokens back count as lately, in each row by itself.
-
-    Raises:
-        ValueError: for values outside their range.
     """
 
     temperature: NotNegative = 1.0

@@ -16,23 +16,19 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor
 
 from performer_lm import checkpoint
+from performer_lm.building import build_model
 from performer_lm.interop.performer_pytorch_weights import Arguments, read_arguments, translate
 from performer_lm.model import PerformerLM
 
 KERNELS = {
-    "ReLU": "relu",
-    "GELU": "gelu",
-    "LeakyReLU": "leaky_relu",
-    "Sigmoid": "sigmoid",
-    "SiLU": "silu",
-    "Softplus": "softplus",
-    "Tanh": "tanh",
+    **{"ReLU": "relu", "GELU": "gelu", "LeakyReLU": "leaky_relu", "Sigmoid": "sigmoid"},
+    **{"SiLU": "silu", "Softplus": "softplus", "Tanh": "tanh"},
 }
-"""Activations of a generalized kernel, by the name of their module, and what they are called here."""
+"""Names here of the activations of a generalized kernel, by the names of their modules."""
 
 
 class Imported(NamedTuple):
-    """A model, the plain section that builds it, and where it differs from what it was."""
+    """A model, the plain section that builds it, and its differences from the original."""
 
     model: PerformerLM
     section: dict[str, Any]
@@ -53,7 +49,7 @@ def import_language_model(weights: Mapping[str, Tensor], *, seed: int = 0, **arg
     """
     given = read_arguments(arguments)
     section = describe_language_model(seed=seed, **arguments)
-    model = cast(PerformerLM, checkpoint.build(section))
+    model = cast(PerformerLM, build_model(section))
     weights = {name.removeprefix("net."): value for name, value in weights.items()}
     checkpoint.load_weights(model, dict(translate(weights, given, model)), source="the state dict")
     return Imported(model.eval(), section, list(find_differences(**arguments)))
@@ -114,11 +110,7 @@ def describe_language_model(*, seed: int = 0, **arguments: Any) -> dict[str, Any
 
 
 def find_differences(**arguments: Any) -> Iterator[str]:
-    """Yield where the logits of the imported model differ from the original's, and why.
-
-    Raises:
-        ValueError: for unknown or missing arguments.
-    """
+    """Yield where the logits of the imported model differ from the original's, and why."""
     given = read_arguments(arguments)
     some_local = any(given.local_attn_heads) if isinstance(given.local_attn_heads, tuple) else given.local_attn_heads
     if given.no_projection and not given.causal:
@@ -146,13 +138,11 @@ def _part(name: str, **options: Any) -> dict[str, Any]:
 
 def _attention(given: Arguments, seed: int) -> dict[str, Any]:
     num_features = int(given.dim_head * math.log(given.dim_head)) if given.nb_features is None else given.nb_features
+    drawn: dict[str, Any] = {"coupling": "orthogonal", "regularized": False}
     features = _part(
         "attention.feature_maps.SoftmaxFeatures",
-        coupling="orthogonal",
-        regularized=False,
-        antithetic=False,
-        learned=False,
-        centred=False,
+        **drawn,
+        **dict.fromkeys(("antithetic", "learned", "centred"), False),
         momentum=None,
     )
     redraw_interval = given.feature_redraw_interval
@@ -161,8 +151,7 @@ def _attention(given: Arguments, seed: int) -> dict[str, Any]:
     elif given.generalized_attention:
         features = _part(
             "attention.kernel_maps.GeneralizedFeatures",
-            coupling="orthogonal",
-            regularized=False,
+            **drawn,
             activation=_kernel(given.kernel_fn),
             epsilon=1e-3,
         )

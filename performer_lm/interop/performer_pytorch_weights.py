@@ -1,6 +1,5 @@
-"""What performer-pytorch's constructor takes, and where the weights of its language models belong here."""
+"""The arguments of performer-pytorch's constructor, and the places here of the weights of its language models."""
 
-import difflib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -9,6 +8,7 @@ from einops import rearrange
 from torch import Tensor
 
 from performer_lm.model import PerformerLM
+from performer_lm.wording import did_you_mean
 
 TABLES = ("pos_emb.emb", "layer_pos_emb.emb")
 """Positions that are computed here."""
@@ -57,8 +57,7 @@ def read_arguments(arguments: Mapping[str, Any]) -> Arguments:
     """Return arguments by name, or raise ValueError for one unknown or missing."""
     for name in arguments:
         if name not in Arguments._fields:
-            near = difflib.get_close_matches(name, Arguments._fields, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(name, Arguments._fields, cutoff=0.6)
             raise ValueError(f"{name} is no argument of performer-pytorch's PerformerLM{hint}")
     missing = [name for name in Arguments._fields if name not in arguments and name not in Arguments._field_defaults]
     if missing:
@@ -151,9 +150,8 @@ def _interleave_local_heads(rows: Tensor, given: Arguments, local: int) -> Tenso
 
 
 def _translate_feed_forward(
-    take: Take, here: str, there: str, given: Arguments, layer: int
+    take: Take, here: str, there: str, given: Arguments, _layer: int
 ) -> Iterator[tuple[str, Tensor]]:
-    del layer
     for kind in ("weight", "bias"):
         inner = take(f"{here}fn.w1.{kind}")
         if given.ff_glu:

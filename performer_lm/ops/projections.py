@@ -13,23 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_WORD = (1 << 64) - 1
-
-
-def _scramble(word: int) -> int:
-    """Scramble 64 bits one to one (the splitmix64 finalizer: Steele, Lea, Flood 2014)."""
-    word = (word + 0x9E3779B97F4A7C15) & _WORD
-    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
-    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _WORD
-    return word ^ (word >> 31)
-
-
-def mix_seed(*parts: int) -> int:
-    """Hash integers into one 64-bit seed; order matters, and neighbouring parts give unrelated seeds."""
-    word = 0
-    for part in parts:
-        word = _scramble(word ^ _scramble(part & _WORD))
-    return word
+from performer_lm.ops.hashing import mix_seed
 
 
 def default_num_features(dim: int) -> int:

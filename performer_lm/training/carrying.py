@@ -1,4 +1,4 @@
-"""What a run takes along where its backend or its optimizer is another one than the checkpoint's.
+"""State that a run keeps where its backend or its optimizer is another one than the checkpoint's.
 
 Weights stay, but for what a backend owns: that is left out or drawn anew. Of an optimizer's state stays what belongs to
 parameters that stay; another optimizer begins with none.
@@ -11,28 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from performer_lm import checkpoint
+from performer_lm.building import build_model
 from performer_lm.checkpoint import AVERAGES, Checkpoint
-from performer_lm.checkpoint.opening import BACKEND
+from performer_lm.checkpoint.opening import fit_backend
 from performer_lm.language_model import LanguageModel
 from performer_lm.training.optim import DECAYS, MATRICES, parameter_groups
 
 PREFIX = "model."  # of the names of weights in a trainer's own part of a checkpoint
-
-
-def fit_backend(weights: Mapping[str, Tensor], model: nn.Module, *, source: str) -> tuple[dict[str, Tensor], list[str]]:
-    """Return weights for a model whose backend may be another one, and a line where it is.
-
-    Raises:
-        ValueError: for the first weight that does not fit, a backend's own left aside.
-    """
-    own = model.state_dict()
-    kept = {name: value for name, value in weights.items() if BACKEND not in name or _fits(value, own.get(name))}
-    checkpoint.check_fit(model, kept, source=source)
-    drawn = {name: value for name, value in own.items() if name not in kept}
-    left_out = len(weights) - len(kept)
-    line = f"the attention backend changed: {left_out} of its tensors left out, {len(drawn)} drawn anew"
-    return {**kept, **drawn}, [line] if left_out or drawn else []
 
 
 def carry_over(
@@ -43,20 +28,20 @@ def carry_over(
     *,
     is_allowed: bool,
 ) -> list[str]:
-    """Fit what a checkpoint holds of weights, averages and optimizer states to the run that goes on with it.
+    """Fit weights, averages and optimizer states of a checkpoint, in place, to the run that goes on with it.
 
     Args:
-        resumed: what the run goes on from; its content is changed.
+        resumed: whose content is changed.
         model: of the run.
         optimizer: of `LanguageModelTask`.
-        section: what the run would save.
-        is_allowed: whether anything may have changed; nothing else is worth a look at the optimizer.
+        section: of the checkpoints of the run.
+        is_allowed: whether anything may have changed; else the optimizer is left alone.
 
     Returns:
         A line for each part that starts anew.
 
     Raises:
-        ValueError: as `fit_backend`.
+        ValueError: for a weight that does not fit.
     """
     lines = _carry_weights(resumed, model)
     if is_allowed:
@@ -86,7 +71,7 @@ def _carry_optimizer(resumed: Checkpoint, model: LanguageModel, optimizer: Optim
     fresh = optimizer.state_dict()
     new = [_named(part, model) for part in _parts(fresh)]
     with torch.device("meta"):
-        before: LanguageModel = checkpoint.build(resumed.section["model"])
+        before: LanguageModel = build_model(resumed.section["model"])
     old = [_named(part, before) for part in _parts(content["optimizer_states"][0])]
     known = {} if is_other else {name: state for part in old for name, state in part.items()}
     parameters = dict(model.named_parameters())

@@ -31,14 +31,14 @@ def open_named(name: str) -> Checkpoint:
     try:
         return checkpoint.read(path)
     except ValueError as error:
-        others = [other for other in checkpoint.candidates(checkpoint.holder(path)) if not _is_same_file(other, path)]
-        whole = next((other for other in others if _is_whole(other)), None)
+        others = checkpoint.candidates(checkpoint.holder(path))
+        whole = next((other for other in others if not _is_same_file(other, path) and _is_whole(other)), None)
         hint = f"; to go on from the one before it: ckpt={whole}" if whole else ""
         raise ValueError(f"{error}{hint}") from error
 
 
 def open_last(run: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Return what `ckpt=auto` goes on from in the folder that the user has named, and what there is to say about it.
+    """Return the checkpoint that `ckpt=auto` goes on from in the folder that the user has named, and notes on it.
 
     It is the last checkpoint, or, where that is damaged, the newest that is whole; None where there is none yet.
 
@@ -61,17 +61,13 @@ def open_last(run: Path) -> tuple[Checkpoint | None, list[str]]:
 def open_newest(
     section: Mapping[str, Any], cfg: DictConfig, *, runs: Path = Path("runs")
 ) -> tuple[Checkpoint | None, list[str]]:
-    """Return what `ckpt=auto` goes on from where no folder is named, and what there is to say about it.
+    """Return the checkpoint that `ckpt=auto` goes on from where no folder is named, and notes on it.
 
-    It is the newest run below `runs` like this one, and of its checkpoints the one that `open_last` takes.
-
-    Args:
-        section: what the run would save.
-        cfg: its config, by which a run is known whose checkpoints do not open.
-        runs: where runs lie.
+    It is the newest run below `runs` like this one, and of its checkpoints the one that `open_last` takes. Args: the
+    section that the run would save; its config, by which a run is known whose checkpoints do not open.
 
     Raises:
-        ValueError: where all checkpoints of that run are damaged: another word has to say that it starts over.
+        ValueError: where all checkpoints of that run are damaged: starting over has to be typed.
     """
     passed: list[str] = []
     for run in checkpoint.newest_runs(runs):

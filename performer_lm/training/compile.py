@@ -1,8 +1,7 @@
 """Compiling a model's stacks of layers, in place: weight names, checkpoints and decoding stay as they are.
 
-Only the stacks are compiled, for training and validation: Lightning's part of a step, the output layer and the loss are
-not. FAVOR's engine looks at its numbers where a CPU computes, which cuts its graphs there. Results differ from
-uncompiled ones by rounding.
+Lightning's part of a step, the output layer and the loss are not compiled. FAVOR's engine checks its numbers on a CPU,
+which cuts its graphs there. Results differ from uncompiled ones by rounding.
 """
 
 import logging
@@ -14,11 +13,7 @@ from performer_lm.performer import Performer
 
 
 def compile_stacks(model: LanguageModel, *, device: torch.device) -> None:
-    """Let every stack of layers be compiled when it first runs.
-
-    Args:
-        model: whose stacks.
-        device: where it is going to run.
+    """Let every stack of layers be compiled when it first runs on `device`.
 
     Raises:
         ValueError: where nothing can be compiled for that device.

@@ -79,15 +79,13 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Return where checkpoints lie."""
         return self.path / "checkpoints"
 
     def open(self, cfg: DictConfig) -> None:
-        """Keep the config in the folder."""
         replace_text(self.path / "config.yaml", _to_yaml(cfg), sync=False)  # each start writes it again
 
     def release(self) -> None:
-        """Let other processes have it, and take away what was made for it where that is still empty."""
+        """Let other processes have the folder, and remove the folders that were made for it and are empty."""
         if self._lock:
             self._lock.release()
         for folder in reversed(self._made):
@@ -95,7 +93,7 @@ class RunFolder:
                 folder.rmdir()
 
     def _try_out(self) -> None:
-        """Delete what killed writes have left, and write where the run will: no disk is found full hours later."""
+        """Delete remains of killed writes, and try to write: a full disk is better found now than after hours."""
         for stale in self.path.glob("*.tmp"):
             if re.fullmatch(r".+\.\d+\.tmp", stale.name):  # as `temporary_of` names them
                 stale.unlink(missing_ok=True)
@@ -116,7 +114,7 @@ class RunFolder:
 
 
 def is_config_of(folder: Path, cfg: DictConfig) -> bool:
-    """Return True where the `config.yaml` of a folder says the same as `cfg` of all that makes a run what it is."""
+    """Return True if the `config.yaml` of a folder agrees with `cfg` on all that results depend on."""
     try:
         written = read_start(folder / "config.yaml", 2**20).decode(errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""A new run from given weights: what `init=` takes from a checkpoint, and what the command line changes of it.
+"""A new run from given weights: model and tokenizer of `init=`, with the changes of the command line.
 
 The model is the checkpoint's, with the backend and the options that were typed; the tokenizer is the checkpoint's.
 Data, objective, optimizer, schedule and all else are the command line's, and the run begins at step 0.
@@ -13,17 +13,13 @@ from torch import nn
 
 from performer_lm import checkpoint
 from performer_lm.checkpoint import Checkpoint
+from performer_lm.checkpoint.opening import fit_backend
 from performer_lm.data.module import WindowData
 from performer_lm.data.tokenizer import Tokenizer, tokenizer_from_dict
-from performer_lm.training.carrying import fit_backend
 
 
 def open_given(name: str) -> Checkpoint:
-    """Return the checkpoint that `init=name` means: of a run folder the best one, with the averages of its weights.
-
-    Raises:
-        ValueError: where there is none, or it is damaged.
-    """
+    """Return the checkpoint that `init=name` means: of a run folder the best one, with the averages of its weights."""
     return checkpoint.read(checkpoint.find(name, key="init"))
 
 
@@ -33,12 +29,7 @@ def describe_given(name: str) -> str:
 
 
 def take_model(cfg: DictConfig, source: Checkpoint, *, overrides: Sequence[str]) -> None:
-    """Make a checkpoint's model the config's, but for what was typed.
-
-    Args:
-        cfg: the composed config.
-        source: of which the model is.
-        overrides: what the user typed. `model=NAME` chooses another model altogether.
+    """Make a checkpoint's model the config's, but for options that were typed; `model=NAME` chooses another altogether.
 
     Raises:
         ValueError: for a checkpoint that generate.py would not open; for an option of another backend than its own.
@@ -61,11 +52,7 @@ def take_tokenizer(source: Checkpoint, *, overrides: Sequence[str]) -> Tokenizer
 
 
 def check_tokenizer(data: WindowData, source: Checkpoint) -> None:
-    """Refuse data whose ids mean something else than those that the weights know.
-
-    Raises:
-        ValueError: with both vocabularies.
-    """
+    """Raise ValueError for data whose ids mean something else than those that the weights know."""
     known = tokenizer_from_dict(source.section["tokenizer"])
     if data.tokenizer.to_dict() != known.to_dict():
         raise ValueError(
@@ -75,7 +62,7 @@ def check_tokenizer(data: WindowData, source: Checkpoint) -> None:
 
 
 def load_given(model: nn.Module, given: Checkpoint) -> list[str]:
-    """Load a checkpoint's weights into the model of a new run, and return what there is to say of it."""
+    """Load a checkpoint's weights into the model of a new run, and return notes on them."""
     weights, changed = fit_backend(given.weights, model, source=str(given.path))
     model.load_state_dict(weights)
     averaged = "averages of the weights" if given.content.get(checkpoint.AVERAGES) else "weights"
@@ -109,7 +96,7 @@ def _with_attn(section: dict[str, Any], cfg: DictConfig, *, typed: list[str], so
 
 
 def _copy(path: Sequence[str], wanted: Mapping[str, Any], section: dict[str, Any]) -> None:
-    """Set what stands at a path to what is wanted there; what is not wanted is taken out."""
+    """Set the value at a path to the wanted one; a path that is not wanted is removed."""
     name, *rest = path
     if name not in wanted:
         section.pop(name, None)

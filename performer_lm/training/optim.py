@@ -19,11 +19,7 @@ def parameter_groups(model: nn.Module, *, head: nn.Module) -> list[Group]:
     """Split the trainable parameters in three: hidden layers' matrices, the output layer's matrix, and the rest.
 
     The rest (norms, biases, convolutions, embeddings, learned features) does not decay. A parameter used twice stands
-    once, and in the rest if any of its uses does: a tied embedding does not decay.
-
-    Args:
-        model: whose parameters.
-        head: its output layer.
+    once, and in the rest if any of its uses does: a tied embedding does not decay. `head` is the output layer.
     """
     matrices: list[nn.Parameter] = []
     outputs: list[nn.Parameter] = []
@@ -82,17 +78,14 @@ def muon(
     weight_decay: NotNegative,
     fused: bool,
 ) -> Optimizer:
-    """Build Muon (Jordan et al. 2024) for the hidden layers' matrices, beside AdamW for all else.
+    """Build Muon (Jordan et al. 2024) for the hidden layers' matrices, beside `adamw` for all else.
 
     Args:
         groups: parameter groups.
-        lr: peak learning rate of AdamW.
+        lr, betas, eps, fused: of `adamw`.
         matrix_lr: peak learning rate of Muon.
         momentum: of Muon.
-        betas: of AdamW.
-        eps: of AdamW.
         weight_decay: of the groups that decay, under both.
-        fused: of AdamW.
     """
     groups = list(groups)
     rest = adamw(
@@ -110,11 +103,7 @@ def muon(
 
 
 def check_scaling(optimizer: Optimizer, *, precision: str) -> None:
-    """Refuse an optimizer that takes a loss scale off its gradients only as it updates, after they were clipped.
-
-    Raises:
-        ValueError: for fused AdamW alone with float16, whose losses are scaled.
-    """
+    """Raise ValueError for fused AdamW with float16: it takes loss scales off gradients only after their clipping."""
     if precision == "16-mixed" and getattr(optimizer, "_step_supports_amp_scaling", False):
         raise ValueError(
             "optimizer.fused=true does not go with trainer.precision=16-mixed: set it false, or use bf16-mixed"
@@ -148,11 +137,9 @@ class Together(Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the parts' states."""
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the parts' states."""
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         self._share_groups()

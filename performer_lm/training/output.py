@@ -1,4 +1,4 @@
-"""Output that never costs a run: its reader may go, its disk fill up, its terminal know no such character.
+"""Output that never costs a run: readers may go, disks fill up, terminals lack characters.
 
 A run is worth more than what it prints, and `train.log` has that too.
 """
@@ -25,7 +25,7 @@ def lasting_output() -> Iterator[None]:
 
 
 class _Lasting:
-    """A stream that takes any text: what its encoding lacks is spelled out, and a closed one is left."""
+    """A stream that takes any text: characters that its encoding lacks are spelled out, and a closed one is left."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -34,7 +34,6 @@ class _Lasting:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write the text, if that can be."""
         try:
             self._stream.write(text)
         except UnicodeEncodeError:
@@ -49,7 +48,6 @@ class _Lasting:
         return len(text)
 
     def flush(self) -> None:
-        """Send what is buffered, if that can be."""
         try:
             self._stream.flush()
         except BlockingIOError:

@@ -31,9 +31,7 @@ PEAKS: Final[dict[str, tuple[float, float, float]]] = {
 def peak_flops(device: torch.device, *, precision: str) -> float | None:
     """Return the dense peak of a device in operations per second; None where the table does not know it.
 
-    Args:
-        device: where the model trains.
-        precision: of Lightning. Products of float32 count as tensor float 32 where torch is set to use that.
+    Products of float32 count as tensor float 32 where torch is set to use that.
     """
     if device.type != "cuda":
         return None

@@ -1,6 +1,5 @@
 """A run at a glance: loss, bits per byte, learning rates and throughput over its steps, in one picture."""
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from performer_lm.writing import replacing
+from performer_lm.writing import write_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,8 +23,7 @@ def draw_metrics(rows: Sequence[Row], path: Path, *, title: str) -> None:
 
     Without pyplot: nothing outside the figure is touched.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here, since it takes a while to import
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # here, since it takes a while to import
 
     figure = Figure(figsize=(11, 6.5), dpi=110, layout="constrained")
     panels = {
@@ -43,9 +41,7 @@ def draw_metrics(rows: Sequence[Row], path: Path, *, title: str) -> None:
             axes.legend(frameon=False, fontsize=9)
     figure.supxlabel("step", fontsize=10)
     figure.suptitle(printable(title), fontsize=11, parse_math=False)
-    with replacing(path) as file, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a box stands for what the font lacks
-        FigureCanvasAgg(figure).print_png(file)
+    write_png(path, figure)
 
 
 def printable(text: str) -> str:

@@ -16,7 +16,7 @@ from torch import nn
 
 from performer_lm import checkpoint
 from performer_lm.attention.local import LocalAttention
-from performer_lm.building import build, escape
+from performer_lm.building import build, build_model, escape
 from performer_lm.checkpoint import Checkpoint
 from performer_lm.data.module import WindowData
 from performer_lm.data.tokenizer.recipes import Restored
@@ -24,10 +24,10 @@ from performer_lm.encoder_decoder import PerformerEncoderDecoder
 from performer_lm.language_model import LanguageModel
 from performer_lm.nn.attention import MultiHeadAttention
 from performer_lm.performer import Performer
-from performer_lm.training.callbacks.base import RunCallback, Surroundings
-from performer_lm.training.callbacks.ending import FinalValidation
+from performer_lm.training.callbacks.base import RunCallback, RunDetails
 from performer_lm.training.callbacks.guard import NonFiniteGuard
 from performer_lm.training.callbacks.learning_rates import LearningRates
+from performer_lm.training.callbacks.limits import FinalValidation
 from performer_lm.training.callbacks.new_settings import NewSettings
 from performer_lm.training.callbacks.progress import ProgressReport
 from performer_lm.training.callbacks.random_state import RandomState
@@ -50,7 +50,7 @@ from performer_lm.training.given import (
 )
 from performer_lm.training.loggers.record import MetricsLogger
 from performer_lm.training.optim import check_scaling, parameter_groups
-from performer_lm.training.processes import OneRun, check_sharding, without_samples
+from performer_lm.training.processes import OneRun
 from performer_lm.training.restoring import check_callbacks, check_state
 from performer_lm.training.resume import (
     best_score,
@@ -60,6 +60,7 @@ from performer_lm.training.resume import (
     validation_digest,
 )
 from performer_lm.training.run import Run, plain
+from performer_lm.training.sharding import check_sharding, without_samples
 from performer_lm.training.task import LanguageModelTask
 from performer_lm.training.trainer import attach
 
@@ -106,7 +107,7 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
         section["init"] = resumed.section.get("init")
         notes += check_resumed(resumed, section, max_steps=trainer.max_steps, allow=cfg.resume.allow)
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
-    model: LanguageModel = checkpoint.build(model_section)
+    model: LanguageModel = build_model(model_section)
     if resumed:
         notes += carry_over(resumed, model, optimizer, section, is_allowed=bool(cfg.resume.allow))
     elif given:
@@ -128,16 +129,16 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
         check_state(resumed, trainer, task, optimizer=not cfg.resume.allow)
         notes += forget_best(resumed, section)
         share_out_anew(resumed.content, accumulation=trainer.accumulate_grad_batches)
-    room = _open_room(cfg, wanted, resumed, is_named=is_named, writes=trainer.is_global_zero)
+    folder = _take_folder(cfg, wanted, resumed, is_named=is_named, writes=trainer.is_global_zero)
     try:
-        return _assemble(cfg, overrides, room, resumed, data, task, trainer, notes)
+        return _assemble(cfg, overrides, folder, resumed, data, task, trainer, notes)
     except BaseException:
-        room.release()
+        folder.release()
         raise
 
 
 def _open_known(cfg: DictConfig, wanted: Path, *, is_named: bool) -> tuple[Checkpoint | None, list[str]]:
-    """Return the checkpoint that the command line names, and what there is to say about it."""
+    """Return the checkpoint that the command line names, and notes on it."""
     if cfg.ckpt == AUTO:
         return open_last(wanted) if is_named else (None, [])
     return (None, []) if cfg.ckpt is None else (open_named(cfg.ckpt), [])
@@ -153,7 +154,7 @@ def _build_data(cfg: DictConfig, given: Checkpoint | None, overrides: Sequence[s
 
 
 def _describe(cfg: DictConfig, model: dict[str, Any], data: WindowData, trainer: Trainer) -> dict[str, Any]:
-    """Return what the run's checkpoints say of it, and what must be alike where it goes on."""
+    """Return the section of the run's checkpoints, which must be alike where the run goes on."""
     section = checkpoint.describe(
         model=model,
         tokenizer=data.tokenizer,
@@ -178,17 +179,17 @@ def _describe(cfg: DictConfig, model: dict[str, Any], data: WindowData, trainer:
 def _assemble(
     cfg: DictConfig,
     overrides: Sequence[str],
-    room: RunFolder,
+    folder: RunFolder,
     resumed: Checkpoint | None,
     data: WindowData,
     task: LanguageModelTask,
     trainer: Trainer,
     notes: list[str],
 ) -> Run:
-    """Build what knows the folder, and give it to the trainer in the order in which it runs."""
-    cfg.run_dir = escape(str(room.path))
-    surroundings = Surroundings(
-        folder=room.path,
+    """Build callbacks and loggers, and give them to the trainer in the order in which they run."""
+    cfg.run_dir = escape(str(folder.path))
+    details = RunDetails(
+        folder=folder.path,
         console=Console(highlight=False, quiet=not trainer.is_global_zero),
         tokenizer=data.tokenizer,
         context=cfg.data.context,
@@ -196,7 +197,7 @@ def _assemble(
         log_every=cfg.trainer.log_every,
     )
     saving = Checkpoints(
-        room.checkpoints,
+        folder.checkpoints,
         every=cfg.trainer.save_every,
         minutes=cfg.trainer.save_minutes,
         keep=cfg.trainer.keep_checkpoints,
@@ -208,9 +209,13 @@ def _assemble(
     chosen = build(plain(cfg.callbacks), key="callbacks").values() if cfg.get("callbacks") else ()
     own: list[Callback] = [callback for callback in chosen if callback is not None]  # None: switched off
     check_sharding(trainer, task.model, task.optimizer(parameter_groups(task.model, head=task.model.head)), own)
-    first = OneRun(room, saving, resumed=f"{resumed.path} at step {resumed.content['global_step']}" if resumed else "")
-    callbacks: list[Callback] = [first, RandomState(seed=cfg.seed), ModelSummary(), Redraw(), NonFiniteGuard()]
-    callbacks += [
+    source = f"{resumed.path} at step {resumed.content['global_step']}" if resumed else ""
+    callbacks: list[Callback] = [
+        OneRun(folder, saving, resumed=source),
+        RandomState(seed=cfg.seed),
+        ModelSummary(),
+        Redraw(),
+        NonFiniteGuard(),
         FinalValidation(),
         throughput,
         LearningRates(),
@@ -219,22 +224,36 @@ def _assemble(
         StepBoundary(),
         saving,
         stop,
+        *([NewSettings()] if resumed and cfg.resume.allow else []),
     ]
-    if resumed and cfg.resume.allow:
-        callbacks.append(NewSettings())
     if resumed:
         check_callbacks(resumed, callbacks)
     for callback in callbacks:
         if isinstance(callback, RunCallback):  # a config may add Lightning's own
-            callback.join(surroundings)
+            callback.join(details)
     added = build(plain(cfg.logger), key="logger").values() if cfg.get("logger") else ()
-    record = MetricsLogger(folder=room.path)
+    record = MetricsLogger(folder=folder.path)
     attach(trainer, callbacks=callbacks, loggers=[record, *added], resumed=resumed)
-    console = surroundings.console
-    return Run(cfg, overrides, room, resumed, data, task, trainer, throughput, saving, stop, record, console, notes)
+    return Run(
+        cfg=cfg,
+        overrides=overrides,
+        run_folder=folder,
+        resumed=resumed,
+        data=data,
+        task=task,
+        trainer=trainer,
+        throughput=throughput,
+        saving=saving,
+        stop=stop,
+        record=record,
+        console=details.console,
+        notes=notes,
+    )
 
 
-def _open_room(cfg: DictConfig, wanted: Path, resumed: Checkpoint | None, *, is_named: bool, writes: bool) -> RunFolder:
+def _take_folder(
+    cfg: DictConfig, wanted: Path, resumed: Checkpoint | None, *, is_named: bool, writes: bool
+) -> RunFolder:
     """Return the folder to resume in, or a new one; `ckpt=auto` always takes the one that is named."""
     if resumed:
         return RunFolder(checkpoint.holder(resumed.path), writes=writes)
@@ -246,7 +265,7 @@ def _open_room(cfg: DictConfig, wanted: Path, resumed: Checkpoint | None, *, is_
 def _sketch_model(section: dict[str, Any], *, context: int) -> LanguageModel:
     """Build the model without values, so that sizes that do not fit are found before any data is read."""
     with torch.device("meta"):
-        model: LanguageModel = checkpoint.build({**section, "vocab_size": 256})
+        model: LanguageModel = build_model({**section, "vocab_size": 256})
     for module in model.modules():
         if isinstance(module, LocalAttention) and module.window > context:
             raise ValueError(f"window ({module.window}) must be at most the context (data.context={context})")
@@ -261,7 +280,7 @@ def _sketch_model(section: dict[str, Any], *, context: int) -> LanguageModel:
 
 
 def _check_backends(sketch: LanguageModel, *, packed: bool) -> None:
-    """Refuse what a layer's attention cannot keep, before any data is read."""
+    """Refuse options that a layer's attention cannot keep, before any data is read."""
     for module in sketch.modules():
         if isinstance(module, MultiHeadAttention):
             module.backend.check(causal=module.causal, packed=packed)

@@ -1,4 +1,4 @@
-"""What a run says to people: its log, its closing card, and the link to the newest run."""
+"""A run's log, its closing card, and the link to the newest run."""
 
 import logging
 import os
@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
+from performer_lm.wording import first_line
 from performer_lm.writing import open_to_append
 
 log = logging.getLogger("performer_lm")
@@ -22,7 +23,7 @@ def spared(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        log.warning("warning: %s could not be written: %s", name, _reason(error))
+        log.warning("warning: %s could not be written: %s", name, first_line(error))
 
 
 @contextmanager
@@ -52,7 +53,6 @@ class _ConsoleHandler(logging.Handler):
         self.console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print one line as it is."""
         self.console.print(record.getMessage(), markup=False, soft_wrap=True)
 
 
@@ -65,21 +65,15 @@ class _LogFile(logging.StreamHandler[TextIO]):
         self.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Go on without the file."""
         log.removeHandler(self)
         self.close()
-        log.warning("warning: %s could not be written: %s", self.name, _reason(sys.exc_info()[1]))
+        log.warning("warning: %s could not be written: %s", self.name, sys.exc_info()[1])
 
     def close(self) -> None:
         """Close the file, whatever of it could not be written."""
         with suppress(OSError):
             self.stream.close()
         super().close()
-
-
-def _reason(error: BaseException | None) -> str:
-    """Return the first line of what an error says."""
-    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def point_latest(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Whether a checkpoint holds what training goes on from, before the run's folder is touched.
+"""Checks of a checkpoint's training state, before the run's folder is touched.
 
 A trainer takes over whatever a file says and fails, or reads beyond its memory, wherever that first matters. So each
 part is held against what this run itself would save: the same names, kinds and shapes.
@@ -20,15 +20,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from performer_lm.checkpoint import Checkpoint, check_fit
-from performer_lm.data.tokenizer.base import short
 from performer_lm.training.optim import Together, parameter_groups
 from performer_lm.training.task import LanguageModelTask
+from performer_lm.wording import first_line, short
 
 VERSION = re.compile(r"[2-9]\d*(\.\d+)*((a|b|rc|\.post|\.dev)\d+)?")
 
 
 def check_state(resumed: Checkpoint, trainer: Trainer, task: LanguageModelTask, *, optimizer: bool) -> None:
-    """Refuse a checkpoint whose training state is not in kind what this run would save.
+    """Refuse a checkpoint whose training state is not of the kind of the run's own.
 
     Args:
         resumed: what the run goes on from.
@@ -54,7 +54,7 @@ def check_state(resumed: Checkpoint, trainer: Trainer, task: LanguageModelTask, 
 
 
 def check_callbacks(resumed: Checkpoint, callbacks: Iterable[Callback]) -> None:
-    """Refuse a checkpoint whose callbacks' states are not in kind what these callbacks save.
+    """Refuse a checkpoint whose callbacks' states are not of the kind of these callbacks'.
 
     Raises:
         ValueError: in one line.
@@ -70,9 +70,8 @@ def check_callbacks(resumed: Checkpoint, callbacks: Iterable[Callback]) -> None:
 
 
 def _refusal(resumed: Checkpoint, error: Exception) -> ValueError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
     return ValueError(
-        f"{resumed.path} holds no training state to go on from: {reason[:300]}; "
+        f"{resumed.path} holds no training state to go on from: {first_line(error)[:300]}; "
         f"to start a new run from its weights: init={resumed.path}"
     )
 

@@ -1,4 +1,4 @@
-"""When a run may go on from a checkpoint, what it takes from it, and the command that makes it go on."""
+"""Resuming: the checkpoints that a run may go on from, the changes allowed, and the command for it."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from performer_lm.data.windows import FiniteWindows
 EMA = "callbacks.ema.decay"
 
 CHUNK_SIZES = frozenset({"chunk_size", "query_chunk_size", "key_chunk_size"})
-"""How much is worked on at once: it moves results by rounding only, so it makes no other run."""
+"""Sizes that move results by rounding only, so that a run with another one is the same run."""
 
 
 def check_resumed(
@@ -25,10 +25,10 @@ def check_resumed(
     """Refuse to go on with another model, tokenizer, data or way of training than the checkpoint's.
 
     Args:
-        resumed: what the run goes on from.
-        section: what it would save.
-        max_steps: its length, which may grow.
-        allow: names of what may change: `fingerprint.corpus`, `optimizer.lr`, or a whole section, `model`.
+        resumed: the checkpoint.
+        section: of the checkpoints of the run.
+        max_steps: length of the run, which may grow.
+        allow: names of options that may change: `fingerprint.corpus`, `optimizer.lr`, or a whole section, `model`.
 
     Returns:
         A line for each change that was allowed, or that moves results by rounding only.
@@ -36,13 +36,16 @@ def check_resumed(
     Raises:
         ValueError: with the old and the new value of everything else that changed.
     """
-    changes = [change for change in _differing(resumed.section, section) if not _begins_to_average(change)]
-    if AVERAGES in resumed.content and "callbacks" not in _training(resumed.section):
-        changes += _differences(EMA, "set", "set" if _decay(section) else None)  # by an earlier version
+    # to begin to average needs no leave: the run's callback tells of it
+    changes = [change for change in _differing(resumed.section, section) if change[:2] != (EMA, None)]
+    if AVERAGES in resumed.content and "callbacks" not in _training(resumed.section):  # by an earlier version
+        decay = _training(section).get("callbacks", {}).get("ema", {}).get("decay")
+        changes += _differences(EMA, "set", "set" if decay else None)
+    allowed = tuple(f"{name}." for name in allow)
     refused = [
         f"{key} was {old!r}, is {new!r}"
         for key, old, new in changes
-        if not (_keeps_results(key) or _is_allowed(key, allow))
+        if not (_keeps_results(key) or f"{key}.".startswith(allowed))
     ]
     if refused:
         raise ValueError(
@@ -61,9 +64,9 @@ def is_like(saved: Mapping[str, Any], section: Mapping[str, Any]) -> bool:
 
 
 def validation_digest(windows: FiniteWindows, objective: Mapping[str, Any]) -> str:
-    """Return a digest of what a run validates on: scores of two runs compare where it is the same."""
-    what = {name: value for name, value in objective.items() if name not in CHUNK_SIZES}
-    digest = sha256(json.dumps(what, sort_keys=True).encode())
+    """Return a digest of validation data and objective: scores of two runs compare where it is the same."""
+    kept = {name: value for name, value in objective.items() if name not in CHUNK_SIZES}
+    digest = sha256(json.dumps(kept, sort_keys=True).encode())
     digest.update(np.ascontiguousarray(windows.byte_lengths).tobytes())
     for first in range(0, len(windows), 256):
         places = np.arange(first, min(first + 256, len(windows)))
@@ -76,7 +79,8 @@ def forget_best(resumed: Checkpoint, section: Mapping[str, Any]) -> list[str]:
     if resumed.section.get("validation") in (None, section["validation"]):  # None: of an earlier version
         return []
     callbacks = resumed.content["callbacks"]
-    for name in [name for name, state in callbacks.items() if _scores(state)]:
+    scores = {"best_model_score", "best_score"}
+    for name in [name for name, state in callbacks.items() if isinstance(state, dict) and scores & state.keys()]:
         del callbacks[name]
     return ["the best score starts anew: what the run validates on is not what the checkpoint was measured on"]
 
@@ -92,7 +96,7 @@ def share_out_anew(content: dict[str, Any], *, accumulation: int) -> None:
 
 
 def _differing(saved: Mapping[str, Any], section: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Return keys, old and new values of what makes two runs different ones."""
+    """Return keys, old and new values of sections that make two runs different ones."""
     pairs = [(name, saved.get(name), section[name]) for name in ("model", "fingerprint", "seed")]
     known = _training(saved)
     pairs += [(name, known[name], new) for name, new in section.get("training", {}).items() if name in known]
@@ -113,22 +117,9 @@ def _training(section: Mapping[str, Any]) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _decay(section: Mapping[str, Any]) -> float | None:
-    return _training(section).get("callbacks", {}).get("ema", {}).get("decay")
-
-
-def _begins_to_average(change: tuple[str, Any, Any]) -> bool:
-    """Return True for the one change that needs no leave, for the run's callback tells of it."""
-    return change[0] == EMA and change[1] is None
-
-
 def _keeps_results(key: str) -> bool:
     """Return True for an option that trades speed and memory alone."""
     return key.rpartition(".")[-1] in CHUNK_SIZES
-
-
-def _is_allowed(key: str, allow: Collection[str]) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in allow)
 
 
 def best_score(resumed: Checkpoint) -> float:
@@ -136,11 +127,6 @@ def best_score(resumed: Checkpoint) -> float:
     states = [state for state in resumed.content["callbacks"].values() if isinstance(state, dict)]
     scores = [state["best_model_score"] for state in states if state.get("best_model_score") is not None]
     return min(map(float, scores), default=math.nan)
-
-
-def _scores(state: Any) -> bool:
-    """Return True for the state of a callback that holds scores against each other."""
-    return isinstance(state, dict) and not state.keys().isdisjoint({"best_model_score", "best_score"})
 
 
 def resume_command(overrides: Sequence[str], *, folder: Path, step: int, max_steps: int) -> str:

@@ -33,13 +33,13 @@ from performer_lm.writing import replace_text
 log = logging.getLogger("performer_lm")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Run:
     """A run that is ready to train."""
 
     cfg: DictConfig
     overrides: Sequence[str]
-    room: RunFolder
+    run_folder: RunFolder
     resumed: Checkpoint | None
     data: WindowData
     task: LanguageModelTask
@@ -53,8 +53,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Return the run's folder."""
-        return self.room.path
+        return self.run_folder.path
 
     def fit(self) -> float:
         """Train to `trainer.max_steps`, and return the best validation bits per byte.
@@ -67,17 +66,20 @@ class Run:
             if not self.trainer.is_global_zero:
                 self._train()  # what is said and written, the first rank says and writes
                 return self.saving.best
-            self._open_folder()
+            self.run_folder.open(self.cfg)
+            for logger in self.trainer.loggers:
+                if isinstance(logger, RunLogger):  # a config may add Lightning's own
+                    logger.begin(self.folder, step=self._first_step)
             with open_log(self.folder / "train.log", self.console):
                 point_latest(self.folder)
                 return self._fit_and_tell()
         finally:
-            self.room.release()
+            self.run_folder.release()
 
     def _fit_and_tell(self) -> float:
         for note in self.notes:
             log.warning("%s", note)
-        start = self.resumed.content["global_step"] if self.resumed else 0
+        start = self._first_step
         if self.resumed and start >= self.trainer.max_steps:
             log.info("%s has finished; to go on: %s", self.folder, self._resume_command())
             return best_score(self.resumed)
@@ -108,10 +110,8 @@ class Run:
     def _train(self) -> None:
         device, data = self.trainer.strategy.root_device, self.cfg.data
         reset_peak_memory(device)
-        micro_batch = (
-            f"{self.data.share(self.trainer).micro_batch} x {data.context} tokens x width {self.cfg.model.dim}"
-        )
-        told = sizes_told(device, micro_batch=micro_batch, vocabulary=self.task.model.head.out_features)
+        size = f"{self.data.share(self.trainer).micro_batch} x {data.context} tokens x width {self.cfg.model.dim}"
+        told = sizes_told(device, micro_batch=size, vocabulary=self.task.model.head.out_features)
         with told, started_processes(self.trainer, self.overrides):
             self.trainer.fit(
                 self.task,
@@ -120,15 +120,11 @@ class Run:
                 weights_only=True,
             )
 
-    def _open_folder(self) -> None:
-        self.room.open(self.cfg)
-        step = self.resumed.content["global_step"] if self.resumed else 0
-        for logger in self.trainer.loggers:
-            if isinstance(logger, RunLogger):  # a config may add Lightning's own
-                logger.begin(self.folder, step=step)
+    @property
+    def _first_step(self) -> int:
+        return int(self.resumed.content["global_step"]) if self.resumed else 0
 
     def _summarize(self) -> dict[str, Any]:
-        """Return what `summary.json` says."""
         steps, metrics = self.trainer.global_step, self.trainer.callback_metrics
         return {
             "steps": steps,
@@ -144,7 +140,7 @@ class Run:
         }
 
     def _resume_command(self) -> str:
-        step = max(self.trainer.global_step, self.resumed.content["global_step"] if self.resumed else 0)
+        step = max(self.trainer.global_step, self._first_step)
         return resume_command(self.overrides, folder=self.folder, step=step, max_steps=self.trainer.max_steps)
 
 

@@ -10,25 +10,25 @@ from collections.abc import Callable
 
 from performer_lm.ranges import Fraction, Whole, ranged
 
-Share = Callable[[int], float]
+Schedule = Callable[[int], float]
 Length = Whole | Fraction
 
 
 @ranged
-def constant(steps: int, *, warmup: Length) -> Share:
+def constant(steps: int, *, warmup: Length) -> Schedule:
     """Stay at the peak."""
     return _after_warmup(_count("warmup", warmup, steps), lambda step: 1.0)
 
 
 @ranged
-def linear(steps: int, *, warmup: Length, final: Fraction) -> Share:
+def linear(steps: int, *, warmup: Length, final: Fraction) -> Schedule:
     """Fall along a line to `final`, the share of the peak that the last step ends at."""
     rise = _count("warmup", warmup, steps)
     return _after_warmup(rise, lambda step: final + (1 - final) * (1 - _progress(step, rise, steps)))
 
 
 @ranged
-def cosine(steps: int, *, warmup: Length, final: Fraction) -> Share:
+def cosine(steps: int, *, warmup: Length, final: Fraction) -> Schedule:
     """Fall along half a cosine to `final` (arXiv 1608.03983, without restarts)."""
     rise = _count("warmup", warmup, steps)
 
@@ -39,7 +39,7 @@ def cosine(steps: int, *, warmup: Length, final: Fraction) -> Share:
 
 
 @ranged
-def warmup_stable_decay(steps: int, *, warmup: Length, decay: Length, final: Fraction) -> Share:
+def warmup_stable_decay(steps: int, *, warmup: Length, decay: Length, final: Fraction) -> Schedule:
     """Stay at the peak, then fall over the last `decay` steps to `final`, as 1 - sqrt (arXiv 2404.06395, 2405.18392).
 
     Until the fall begins, the rate does not depend on the length of the run: a run stopped there can be made longer.
@@ -53,13 +53,13 @@ def warmup_stable_decay(steps: int, *, warmup: Length, decay: Length, final: Fra
 
 
 @ranged
-def inverse_sqrt(steps: int, *, warmup: Length) -> Share:
+def inverse_sqrt(steps: int, *, warmup: Length) -> Schedule:
     """Fall as the inverse root of the step, whatever the length of the run (arXiv 1706.03762)."""
     rise = max(1, _count("warmup", warmup, steps))
     return _after_warmup(rise, lambda step: math.sqrt(rise / (step + 1)))
 
 
-def _after_warmup(rise: int, share: Share) -> Share:
+def _after_warmup(rise: int, share: Schedule) -> Schedule:
     return lambda step: (step + 1) / rise if step < rise else share(step)
 
 

@@ -1,13 +1,10 @@
-"""What a sweep says at its end: one table and one picture over its jobs, and `sweep.csv`.
+"""The end of a sweep: one table and one picture over its jobs, and `sweep.csv`.
 
 A job that came to its end has a `summary.json` in its folder; one that failed has a line in `failures.jsonl` beside the
 folders; one that was killed has neither.
 """
 
-import csv
-import io
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ from rich.text import Text
 
 from performer_lm.training.plot import printable
 from performer_lm.training.report import spared
-from performer_lm.writing import replace_text, replacing
+from performer_lm.writing import write_csv, write_png
 
 FAILURES = "failures.jsonl"
 MEASURES = {  # of a summary: what it is called here, and in which unit
@@ -39,12 +36,7 @@ def close_sweep(folder: Path) -> None:
         rows = collect(folder)
         if not rows:
             return
-        columns = list(dict.fromkeys(name for row in rows for name in row))
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-        replace_text(folder / "sweep.csv", text.getvalue())
+        write_csv(folder / "sweep.csv", list(rows[0]), (row.values() for row in rows))
     with spared("the table of the sweep"):
         console = Console(highlight=False)
         if not console.is_terminal:
@@ -55,7 +47,7 @@ def close_sweep(folder: Path) -> None:
 
 
 def collect(folder: Path) -> list[Row]:
-    """Return a row per job: its number, what was varied, what it reached, and how it ended."""
+    """Return a row per job: its number, the options varied, its measures, and how it ended."""
     told: dict[int, Row] = {}
     for path in folder.glob("*/config.yaml"):
         if path.parent.name.isdecimal():
@@ -82,7 +74,7 @@ def collect(folder: Path) -> list[Row]:
 
 
 def _read_object(text: bytes) -> Row:
-    """Return what JSON says, and nothing for what a kill cut short."""
+    """Return a JSON object, and nothing for one that a kill cut short."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -91,7 +83,7 @@ def _read_object(text: bytes) -> Row:
 
 
 def _tells(found: Row, **wanted: Any) -> bool:
-    """Return True for what a job wrote at its end: its overrides, and values of the types `wanted`."""
+    """Return True for the report of a job: its overrides, and values of the types `wanted`."""
     is_typed = all(isinstance(found.get(name), kind) for name, kind in wanted.items())
     return is_typed and isinstance(found.get("overrides"), list)
 
@@ -110,7 +102,7 @@ def table(rows: Sequence[Row], *, title: str) -> Table:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw what each job reached, one panel a measure."""
+    """Draw the measures of all jobs, one panel a measure."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
@@ -119,7 +111,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         return
     names = [name for name in done[0] if name not in ("job", "ended", *(name for name, _ in MEASURES.values()))]
     labels = [" ".join(f"{name}={_rounded(row[name])}" for name in names) or f"job {row['job']}" for row in done]
-    figure = Figure(figsize=(13, 1.2 + 0.35 * len(done)), layout="constrained")
+    figure = Figure(figsize=(13, 1.2 + 0.35 * len(done)), dpi=120, layout="constrained")
     measured = [name for name, _ in MEASURES.values() if name in done[0]]
     panels = figure.subplots(1, len(measured), sharey=True)
     for panel, name in zip(panels, measured, strict=True):
@@ -131,9 +123,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(done)), map(printable, labels), parse_math=False)
     panels[0].invert_yaxis()
-    with replacing(path) as file, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")
-        figure.savefig(file, dpi=120, format="png")
+    write_png(path, figure)
 
 
 def _settings(job: Mapping[str, Any]) -> dict[str, str]:

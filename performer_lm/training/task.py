@@ -21,7 +21,7 @@ from performer_lm.objectives import Objective
 from performer_lm.ops.precision import precise
 from performer_lm.training.callbacks.base import RunCallback
 from performer_lm.training.optim import parameter_groups
-from performer_lm.training.processes import shard
+from performer_lm.training.sharding import shard
 
 
 class Sums(NamedTuple):
@@ -96,7 +96,7 @@ class LanguageModelTask(LightningModule):
 
     @property
     def measured(self) -> LanguageModel:
-        """The model that validation and samples run: the one that trains, or what `measure` was given."""
+        """The model that validation and samples run: the one that trains, or the one given to `measure`."""
         return self._measured[0]
 
     def measure(self, model: LanguageModel) -> None:
@@ -115,7 +115,6 @@ class LanguageModelTask(LightningModule):
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> int | None:
         """Take no further step once a callback has asked the trainer to stop."""
-        del batch, batch_idx
         return -1 if self.trainer.should_stop else None
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -140,12 +139,10 @@ class LanguageModelTask(LightningModule):
             self.log("step", float(self.step))
 
     def on_validation_epoch_start(self) -> None:
-        """Start from nothing, whatever became of an earlier validation."""
         self._sums = Sums.zero(self.device, counts=3)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Add up nats, tokens and bytes of whatever is predicted in windows `(b, n + 1)`."""
-        del batch_idx
         nats, targets = self.objective(self.measured, batch, step=None, separator=self.separator)
         predicted = targets != IGNORE
         text = torch.where(predicted, self.byte_lengths[targets.clamp(min=0)], 0)
@@ -191,7 +188,6 @@ class LanguageModelTask(LightningModule):
 
         This is our own clipping: Lightning's refuses fused optimizers under mixed precision.
         """
-        del optimizer, gradient_clip_algorithm
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         norm = get_total_norm([_in_full(parameter.grad) for parameter in parameters if parameter.grad is not None])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of gradients that lie on several ranks
@@ -204,7 +200,7 @@ class LanguageModelTask(LightningModule):
             clip_grads_with_norm_(parameters, gradient_clip_val, norm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what makes the file enough to rebuild model and tokenizer."""
+        """Add the section that rebuilds model and tokenizer."""
         checkpoint["performer_lm"] = dict(self.section)
 
 

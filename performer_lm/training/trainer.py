@@ -17,7 +17,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from performer_lm import checkpoint
 from performer_lm.checkpoint import Checkpoint
 from performer_lm.ranges import Count, NotNegative, Positive, ranged
-from performer_lm.training.precision import choose_precision
 from performer_lm.training.processes import make_strategy
 
 MOST_PROCESSES = 1024  # of a machine, and machines: more would be started one by one before anything failed
@@ -30,18 +29,15 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def save_checkpoint(self, checkpoint_: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write one file; whenever this is killed, the one before it still stands."""
-        del storage_options
         checkpoint.save(checkpoint_, Path(path))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read one file, executing nothing from it."""
-        del map_location, weights_only
         if self.resumed and self.resumed.path == Path(path):
             return self.resumed.content
         return checkpoint.read(Path(path)).content
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Delete a file and its checksum."""
         checkpoint.remove(Path(path))
 
 
@@ -71,9 +67,7 @@ def make_trainer(
         max_steps: optimizer steps of the run.
         val_every: optimizer steps between validations.
         log_every: optimizer steps between logged metrics.
-        accelerator: of Lightning; `auto` takes what there is.
-        devices: of Lightning.
-        num_nodes: of Lightning.
+        accelerator, devices, num_nodes: of Lightning; `auto` takes what there is.
         strategy, timeout: of `make_strategy`.
         precision: of `choose_precision`.
         accumulate_grad_batches: micro-batches per optimizer step.
@@ -122,17 +116,29 @@ def _under_slurm() -> list[Any]:
 def attach(
     trainer: Trainer, *, callbacks: Iterable[Callback], loggers: Iterable[Logger], resumed: Checkpoint | None
 ) -> None:
-    """Give a trainer what can be built only once the run's folder is known.
-
-    Args:
-        trainer: of `make_trainer`.
-        callbacks: in the order they run.
-        loggers: where metrics go.
-        resumed: a checkpoint that need not be read again.
-    """
+    """Give a trainer callbacks, in the order they run, loggers, and a checkpoint that need not be read again."""
     cast(Any, trainer).callbacks.extend(callbacks)
     trainer.loggers = list(loggers)
     cast(AtomicCheckpointIO, trainer.strategy.checkpoint_io).resumed = resumed
+
+
+def choose_precision(precision: str, *, accelerator: str) -> str:
+    """Return a precision of Lightning: `auto` is bf16-mixed where the device multiplies bfloat16, else 32-true.
+
+    Weights, optimizer, statistics and the sums of linear attention stay in float32 either way.
+    """
+    if precision != "auto":
+        return precision
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    kind = "cpu" if accelerator == "cpu" or (accelerator == "auto" and found is None) else "accelerator"
+    return "bf16-mixed" if multiplies_bfloat16(kind) else "32-true"
+
+
+def multiplies_bfloat16(kind: str) -> bool:
+    """Return True if the CPU or the accelerator has instructions for products of bfloat16; emulation costs too much."""
+    if kind == "cpu":
+        return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _quiet() -> None:

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from performer_lm.data.ids import HostIds
-from performer_lm.data.layouts import HeldOutStream, StreamLayout
-from performer_lm.data.loader import Positions, Share, TrainBatches, TrainLoader, ValidationBatches
-from performer_lm.data.windows import IGNORE, HeldOutWindows, TextWindows, shift
+from performer_lm.data.layouts import StreamLayout, stream_spans
+from performer_lm.data.loader import BatchShare, RemainingIndices, TrainBatches, TrainLoader, ValidationBatches
+from performer_lm.data.windows import IGNORE, FiniteWindows, TextWindows, listed_windows, shift
 
 IDS = np.arange(1000, dtype=np.uint16)
 counts = st.integers(1, 4)
@@ -22,19 +22,19 @@ def windows(context: int = 8, seed: int = 0) -> TextWindows:
     return TextWindows(HostIds(IDS), StreamLayout(len(IDS), seed=seed, context=context), context=context)
 
 
-def held_out(num_ids: int) -> HeldOutWindows:
-    layout = HeldOutStream(num_ids, context=10)
+def held_out(num_ids: int) -> FiniteWindows:
+    spans = stream_spans(num_ids, context=10)
     lengths = np.ones(len(IDS), dtype=np.int64)
-    return HeldOutWindows(HostIds(IDS[:num_ids]), layout, context=10, byte_lengths=lengths)
+    return listed_windows(HostIds(IDS[:num_ids]), spans, context=10, byte_lengths=lengths)
 
 
-def shares(micro_batch: int, accumulation: int, ranks: int) -> list[Share]:
+def shares(micro_batch: int, accumulation: int, ranks: int) -> list[BatchShare]:
     size = micro_batch * accumulation * ranks
-    return [Share(batch_size=size, accumulation=accumulation, ranks=ranks, rank=rank) for rank in range(ranks)]
+    return [BatchShare(batch_size=size, accumulation=accumulation, ranks=ranks, rank=rank) for rank in range(ranks)]
 
 
 def loader(*, steps: int = 6, accumulation: int = 2, done: int = 0, **options) -> TrainLoader:
-    share = Share(batch_size=4, accumulation=accumulation, ranks=1, rank=0)
+    share = BatchShare(batch_size=4, accumulation=accumulation, ranks=1, rank=0)
     batches = TrainBatches(windows(), share, steps=steps)
     return TrainLoader(batches, accumulation=accumulation, done=lambda: done, **{"num_workers": 0, **options})
 
@@ -61,7 +61,7 @@ def test_ranks_share_out_validation_with_equal_lengths(micro_batch, ranks, num_i
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_all_numbers():
-    share = Share(batch_size=8, accumulation=3, ranks=2, rank=0)
+    share = BatchShare(batch_size=8, accumulation=3, ranks=2, rank=0)
     with pytest.raises(ValueError, match=r"\(8\) must be a multiple of ranks \(2\) x trainer.acc.* \(3\)"):
         share.check()
 
@@ -81,7 +81,7 @@ def test_another_accumulation_is_refused_on_resume():
 
 
 def test_positions_are_what_a_trainer_with_several_ranks_leaves_alone():
-    positions = Positions(TrainBatches(windows(), shares(1, 1, 1)[0], steps=4))
+    positions = RemainingIndices(TrainBatches(windows(), shares(1, 1, 1)[0], steps=4))
     assert isinstance(positions, torch.utils.data.DistributedSampler)
     positions.set_epoch(3)
     assert list(positions) == [0, 1, 2, 3]
@@ -97,7 +97,7 @@ def test_however_workers_start_the_order_is_the_same_and_none_is_left(tmp_path, 
     mapped = HostIds(np.memmap(path, dtype=np.uint16, mode="r"))
     batches = TrainBatches(
         TextWindows(mapped, StreamLayout(len(IDS), seed=0, context=8), context=8),
-        Share(batch_size=4, accumulation=2, ranks=1, rank=0),
+        BatchShare(batch_size=4, accumulation=2, ranks=1, rank=0),
         steps=6,
     )
     wanted = torch.stack(list(loader()))
@@ -106,7 +106,7 @@ def test_however_workers_start_the_order_is_the_same_and_none_is_left(tmp_path, 
     persistent = DataLoader(
         batches,
         batch_size=None,
-        sampler=Positions(batches),
+        sampler=RemainingIndices(batches),
         num_workers=workers,
         multiprocessing_context=start_method,
         persistent_workers=True,

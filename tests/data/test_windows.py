@@ -4,22 +4,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from performer_lm.data.ids import HostIds
-from performer_lm.data.layouts import HeldOutStream, StreamLayout
+from performer_lm.data.layouts import StreamLayout, stream_spans
 from performer_lm.data.windows import (
     IGNORE,
-    HeldOutWindows,
+    FiniteWindows,
     TextWindows,
     count_first,
     first_bytes,
+    listed_windows,
     segments_of,
     shift,
 )
 
 
-def held_out(ids: np.ndarray, context: int, lengths: np.ndarray | None = None) -> HeldOutWindows:
+def held_out(ids: np.ndarray, context: int, lengths: np.ndarray | None = None) -> FiniteWindows:
     table = np.ones(int(ids.max()) + 1, dtype=np.int64) if lengths is None else lengths
-    layout = HeldOutStream(len(ids), context=context)
-    return HeldOutWindows(HostIds(ids), layout, context=context, byte_lengths=table)
+    spans = stream_spans(len(ids), context=context)
+    return listed_windows(HostIds(ids), spans, context=context, byte_lengths=table)
 
 
 def test_rows_are_contiguous_ids_and_leave_the_global_generators_alone():

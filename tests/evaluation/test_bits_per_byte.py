@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from performer_lm.data.ids import HostIds
-from performer_lm.data.layouts import HeldOutStream
-from performer_lm.data.windows import HeldOutWindows
+from performer_lm.data.layouts import stream_spans
+from performer_lm.data.windows import listed_windows
 from performer_lm.evaluation.bits_per_byte import measure_bits_per_byte
 from performer_lm.model import PerformerLM
 from performer_lm.objectives import NextToken
@@ -29,7 +29,8 @@ def test_every_token_but_the_first_counts_once(
     if not lengths[ids[1:]].sum():
         return
     model = lively_model("attn=exact")
-    windows = HeldOutWindows(HostIds(ids), HeldOutStream(n, context=context), context=context, byte_lengths=lengths)
+    spans = stream_spans(n, context=context)
+    windows = listed_windows(HostIds(ids), spans, context=context, byte_lengths=lengths)
     found = measure_bits_per_byte(model, windows, objective=NextToken(chunk_size=None), batch_size=batch_size)
     with torch.no_grad():
         pieces = [torch.from_numpy(ids[start : start + context + 1])[None] for start in range(0, n - 1, context)]
@@ -49,7 +50,8 @@ def test_packed_documents_cost_what_they_cost_alone(lively_model: Callable[..., 
     ends = torch.tensor([end])
     documents = [torch.cat((ends, text, ends)) for text in texts]
     stream = torch.cat([ends, *(part for text in texts for part in (text, ends))]).numpy()
-    windows = HeldOutWindows(HostIds(stream), HeldOutStream(len(stream), context=40), context=40, byte_lengths=ones)
+    spans = stream_spans(len(stream), context=40)
+    windows = listed_windows(HostIds(stream), spans, context=40, byte_lengths=ones)
     found = measure_bits_per_byte(model, windows, objective=clm, batch_size=1, separator=end)
     with torch.no_grad():
         alone = sum(nats_of(model, document[None]) for document in documents)

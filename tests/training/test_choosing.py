@@ -117,7 +117,7 @@ def test_of_two_checkpoints_the_whole_one_is_gone_on_with_and_both_are_told(
         assert run.resumed is not None
         assert run.resumed.content["global_step"] == 2
         assert any(last.name in note and "step=000002" in note for note in run.notes)
-        run.room.release()
+        run.run_folder.release()
     with pytest.raises(ValueError, match=r"a/.*(4|last).*ckpt.*to go on from the one before it: ckpt=.*step=000002"):
         start("ckpt=runs/a")
 
@@ -207,7 +207,7 @@ def test_auto_takes_the_folder_that_is_named_every_time(start: Start, left: list
 def test_a_run_that_was_left_before_its_first_save_starts_again_in_its_folder_and_says_so(start: Start) -> None:
     run = start("ckpt=auto", "run_dir=runs/a")
     run.room.open(run.cfg)
-    run.room.release()
+    run.run_folder.release()
     again = start("ckpt=auto", "run_dir=runs/a")
     assert again.folder == Path("runs/a")
     assert again.notes == ["runs/a holds no checkpoint yet: it starts from the beginning"]

@@ -15,8 +15,8 @@ from performer_lm.nn.mixing import LogDecay
 from performer_lm.objectives import Losses, NextToken
 from performer_lm.performer import Performer
 from performer_lm.training.loggers.record import read_metrics
-from performer_lm.training.precision import choose_precision
 from performer_lm.training.run import Run
+from performer_lm.training.trainer import choose_precision
 
 
 @pytest.mark.parametrize(

@@ -28,11 +28,11 @@ class Corpus(ABC):
     @property
     @abstractmethod
     def label(self) -> str:
-        """What the corpus is called in messages."""
+        """The name of the corpus in messages."""
 
     @property
     def validation_label(self) -> str | None:
-        """What the text that is given for validation is called in messages; None where the split decides."""
+        """The name in messages of the text that is given for validation; None where the split decides."""
         return None
 
     def place(self, name: str) -> str:

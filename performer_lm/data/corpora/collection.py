@@ -1,4 +1,4 @@
-"""Corpora read together: one policy for what is not UTF-8, and no document without text."""
+"""Corpora read together: one policy for bytes that are not UTF-8, and no document without text."""
 
 from collections.abc import Iterator, Mapping
 from typing import Final, Literal, NamedTuple
@@ -22,12 +22,11 @@ class Part(NamedTuple):
 class Collection:
     """Several corpora, one after the other.
 
-    Texts stay as they were found, but for a UTF-8 byte order mark at the very start, which is an encoding's signature
-    and no text.
+    Texts stay as they were found, but for a UTF-8 byte order mark at the very start.
 
     Args:
         corpora: by name.
-        errors: what becomes of a document that is not UTF-8: `strict` refuses it, naming it and the byte; `replace`
+        errors: policy for a document that is not UTF-8: `strict` refuses it, naming it and the byte; `replace`
             puts U+FFFD where it is broken; `skip` leaves the document out; `bytes` leaves it as it is.
     """
 
@@ -42,15 +41,13 @@ class Collection:
 
     @property
     def label(self) -> str:
-        """What the collection is called in messages."""
         return ", ".join(corpus.label for corpus in self.corpora.values())
 
     def documents(self) -> Iterator[Part]:
         """Yield the documents that have text.
 
         Raises:
-            ValueError: in one line, for a corpus without text, be it the text given for validation, or text that is not
-                UTF-8 where that is refused.
+            ValueError: in one line, for a corpus without text (for validation, too), or text that `strict` refuses.
         """
         for index, corpus in enumerate(self.corpora.values()):
             labels = [label for label in (corpus.label, corpus.validation_label) if label is not None]
@@ -68,7 +65,6 @@ class Collection:
                     )
 
     def place(self, part: Part) -> str:
-        """Return where a document lies, for messages."""
         return list(self.corpora.values())[part.corpus].place(part.document.name)
 
 

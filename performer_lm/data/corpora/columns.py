@@ -1,41 +1,29 @@
 """The column of a table that holds the text, by its name; `meta.text` is the field `text` of the column `meta`."""
 
-import difflib
 from collections.abc import Sequence
 from typing import Any, Final
+
+from performer_lm.wording import did_you_mean
 
 TEXT_TYPES: Final = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
 
 
 def pick_column(name: str, columns: Sequence[str], *, where: str) -> str:
-    """Return `name` if it is one of the columns.
-
-    Raises:
-        ValueError: naming the nearest column, and all of them where there are few.
-    """
+    """Return `name` if it is one of the columns, or raise ValueError with the nearest, and all where there are few."""
     if name in columns:
         return name
-    near = difflib.get_close_matches(name, columns, n=1, cutoff=0.4)
-    hint = f"; did you mean data.text_column={near[0]}?" if near else ""
+    hint = did_you_mean(name, columns, prefix="data.text_column=", cutoff=0.4)
     listed = f" (columns: {', '.join(columns)})" if 0 < len(columns) <= 16 else ""
     raise ValueError(f"{where} has no column '{name}'{hint}{listed}")
 
 
 def pick_outer(name: str, columns: Sequence[str], *, where: str) -> str:
-    """Return the column that `name` is, or that it is a field of.
-
-    Raises:
-        ValueError: naming the nearest column.
-    """
+    """Return the column that `name` is, or that it is a field of, or raise ValueError with the nearest."""
     return name if name in columns else pick_column(name.partition(".")[0], columns, where=where)
 
 
 def texts_of(batch: Any, name: str, *, where: str) -> list[bytes | None]:
-    """Return the texts in a column of an arrow table, UTF-8 or not.
-
-    Raises:
-        ValueError: for a column or field that is not there, or holds something else.
-    """
+    """Return the texts in a column of an arrow table, UTF-8 or not, or raise ValueError for another type."""
     from pyarrow import compute, large_binary, types  # comes with datasets
 
     outer = pick_outer(name, batch.schema.names, where=where)
@@ -49,8 +37,3 @@ def texts_of(batch: Any, name: str, *, where: str) -> list[bytes | None]:
         raise ValueError(f"{where}: column '{name}' holds {found.type}, not text")
     texts: list[bytes | None] = found.cast(large_binary()).to_pylist()
     return texts
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

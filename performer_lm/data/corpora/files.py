@@ -13,7 +13,7 @@ from performer_lm.data.reading import read_bytes
 
 @final
 class Files(Corpus):
-    """A local file, every file of a folder whose name one of the patterns matches, or what a glob finds.
+    """A local file, every file of a folder whose name one of the patterns matches, or the files of a glob.
 
     A text file is one document, as it is on disk (line ends, NULs and all). Each row of a table is one document:
     .jsonl and .parquet always are tables, .csv, .tsv and .json if a column is named. Either may be packed
@@ -44,16 +44,13 @@ class Files(Corpus):
 
     @property
     def label(self) -> str:
-        """The path as it was given."""
         return f"data.path={self._path}"
 
     @property
     def validation_label(self) -> str | None:
-        """The path of the validation documents as it was given."""
         return None if self._validation_path is None else f"data.validation_path={self._validation_path}"
 
     def documents(self) -> Iterator[Document]:
-        """Yield the files in the order of their names, then those for validation."""
         if self._path is None:
             raise ValueError(
                 "data.path is not given: data=files needs data.path=FILE, a folder or a glob "
@@ -66,7 +63,6 @@ class Files(Corpus):
                 yield document._replace(name=f"validation/{document.name}")
 
     def place(self, name: str) -> str:
-        """Return the file's path, with the row after it for a table."""
         held_out = self._validation_path is not None and name.startswith("validation/")
         path = (self._validation_path if held_out else self._path) or ""
         root = self._roots.get(path) or root_of(path)
@@ -81,7 +77,7 @@ class Files(Corpus):
                 yield Document(name, read_bytes(found.root / name), held_out)
 
     def _find(self, key: str, path: str) -> Found:
-        """Return the files, and say what was left out, once."""
+        """Return the files, and print once which others were left out."""
         found = find(key, path, self._include)
         self._roots[path] = found.root  # asked for with every document
         for note in found.notes:

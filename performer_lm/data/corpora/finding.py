@@ -1,4 +1,4 @@
-"""Which files a path means: one file, the text files of a folder, or what a glob finds.
+"""Files that a path means: one file, the text files of a folder, or the matches of a glob.
 
 A folder is the glob `**/*`, of whose files those are taken whose names match a pattern; so both go through folders
 alike. Hidden ones and `__pycache__` are skipped. Links are followed, but no folder or file is taken twice, by whatever
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from performer_lm.data.reading import check_regular, without_packing
+from performer_lm.wording import did_you_mean
 
 EVERYTHING: Final = ("**", "*")
 ENDINGS_TOLD: Final = 3  # of files that are left out
@@ -36,11 +37,11 @@ class Found(NamedTuple):
 
 
 def find(key: str, path: str, include: Sequence[str]) -> Found:
-    """Return the files that a path means.
+    """Return the files that a path means: a file, a folder or a glob; a name that exists is no glob.
 
     Args:
         key: the option that gives the path, for messages.
-        path: a file, a folder or a glob; what exists under the whole name is no glob.
+        path: of the files.
         include: of a folder, the patterns of the names to take, whatever their case and however the files are packed.
 
     Raises:
@@ -93,12 +94,7 @@ def _find_by_glob(key: str, whole: Path, root: Path) -> Found:
 
 
 class _Walk:
-    """One way through a folder, along the parts of a glob.
-
-    Args:
-        root: the folder.
-        takes: whether a file of that relative name is wanted.
-    """
+    """One way through a folder, along the parts of a glob; `takes` says which relative names of files are wanted."""
 
     def __init__(self, root: Path, *, takes: Callable[[str], bool] = lambda name: True) -> None:
         self.others: list[str] = []
@@ -158,7 +154,7 @@ class _Walk:
             self.others.append(name)
 
     def _enter(self, folder: str, parts: Parts) -> None:
-        """Put what a folder holds before what is pending, but its links behind."""
+        """Put a folder's entries before the pending ones, but its links behind."""
         part, rest = parts[0], parts[1:]
         if part == "**":
             self._pending.appendleft((folder, rest or ("*",)))  # no folder at all
@@ -196,8 +192,7 @@ def _endings(names: Sequence[str]) -> str:
 
 
 def _exists(path: Path) -> bool:
-    """Return True if there is something of that name, a link that leads nowhere included."""
-    return os.path.lexists(path)
+    return os.path.lexists(path)  # a link that leads nowhere included
 
 
 def _nearest(path: Path) -> str:
@@ -207,5 +202,4 @@ def _nearest(path: Path) -> str:
         missing = missing.parent
     if not missing.parent.is_dir():
         return f": {missing.parent} is a file"
-    near = difflib.get_close_matches(missing.name, os.listdir(missing.parent), n=1, cutoff=0.5)
-    return f"; did you mean {missing.parent / near[0]}?" if near else ""
+    return did_you_mean(missing.name, os.listdir(missing.parent), prefix=str(missing.parent / "_")[:-1])

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Final, final
 
 from performer_lm.data.corpora.base import Corpus, Document
-from performer_lm.data.corpora.columns import first_line, pick_outer, texts_of
+from performer_lm.data.corpora.columns import pick_outer, texts_of
 from performer_lm.data.progress import say
+from performer_lm.wording import did_you_mean, first_line
 
 ROWS_AT_ONCE: Final = 1000
 READERS: Final = ("arrow", "csv", "generator", "json", "parquet", "text")  # folders of the cache that are no data sets
@@ -50,26 +51,19 @@ class Hub(Corpus):
 
     @property
     def label(self) -> str:
-        """The name as it was given."""
         return f"data.name={self._name}"
 
     @property
     def validation_label(self) -> str | None:
-        """The split for validation, as it was given."""
         return self._validation_split and f"data.validation_split={self._validation_split} of {self.label}"
 
     def documents(self) -> Iterator[Document]:
-        """Yield the rows of the split, then those for validation."""
         for split, held_out in self.splits:
             for row, text in enumerate(self.texts(self.open(split, streaming=False))):
                 yield Document(f"{split}#{row}", text, held_out)
 
     def texts(self, data: Any) -> Iterator[bytes]:
-        """Yield the text of every row of what `open` gave; a row without text is empty.
-
-        Raises:
-            ValueError: in one line, for a set that cannot be read to its end.
-        """
+        """Yield the text of every row of a split from `open`; ValueError for a set that breaks off."""
         try:
             for batch in data.with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
                 for text in texts_of(batch, self._text_column, where=self.label):
@@ -115,11 +109,7 @@ class Hub(Corpus):
 
 
 def import_datasets() -> Any:
-    """Return HF `datasets`, quiet.
-
-    Raises:
-        ValueError: if it is not installed.
-    """
+    """Return HF `datasets`, quiet, or raise ValueError if it is not installed."""
     try:
         import datasets
     except ImportError as error:
@@ -130,13 +120,12 @@ def import_datasets() -> Any:
 
 
 def _mean(key: str, name: str, choices: list[str]) -> str:
-    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.4)
-    hint = f"; did you mean {key}={near[0]}?" if near else ""
+    hint = did_you_mean(name, choices, prefix=f"{key}=", cutoff=0.4)
     return f"{hint} (choices: {', '.join(choices)})" if choices else hint
 
 
 def _at_hand() -> list[str]:
-    """Return the names that can be opened without a network: what the cache holds, and folders here."""
+    """Return the names that can be opened without a network: those in the cache, and folders here."""
     cache = Path(import_datasets().config.HF_DATASETS_CACHE)
     cached = [path.name.replace("___", "/") for path in cache.glob("*") if path.is_dir() and path.name not in READERS]
     return [*cached, *{path.parent.name for kind in ("jsonl", "parquet", "csv") for path in Path().glob(f"*/*.{kind}")}]

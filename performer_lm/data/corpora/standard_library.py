@@ -19,7 +19,7 @@ class StandardLibrary(Corpus):
     """
 
     _LEFT_OUT: Final = frozenset(
-        {
+        [
             "test",
             "tests",
             "idle_test",
@@ -29,7 +29,7 @@ class StandardLibrary(Corpus):
             "idlelib",
             "lib2to3",
             "__pycache__",
-        }
+        ]
     )
 
     def __init__(self) -> None:
@@ -37,16 +37,13 @@ class StandardLibrary(Corpus):
 
     @property
     def label(self) -> str:
-        """Its name."""
         return "the standard library"
 
     def documents(self) -> Iterator[Document]:
-        """Yield the `*.py` files."""
         for name in sorted(self._names()):
             yield Document(name, read_bytes(self._root / name))
 
     def place(self, name: str) -> str:
-        """Return the file's path."""
         return str(self._root / name)
 
     def _names(self) -> Iterator[str]:

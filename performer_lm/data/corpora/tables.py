@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any, Final
 
-from performer_lm.data.corpora.columns import first_line, pick_column, texts_of
+from performer_lm.data.corpora.columns import pick_column, texts_of
 from performer_lm.data.corpora.json_rows import read_json_column
 from performer_lm.data.reading import BYTE_ORDER_MARK, open_unpacked, refuse_utf16, without_packing
+from performer_lm.wording import first_line
 
 TABLES_IF_ASKED: Final = (".csv", ".tsv", ".json")  # plain text, unless a column is named
 ROWS_AT_ONCE: Final = 1000
@@ -24,11 +25,11 @@ def is_table(name: str, *, column: str | None) -> bool:
 
 
 def read_column(path: Path, *, column: str | None) -> Iterator[tuple[int, bytes]]:
-    """Yield the number and the text of each row; a row without text is empty.
+    """Yield the number and the text of each row of a file that `is_table`; a row without text is empty.
 
     Args:
-        path: of a file that `is_table`.
-        column: that holds the text; None for `text`.
+        path: of the file.
+        column: of the text; None for `text`.
 
     Raises:
         ValueError: naming the file, and the nearest column where there is none of that name.

@@ -1,1 +1,1 @@
-"""Made-up tasks that ask what attention can do: copy, recall, select. Windows are generated, never stored."""
+"""Made-up tasks that test attention: copy, recall, select. Windows are generated, never stored."""

@@ -11,7 +11,7 @@ import numpy as np
 from annotated_types import Ge, Le
 from numpy.typing import NDArray
 
-from performer_lm.data.ids import Positions
+from performer_lm.data.ids import Indices
 from performer_lm.ranges import Count, Positive, ranged
 
 Symbols = Annotated[int, Ge(2), Le(2**20)]
@@ -20,15 +20,12 @@ Symbols = Annotated[int, Ge(2), Le(2**20)]
 class Rows(NamedTuple):
     """Generated rows, and which of their ids are answers; `(b, at most n + 1)` each."""
 
-    ids: Positions
+    ids: Indices
     answers: NDArray[np.bool_]
 
 
 class Task(ABC):
-    """A distribution of rows.
-
-    `names` are how its ids are spelled.
-    """
+    """A distribution of rows, whose ids are spelled by `names`."""
 
     names: list[str]
 
@@ -44,22 +41,16 @@ class Task(ABC):
 @ranged
 @final
 class Copy(Task):
-    """Write a random sequence again after a separator: `a d b | a d b`. It is as long as the context allows.
-
-    Args:
-        symbols: of the alphabet.
-    """
+    """Write a random sequence of `symbols` again after a separator: `a d b | a d b`, as long as the context allows."""
 
     def __init__(self, *, symbols: Symbols) -> None:
         self._symbols: Final = symbols
         self.names = [*_letters("s", symbols), "|"]
 
     def check(self, *, context: int) -> None:
-        """Want room for one symbol, the separator and the symbol again."""
-        _check_context(context, least=2, what="a symbol and its copy")
+        _check_context(context, least=2, row="a symbol and its copy")
 
     def draw(self, random: np.random.Generator, *, count: int, context: int) -> Rows:
-        """Draw every symbol on its own."""
         length = context // 2
         sequence = random.integers(self._symbols, size=(count, length))
         separator = np.full((count, 1), self._symbols)
@@ -71,9 +62,7 @@ class Copy(Task):
 class SelectiveCopy(Task):
     """Write the symbols again that stand scattered in noise: `. c . . a | c a` (Gu and Dao 2023, arXiv:2312.00752).
 
-    Args:
-        symbols: of the alphabet.
-        length: how many of them a row has.
+    A row has `length` symbols, of an alphabet of `symbols`.
     """
 
     def __init__(self, *, symbols: Symbols, length: Count) -> None:
@@ -82,15 +71,13 @@ class SelectiveCopy(Task):
         self.names = [*_letters("s", symbols), ".", "|"]
 
     def check(self, *, context: int) -> None:
-        """Want room for the symbols, the separator and the symbols again."""
-        _check_context(context, least=2 * self._length, what=f"{self._length} symbols and their copy")
+        _check_context(context, least=2 * self._length, row=f"{self._length} symbols and their copy")
 
     def draw(self, random: np.random.Generator, *, count: int, context: int) -> Rows:
-        """Draw the symbols, and where they stand."""
-        noise, separator, room = self._symbols, self._symbols + 1, context - self._length
+        noise, separator, length = self._symbols, self._symbols + 1, context - self._length
         sequence = random.integers(self._symbols, size=(count, self._length))
-        places = np.sort(_distinct(random, count, room, self._length), axis=1)
-        shown = np.full((count, room + 1), noise)
+        places = np.sort(_distinct(random, count, length, self._length), axis=1)
+        shown = np.full((count, length + 1), noise)
         shown[:, -1] = separator
         np.put_along_axis(shown, places, sequence, axis=1)
         return _answered(shown, sequence)
@@ -99,22 +86,16 @@ class SelectiveCopy(Task):
 @ranged
 @final
 class Induction(Task):
-    """Name the symbol that followed the marker before: `c a > b d a c > b` (Olsson et al. 2022, arXiv:2209.11895).
-
-    Args:
-        symbols: of the alphabet.
-    """
+    """Name the symbol that followed the marker before: `c a > b d a c > b` (Olsson et al. 2022, arXiv:2209.11895)."""
 
     def __init__(self, *, symbols: Symbols) -> None:
         self._symbols: Final = symbols
         self.names = [*_letters("s", symbols), ">"]
 
     def check(self, *, context: int) -> None:
-        """Want room for the marker, a symbol and the marker again."""
-        _check_context(context, least=3, what="a marker, a symbol and the marker again")
+        _check_context(context, least=3, row="a marker, a symbol and the marker again")
 
     def draw(self, random: np.random.Generator, *, count: int, context: int) -> Rows:
-        """Draw every symbol on its own, and where the first marker stands."""
         shown = random.integers(self._symbols, size=(count, context))
         rows, places = np.arange(count), random.integers(context - 2, size=count)
         shown[rows, places] = shown[:, -1] = self._symbols
@@ -145,11 +126,9 @@ class Recall(Task):
         self.names = [".", *_letters("k", self._keys), *_letters("v", self._values)]
 
     def check(self, *, context: int) -> None:
-        """Want room for the pairs and the queries."""
-        _check_context(context, least=4 * self._pairs - 1, what=f"{self._pairs} pairs and as many queries")
+        _check_context(context, least=4 * self._pairs - 1, row=f"{self._pairs} pairs and as many queries")
 
     def draw(self, random: np.random.Generator, *, count: int, context: int) -> Rows:
-        """Draw keys and values without repetition, and the places of the queries."""
         pairs, slots = self._pairs, (context + 1 - 2 * self._pairs) // 2
         keys = 1 + _distinct(random, count, self._keys, pairs)
         values = 1 + self._keys + _distinct(random, count, self._values, pairs)
@@ -164,15 +143,15 @@ class Recall(Task):
         return Rows(ids, answers)
 
 
-def _answered(shown: Positions, answers: Positions) -> Rows:
-    """Return rows of what is shown, with the answers after it."""
+def _answered(shown: Indices, answers: Indices) -> Rows:
+    """Return rows of the ids shown, with the answers after them."""
     counted = np.concatenate((np.zeros_like(shown, dtype=bool), np.ones_like(answers, dtype=bool)), axis=1)
     return Rows(np.concatenate((shown, answers), axis=1), counted)
 
 
 def _distinct(
     random: np.random.Generator, count: int, choices: int, size: int, *, weights: NDArray[np.float64] | None = None
-) -> Positions:
+) -> Indices:
     """Return `count` rows of `size` different numbers below `choices`, drawn one after another by weight.
 
     The smallest of exponential waiting times come in the order of such draws (Efraimidis and Spirakis 2006).
@@ -185,6 +164,6 @@ def _letters(letter: str, count: int) -> list[str]:
     return [f"{letter}{number}" for number in range(count)]
 
 
-def _check_context(context: int, *, least: int, what: str) -> None:
+def _check_context(context: int, *, least: int, row: str) -> None:
     if context < least:
-        raise ValueError(f"data.context ({context}) must be at least {least}: {what}")
+        raise ValueError(f"data.context ({context}) must be at least {least}: {row}")

@@ -7,14 +7,14 @@ builds anything.
 """
 
 import codecs
-import difflib
-import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, final
 
 import numpy as np
 from numpy.typing import NDArray
+
+from performer_lm.wording import did_you_mean, short
 
 Ids = NDArray[np.int64]
 Text = str | bytes
@@ -46,7 +46,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _plain(self) -> dict[str, Any]:
-        """Return the kind, and what rebuilds the pieces."""
+        """Return the kind, and the data that rebuild the pieces."""
 
     @final
     def to_dict(self) -> dict[str, Any]:
@@ -64,9 +64,8 @@ class Tokenizer(ABC):
             ValueError: if the tokenizer has none of that name.
         """
         if name not in self.specials:
-            near = difflib.get_close_matches(name, self.specials, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"tokenizer.specials=[{name}] adds it"
-            raise ValueError(f"the tokenizer has no special token '{name}'; {hint}")
+            hint = did_you_mean(name, self.specials, cutoff=0.6) or f"; tokenizer.specials=[{name}] adds it"
+            raise ValueError(f"the tokenizer has no special token '{name}'{hint}")
         return self.specials[name]
 
     def token_bytes(self, token: int) -> bytes:
@@ -90,30 +89,18 @@ class Tokenizer(ABC):
 
 @final
 class TextStream:
-    """Turn ids into text as they come; a character is given out once its last byte has come."""
+    """Ids turned into text as they come; a character is given out once its last byte has come."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, ids: Iterable[int]) -> str:
-        """Return the text that is complete once `ids` are added."""
         return self._decoder.decode(self._tokenizer.decode_bytes(ids))
 
     def finish(self) -> str:
-        """Return what is left: the replacement character for an unfinished one."""
+        """Return the replacement character for an unfinished character, if there is one."""
         return self._decoder.decode(b"", final=True)
-
-
-def short(value: object) -> str:
-    """Return a value as an error message can show it, whatever it holds."""
-    text = _SHORT.repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-_SHORT: Final = reprlib.Repr()  # looks at the first few items of a few levels
-_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 61
-_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 20
 
 
 def _check_specials(names: Sequence[str]) -> None:

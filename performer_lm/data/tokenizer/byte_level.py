@@ -1,4 +1,4 @@
-"""Tokenizers over bytes that the `tokenizers` library runs: how it spells bytes, where words part, what they share.
+"""Tokenizers over bytes that the `tokenizers` library runs: spelling of bytes, splits between words.
 
 Letters: none; a *spelled* piece is a string with one visible character a byte, as the library keeps it.
 """
@@ -11,8 +11,9 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, pre_tokenizers
 
-from performer_lm.data.tokenizer.base import Ids, Text, Tokenizer, short
-from performer_lm.data.tokenizer.text import LONGEST_PART, runs
+from performer_lm.data.tokenizer.base import Ids, Text, Tokenizer
+from performer_lm.data.tokenizer.utf8 import LONGEST_PART, runs
+from performer_lm.wording import short
 
 # Where tokens never reach across. A word takes the one character before it (a space, a dot, a bracket), so `self`
 # and `.self` are one token each; punctuation takes the newline after it (`):` + newline); an indentation is one run
@@ -34,8 +35,8 @@ LONGEST_WORD: Final = 1024  # bytes; more than any match of a pattern
 class ByteLevelTokenizer(Tokenizer):
     """A model of the library over the bytes of words. Ids 0..255 are the bytes, so nothing is unknown.
 
-    The end of a document and special tokens are known to us only, not to the library: no text can spell them. Bytes
-    that are not UTF-8 are written one by one.
+    The end of a document and special tokens are unknown to the library: no text can spell them. Bytes that are not
+    UTF-8 are written one by one.
 
     Args:
         pieces: the bytes of each id.
@@ -51,7 +52,6 @@ class ByteLevelTokenizer(Tokenizer):
         self._library.pre_tokenizer = split_at(split)
 
     def encode_batch(self, texts: Sequence[Text]) -> list[Ids]:
-        """Return the ids of each text; the library is called outside Python's lock."""
         return encode_in_runs(self._library, texts)
 
 
@@ -85,7 +85,7 @@ def _groups(texts: Sequence[Text]) -> Iterator[list[tuple[int, Text]]]:
 
 
 def training_parts(texts: Iterable[bytes]) -> Iterator[str]:
-    """Yield texts in parts of bounded length, for the library's trainers; what is not UTF-8 teaches them nothing."""
+    """Yield texts in parts of bounded length, for the library's trainers; bytes that are not UTF-8 are left out."""
     for text in texts:
         for run in runs(text):
             if isinstance(run, str):
@@ -115,11 +115,7 @@ def unspell(spelled: str) -> bytes | None:
 
 
 def read_piece(spelled: str, *, mark: str = "") -> bytes:
-    """Return the bytes of a piece in a tokenizer's plain data, which may begin with a mark.
-
-    Raises:
-        ValueError: for a string that spells none, or more than any word has.
-    """
+    """Return the bytes of a piece in plain data, which may begin with a mark, or raise ValueError: no word has them."""
     piece = unspell(spelled.removeprefix(mark))
     if not piece or len(piece) > LONGEST_WORD:
         found = f"{len(piece):,} bytes; a word has at most {LONGEST_WORD:,}" if piece else "no bytes"
@@ -128,11 +124,7 @@ def read_piece(spelled: str, *, mark: str = "") -> bytes:
 
 
 def read_split(plain: dict[str, Any]) -> str:
-    """Return the name of the split in a tokenizer's plain data.
-
-    Raises:
-        ValueError: for a name that is none.
-    """
+    """Return the name of the split in plain data, or raise ValueError for a name that is none."""
     split = plain.get("split")
     if not isinstance(split, str) or split not in SPLITS:
         raise ValueError(f"tokenizer data: split ({short(split)}) must be one of {sorted(SPLITS)}")

@@ -1,4 +1,4 @@
-"""Byte-pair encoding: a token is what frequent neighbours were merged into."""
+"""Byte-pair encoding: a token is a merge of frequent neighbours."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -7,7 +7,6 @@ from typing import Any, Final, final
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
-from performer_lm.data.tokenizer.base import short
 from performer_lm.data.tokenizer.byte_level import (
     BYTE_VALUES,
     LONGEST_WORD,
@@ -17,6 +16,7 @@ from performer_lm.data.tokenizer.byte_level import (
     split_at,
     training_parts,
 )
+from performer_lm.wording import short
 
 SPLIT: Final = "words"  # where trained tokenizers part words
 MOST_BYTES: Final = 1 << 28  # of the pieces that merges make
@@ -26,12 +26,8 @@ MOST_BYTES: Final = 1 << 28  # of the pieces that merges make
 class BytePairTokenizer(ByteLevelTokenizer):
     """Byte-level byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909).
 
-    Ids 0..255 are the bytes themselves; each further id is the first pair in `merges` that makes its bytes.
-
-    Args:
-        merges: pairs of ids, strongest first; each may use the bytes and what earlier pairs made.
-        split: the name of the pattern at which words part.
-        specials: names of special tokens.
+    Ids 0..255 are the bytes themselves; each further id is the first pair in `merges` that makes its bytes. `merges`
+    are pairs of ids, strongest first; each may use the bytes and the results of earlier pairs.
     """
 
     def __init__(self, *, merges: Sequence[Sequence[int]], split: str, specials: Sequence[str] = ()) -> None:
@@ -47,12 +43,9 @@ class BytePairTokenizer(ByteLevelTokenizer):
 
 
 def train_byte_pairs(texts: Iterable[bytes], *, vocab_size: int, specials: Sequence[str] = ()) -> BytePairTokenizer:
-    """Train byte-pair encoding on texts; the same texts give the same tokenizer, on any number of threads.
+    """Train byte-pair encoding on documents; the same texts give the same tokenizer, on any number of threads.
 
-    Args:
-        texts: documents.
-        vocab_size: ids in all, with the 256 bytes, the end and the special tokens. Little text may not fill it.
-        specials: names of special tokens.
+    `vocab_size` counts the 256 bytes, the end and the special tokens. Little text may not fill it.
     """
     tokens = dict(BYTE_VALUES)
     merges = []
@@ -71,7 +64,7 @@ def learn_merges(
     Args:
         texts: documents.
         vocab_size: pieces in all, with the alphabet.
-        pre_tokenizer: where words part, and how they are spelled.
+        pre_tokenizer: parts words, and spells them.
         extra: characters of the alphabet beside those of bytes.
     """
     learner = tokenizers.Tokenizer(models.BPE())
@@ -84,11 +77,7 @@ def learn_merges(
 
 
 def read_byte_pairs(plain: dict[str, Any], *, specials: Sequence[str]) -> BytePairTokenizer:
-    """Build the tokenizer that plain data describes.
-
-    Raises:
-        ValueError: in one line, for data that does not.
-    """
+    """Build the tokenizer that plain data describes, or raise ValueError in one line."""
     split, merges = read_split(plain), plain.get("merges")
     if not isinstance(merges, list):
         raise ValueError(f"tokenizer data: merges ({short(merges)}) must be a list of pairs of ids")

@@ -6,8 +6,9 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-from performer_lm.data.tokenizer.base import Ids, Text, Tokenizer, short
-from performer_lm.data.tokenizer.text import as_bytes, escaped
+from performer_lm.data.tokenizer.base import Ids, Text, Tokenizer
+from performer_lm.data.tokenizer.utf8 import as_bytes, escaped
+from performer_lm.wording import short
 
 
 @final
@@ -18,7 +19,6 @@ class ByteTokenizer(Tokenizer):
         super().__init__([bytes([value]) for value in range(256)], specials=specials)
 
     def encode_batch(self, texts: Sequence[Text]) -> list[Ids]:
-        """Return the bytes of each text as ids."""
         return [np.frombuffer(as_bytes(text), dtype=np.uint8).astype(np.int64) for text in texts]
 
     def _plain(self) -> dict[str, Any]:
@@ -52,7 +52,6 @@ class CharacterTokenizer(Tokenizer):
         super().__init__(pieces, specials=specials)
 
     def encode_batch(self, texts: Sequence[Text]) -> list[Ids]:
-        """Return one id a character, or one a byte where the character is not in the alphabet."""
         return [self._encode(text) for text in texts]
 
     def _encode(self, text: Text) -> Ids:
@@ -75,7 +74,7 @@ def learn_characters(
     """Build a character tokenizer from the characters of texts, sorted.
 
     Args:
-        texts: UTF-8 documents; what is not UTF-8 is left to the fallback.
+        texts: documents; bytes that are not UTF-8 are left to the fallback.
         vocab_size: ids in all; the most frequent characters get them. None for all characters.
         fallback: whether other characters are written as bytes.
         specials: names of special tokens.
@@ -89,8 +88,8 @@ def learn_characters(
         counts[:128] = 0  # ASCII characters have their bytes' ids
     found = np.flatnonzero(counts)
     if vocab_size is not None:
-        room = max(vocab_size - 1 - len(specials) - 256 * fallback, 0)
-        found = np.sort(found[np.argsort(-counts[found], kind="stable")][:room])
+        most = max(vocab_size - 1 - len(specials) - 256 * fallback, 0)
+        found = np.sort(found[np.argsort(-counts[found], kind="stable")][:most])
     return CharacterTokenizer(alphabet="".join(map(chr, found)), fallback=fallback, specials=specials)
 
 
@@ -119,11 +118,7 @@ def _refusal(points: NDArray[np.uint32]) -> str:
 
 
 def read_characters(plain: dict[str, Any], *, specials: Sequence[str]) -> CharacterTokenizer:
-    """Build the tokenizer that plain data describes.
-
-    Raises:
-        ValueError: in one line, for data that does not.
-    """
+    """Build the tokenizer that plain data describes, or raise ValueError in one line."""
     alphabet, fallback = plain.get("alphabet"), plain.get("fallback")
     if not isinstance(alphabet, str) or len(set(alphabet)) < len(alphabet):
         raise ValueError(f"tokenizer data: alphabet ({short(alphabet)}) must be a string of different characters")

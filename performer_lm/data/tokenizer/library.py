@@ -16,9 +16,10 @@ from typing import Any, Final, final
 
 import tokenizers
 
-from performer_lm.data.tokenizer.base import Ids, Text, Tokenizer, short
+from performer_lm.data.tokenizer.base import Ids, Text, Tokenizer
 from performer_lm.data.tokenizer.byte_level import encode_in_runs, unspell
-from performer_lm.data.tokenizer.text import as_str
+from performer_lm.data.tokenizer.utf8 import as_str
+from performer_lm.wording import first_line, short
 
 LONGEST_TOKEN: Final = 1 << 12  # characters of a token, or of what a file adds to a text
 MOST_GROWTH: Final = 1 << 12  # times that a file may lengthen a text by replacing parts of it
@@ -32,11 +33,8 @@ class LibraryTokenizer(Tokenizer):
     """A tokenizer that somebody trained; its own special tokens stay in the table and no text spells them.
 
     Args:
-        content: a parsed `tokenizer.json`.
+        content: a parsed `tokenizer.json`; ValueError, in one line, where the library does not take it.
         specials: names of further special tokens; theirs are the ids after the file's own and the end's.
-
-    Raises:
-        ValueError: in one line, for content that the library does not take.
     """
 
     def __init__(self, *, content: Mapping[str, Any], specials: Sequence[str] = ()) -> None:
@@ -50,7 +48,6 @@ class LibraryTokenizer(Tokenizer):
         super().__init__(pieces, specials=specials)
 
     def encode_batch(self, texts: Sequence[Text]) -> list[Ids]:
-        """Return the ids of each text, without the tokens that the file would put around it."""
         strings = [as_str(text) for text in texts]
         with _library_errors():
             encoded = encode_in_runs(self._library, strings)
@@ -63,11 +60,7 @@ class LibraryTokenizer(Tokenizer):
 
 
 def read_library(plain: dict[str, Any], *, specials: Sequence[str]) -> LibraryTokenizer:
-    """Build the tokenizer that plain data describes.
-
-    Raises:
-        ValueError: in one line, for data that does not.
-    """
+    """Build the tokenizer that plain data describes, or raise ValueError in one line."""
     content = plain.get("content")
     if not isinstance(content, dict):
         raise ValueError(f"tokenizer data: content ({short(content)}) must be a parsed tokenizer.json")
@@ -75,7 +68,7 @@ def read_library(plain: dict[str, Any], *, specials: Sequence[str]) -> LibraryTo
 
 
 def _settled(content: dict[str, Any]) -> dict[str, Any]:
-    """Return the content without what makes encoding random, shortens it or adds to it."""
+    """Return the content without options that make encoding random, shorten it or add to it."""
     model = content.get("model")
     if not isinstance(model, dict):
         raise ValueError(f"tokenizer.json: model ({short(model)}) must be a section")
@@ -113,7 +106,7 @@ def _pieces(library: Any, content: dict[str, Any]) -> list[bytes]:
 
 
 def _spoken(library: Any, tokens: list[int]) -> dict[int, bytes]:
-    """Return what each token adds to the decoded text of the token before it."""
+    """Return the text that each token adds to the decoded text of the token before it."""
     if not tokens:
         return {}
     anchor = tokens[0]
@@ -159,7 +152,7 @@ def _parts(section: Any) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _library_errors() -> Iterator[None]:
-    """Turn what the library raises into one line; a panic of its Rust side is no Exception to Python."""
+    """Turn errors of the library into one line; a panic of its Rust side is no Exception to Python."""
     try:
         yield
     except ValueError:
@@ -167,5 +160,4 @@ def _library_errors() -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"tokenizer.json: {short(first)}") from None
+        raise ValueError(f"tokenizer.json: {short(first_line(error))}") from None

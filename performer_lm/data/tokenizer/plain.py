@@ -1,14 +1,15 @@
-"""Tokenizers from plain data: what a checkpoint or a cache holds is checked, then built; nothing in it is run."""
+"""Tokenizers from plain data of a checkpoint or a cache: checked, then built; nothing in it is run."""
 
 from typing import Any, Final
 
-from performer_lm.data.tokenizer.base import Tokenizer, short
+from performer_lm.data.tokenizer.base import Tokenizer
 from performer_lm.data.tokenizer.byte_pairs import read_byte_pairs
 from performer_lm.data.tokenizer.characters import ByteTokenizer, read_characters
 from performer_lm.data.tokenizer.library import read_library
 from performer_lm.data.tokenizer.symbols import read_symbols
 from performer_lm.data.tokenizer.unigram import read_unigram
 from performer_lm.data.tokenizer.word_pieces import read_word_pieces
+from performer_lm.wording import short
 
 READERS: Final[dict[str, Any]] = {
     "bytes": lambda plain, *, specials: ByteTokenizer(specials=specials),
@@ -24,11 +25,7 @@ MOST_IDS: Final = 1 << 22
 
 
 def tokenizer_from_dict(plain: Any) -> Tokenizer:
-    """Build the tokenizer that `to_dict` described; nothing in the data is run or imported.
-
-    Raises:
-        ValueError: in one line, if the data is not what `to_dict` writes.
-    """
+    """Build the tokenizer that `to_dict` described, running nothing of it, or raise ValueError in one line."""
     kind = plain.get("kind") if isinstance(plain, dict) else None
     if not isinstance(kind, str) or kind not in READERS:
         raise ValueError(f"tokenizer data: kind ({short(kind)}) must be one of {', '.join(READERS)}")

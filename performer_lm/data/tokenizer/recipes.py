@@ -1,9 +1,8 @@
-"""What tokenizer a run is to have: options that are checked before any text is read, and how it comes from text."""
+"""Recipes of tokenizers: options that are checked before any text is read, and the way from text to tokenizer."""
 
-import difflib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from itertools import islice
@@ -13,7 +12,7 @@ from typing import Annotated, Any, ClassVar, final
 from annotated_types import Ge, Le
 
 from performer_lm.data.reading import check_regular
-from performer_lm.data.tokenizer.base import Tokenizer, short
+from performer_lm.data.tokenizer.base import Tokenizer
 from performer_lm.data.tokenizer.byte_pairs import train_byte_pairs
 from performer_lm.data.tokenizer.characters import ByteTokenizer, learn_characters
 from performer_lm.data.tokenizer.library import LibraryTokenizer
@@ -21,6 +20,7 @@ from performer_lm.data.tokenizer.plain import tokenizer_from_dict
 from performer_lm.data.tokenizer.unigram import train_unigram
 from performer_lm.data.tokenizer.word_pieces import train_word_pieces
 from performer_lm.ranges import Count, ranged
+from performer_lm.wording import did_you_mean, short
 
 VocabSize = Annotated[int, Ge(1), Le(2**22)]  # the tokenizers library aborts where it finds no room for more
 
@@ -59,6 +59,7 @@ class _Learned(TokenizerRecipe):
         return {"recipe": type(self).__name__, **asdict(self)}
 
 
+@ranged
 @dataclass(frozen=True, kw_only=True)
 class _Trained(_Learned):
     """A recipe that trains on texts.
@@ -69,19 +70,29 @@ class _Trained(_Learned):
     """
 
     learns: ClassVar[bool] = True
+    least: ClassVar[tuple[int, str]]
+    """How many pieces every tokenizer of the kind has, and which."""
     vocab_size: VocabSize
     train_bytes: Count
 
-    def _check(self, *, base: int, of_what: str) -> None:
-        least = base + 1 + len(self.specials)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        count, pieces = self.least
+        least = count + 1 + len(self.specials)
         if self.vocab_size < least:
             more = " and the special tokens" if self.specials else ""
             raise ValueError(
-                f"tokenizer.vocab_size ({self.vocab_size}) must be at least {least}: {of_what}, the end token{more}"
+                f"tokenizer.vocab_size ({self.vocab_size}) must be at least {least}: {pieces}, the end token{more}"
             )
 
-    def _sample(self, texts: Iterable[bytes], num_bytes: int) -> "Sample":
-        return Sample(texts, num_bytes=num_bytes, limit=self.train_bytes)
+    @staticmethod
+    @abstractmethod
+    def train(texts: Iterable[bytes], *, vocab_size: int, specials: Sequence[str]) -> Tokenizer:
+        """Train the tokenizer."""
+
+    def build(self, texts: Iterable[bytes], *, num_bytes: int) -> Tokenizer:
+        sample = Sample(texts, num_bytes=num_bytes, limit=self.train_bytes)
+        return self.train(sample, vocab_size=self.vocab_size, specials=self.specials)
 
 
 @final
@@ -90,7 +101,6 @@ class Bytes(_Learned):
     """The byte tokenizer, which learns nothing."""
 
     def build(self, texts: Iterable[bytes], *, num_bytes: int) -> Tokenizer:
-        """Return it."""
         return ByteTokenizer(specials=self.specials)
 
 
@@ -116,56 +126,31 @@ class Characters(_Learned):
             raise ValueError(f"tokenizer.vocab_size ({self.vocab_size}) must be at least {least}")
 
     def build(self, texts: Iterable[bytes], *, num_bytes: int) -> Tokenizer:
-        """Look at every character."""
         return learn_characters(texts, vocab_size=self.vocab_size, fallback=self.fallback, specials=self.specials)
 
 
-@ranged
 @final
-@dataclass(frozen=True, kw_only=True)
 class BytePairs(_Trained):
     """Byte-level byte-pair encoding."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check(base=256, of_what="256 bytes")
-
-    def build(self, texts: Iterable[bytes], *, num_bytes: int) -> Tokenizer:
-        """Train it."""
-        sample = self._sample(texts, num_bytes)
-        return train_byte_pairs(sample, vocab_size=self.vocab_size, specials=self.specials)
+    least = (256, "256 bytes")
+    train = staticmethod(train_byte_pairs)
 
 
-@ranged
 @final
-@dataclass(frozen=True, kw_only=True)
 class WordPieces(_Trained):
     """Byte-level WordPiece."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check(base=512, of_what="256 bytes at the start of a word and 256 inside")
-
-    def build(self, texts: Iterable[bytes], *, num_bytes: int) -> Tokenizer:
-        """Train it."""
-        sample = self._sample(texts, num_bytes)
-        return train_word_pieces(sample, vocab_size=self.vocab_size, specials=self.specials)
+    least = (512, "256 bytes at the start of a word and 256 inside")
+    train = staticmethod(train_word_pieces)
 
 
-@ranged
 @final
-@dataclass(frozen=True, kw_only=True)
 class Unigram(_Trained):
     """The byte-level unigram model."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check(base=256, of_what="256 bytes")
-
-    def build(self, texts: Iterable[bytes], *, num_bytes: int) -> Tokenizer:
-        """Train it."""
-        sample = self._sample(texts, num_bytes)
-        return train_unigram(sample, vocab_size=self.vocab_size, specials=self.specials)
+    least = (256, "256 bytes")
+    train = staticmethod(train_unigram)
 
 
 @final
@@ -173,11 +158,8 @@ class TokenizerFile(TokenizerRecipe):
     """A `tokenizer.json`.
 
     Args:
-        path: the file, or a folder that holds one of that name.
+        path: the file, or a folder that holds one of that name; ValueError, in one line, where it is not a tokenizer.
         specials: names of special tokens to add.
-
-    Raises:
-        ValueError: in one line, for a file that is not there or not a tokenizer.
     """
 
     def __init__(self, *, path: str | None, specials: list[str]) -> None:
@@ -186,32 +168,24 @@ class TokenizerFile(TokenizerRecipe):
         self._tokenizer = LibraryTokenizer(content=_read_json(path), specials=list(specials))
 
     def build(self, texts: Iterable[bytes], *, num_bytes: int) -> Tokenizer:
-        """Return what the file says."""
         return self._tokenizer
 
     def key(self) -> dict[str, Any]:
-        """Return a hash of the file's content."""
         plain = json.dumps(self._tokenizer.to_dict(), sort_keys=True)
         return {"recipe": "TokenizerFile", "content": sha256(plain.encode()).hexdigest()}
 
 
 @final
 class Restored(TokenizerRecipe):
-    """The tokenizer of a checkpoint.
-
-    Args:
-        plain: what its `to_dict` wrote.
-    """
+    """The tokenizer of a checkpoint, from the plain data that its `to_dict` wrote."""
 
     def __init__(self, *, plain: dict[str, Any]) -> None:
         self._tokenizer = tokenizer_from_dict(plain)
 
     def build(self, texts: Iterable[bytes], *, num_bytes: int) -> Tokenizer:
-        """Return it."""
         return self._tokenizer
 
     def key(self) -> dict[str, Any]:
-        """Return the plain data."""
         return {"recipe": "Restored", "plain": self._tokenizer.to_dict()}
 
 
@@ -241,15 +215,11 @@ def _read_json(name: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
-        near = difflib.get_close_matches(path.name, _json_names(path.parent), n=1, cutoff=0.4)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        there = {each.name for each in path.parent.glob("*.json")}
+        hint = did_you_mean(path.name, there, prefix=str(path.parent / "_")[:-1], cutoff=0.4)
         raise ValueError(f"tokenizer.path={name} cannot be read: {error.strerror}{hint}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"tokenizer.path={name} is not JSON: {short(str(error))}") from None
     if not isinstance(content, dict):
         raise ValueError(f"tokenizer.path={name} is not a tokenizer.json")
     return content
-
-
-def _json_names(folder: Path) -> list[str]:
-    return [path.name for path in folder.glob("*.json")] if folder.is_dir() else []

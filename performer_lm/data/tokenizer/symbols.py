@@ -5,24 +5,20 @@ from typing import Any, final
 
 import numpy as np
 
-from performer_lm.data.tokenizer.base import Ids, Text, Tokenizer, short
-from performer_lm.data.tokenizer.text import as_str
+from performer_lm.data.tokenizer.base import Ids, Text, Tokenizer
+from performer_lm.data.tokenizer.utf8 import as_str
+from performer_lm.wording import short
 
 
 @final
 class SymbolTokenizer(Tokenizer):
-    """Each id is a name, which is written with a space after it.
-
-    Args:
-        names: of the ids, each without spaces and each once.
-    """
+    """Each id is a name without spaces, which is written with a space after it."""
 
     def __init__(self, *, names: Sequence[str]) -> None:
         self._ids = {name: token for token, name in enumerate(names)}
         super().__init__([f"{name} ".encode() for name in names])
 
     def encode_batch(self, texts: Sequence[Text]) -> list[Ids]:
-        """Return the ids of the names in each text."""
         return [np.array([self._id(name) for name in as_str(text).split()], dtype=np.int64) for text in texts]
 
     def _id(self, name: str) -> int:
@@ -35,11 +31,7 @@ class SymbolTokenizer(Tokenizer):
 
 
 def read_symbols(plain: dict[str, Any], *, specials: Sequence[str]) -> SymbolTokenizer:
-    """Build the tokenizer that plain data describes.
-
-    Raises:
-        ValueError: in one line, for data that does not.
-    """
+    """Build the tokenizer that plain data describes, or raise ValueError in one line."""
     names = plain.get("names")
     right = isinstance(names, list) and all(isinstance(name, str) and name.split() == [name] for name in names)
     if not isinstance(names, list) or not right or len(set(names)) < len(names) or specials:

@@ -9,7 +9,6 @@ import numpy as np
 import tokenizers
 from tokenizers import models, trainers
 
-from performer_lm.data.tokenizer.base import short
 from performer_lm.data.tokenizer.byte_level import (
     BYTE_NAMES,
     ByteLevelTokenizer,
@@ -19,6 +18,7 @@ from performer_lm.data.tokenizer.byte_level import (
     training_parts,
 )
 from performer_lm.data.tokenizer.byte_pairs import SPLIT, learn_merges
+from performer_lm.wording import short
 
 SEEDS: Final = 4  # pieces to begin with, for each that is wanted
 KEEP: Final = 0.75  # share of the pieces that a round of pruning leaves
@@ -31,10 +31,7 @@ PARTS_AT_ONCE: Final = 16
 class UnigramTokenizer(ByteLevelTokenizer):
     """The unigram language model over bytes (Kudo 2018, arXiv:1804.10959). Ids 0..255 are the bytes.
 
-    Args:
-        pieces: every piece as the library spells it, the bytes first, and its log probability.
-        split: the name of the pattern at which words part.
-        specials: names of special tokens.
+    `pieces` are all pieces as the library spells them, the bytes first, and their log probabilities.
     """
 
     def __init__(self, *, pieces: Sequence[tuple[str, float]], split: str, specials: Sequence[str] = ()) -> None:
@@ -50,17 +47,12 @@ class UnigramTokenizer(ByteLevelTokenizer):
 
 
 def train_unigram(texts: Iterable[bytes], *, vocab_size: int, specials: Sequence[str] = ()) -> UnigramTokenizer:
-    """Train a unigram model on texts; the same texts give the same tokenizer, every time.
+    """Train a unigram model on documents, gone through twice; the same texts give the same tokenizer, every time.
 
     Seeds are byte pairs. In turns, words are written with the likeliest pieces, each piece gets the log of its share,
-    and the pieces go whose loss costs least, until `vocab_size` are left. All counts are whole numbers, so nothing
-    depends on the order of sums; the library's own trainer adds floating-point numbers from several threads, and no
-    two runs of it agree.
-
-    Args:
-        texts: documents; gone through twice.
-        vocab_size: ids in all, with the 256 bytes, the end and the special tokens. Little text may not fill it.
-        specials: names of special tokens.
+    and the pieces go whose loss costs least, until `vocab_size` are left, with the 256 bytes, the end and the special
+    tokens. Counts are whole numbers, so nothing depends on the order of sums; the library's own trainer adds floating-
+    point numbers from several threads, and no two runs of it agree.
     """
     texts = list(texts) if iter(texts) is texts else texts
     wanted = max(vocab_size - 1 - len(specials), 256)
@@ -79,11 +71,7 @@ def train_unigram(texts: Iterable[bytes], *, vocab_size: int, specials: Sequence
 
 
 def read_unigram(plain: dict[str, Any], *, specials: Sequence[str]) -> UnigramTokenizer:
-    """Build the tokenizer that plain data describes.
-
-    Raises:
-        ValueError: in one line, for data that does not.
-    """
+    """Build the tokenizer that plain data describes, or raise ValueError in one line."""
     split, pieces = read_split(plain), plain.get("pieces")
     if not isinstance(pieces, list):
         raise ValueError(f"tokenizer data: pieces ({short(pieces)}) must be a list of pieces and log probabilities")
@@ -110,7 +98,7 @@ def _count_words(texts: Iterable[bytes]) -> dict[str, int]:
 
 
 def _estimate(scores: Mapping[str, float], words: Mapping[str, int]) -> dict[str, float]:
-    """Write all words with the likeliest pieces, and return the log share of each piece in what was written."""
+    """Write all words with the likeliest pieces, and return the log share of each piece in the result."""
     library = tokenizers.Tokenizer(models.Unigram(list(scores.items()), None, False))
     counts = np.zeros(len(scores), dtype=np.int64)
     spelled, times = list(words), np.array(list(words.values()), dtype=np.int64)
@@ -123,7 +111,7 @@ def _estimate(scores: Mapping[str, float], words: Mapping[str, int]) -> dict[str
 
 
 def _prune(scores: Mapping[str, float], *, keep: int) -> dict[str, float]:
-    """Keep the bytes, and the longer pieces whose loss would cost most nats: their share times what replaces them."""
+    """Keep the bytes, and the longer pieces whose loss would cost most nats: their share times the difference."""
     costs = {
         name: math.exp(score) * (score - _without(name, scores)) for name, score in scores.items() if len(name) > 1
     }

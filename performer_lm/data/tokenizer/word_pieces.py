@@ -5,7 +5,6 @@ from typing import Any, Final, final
 
 from tokenizers import models, pre_tokenizers
 
-from performer_lm.data.tokenizer.base import short
 from performer_lm.data.tokenizer.byte_level import (
     LONGEST_WORD,
     ByteLevelTokenizer,
@@ -15,6 +14,7 @@ from performer_lm.data.tokenizer.byte_level import (
     split_at,
 )
 from performer_lm.data.tokenizer.byte_pairs import SPLIT, learn_merges
+from performer_lm.wording import short
 
 INSIDE: Final = "\u2581"  # before a piece that continues a word; spells no byte
 BASE: Final = 512  # pieces of one byte: at the start of a word and inside it
@@ -24,12 +24,8 @@ BASE: Final = 512  # pieces of one byte: at the start of a word and inside it
 class WordPieceTokenizer(ByteLevelTokenizer):
     """WordPiece over bytes (Schuster and Nakajima 2012; Devlin et al. 2018, arXiv:1810.04805).
 
-    Ids 0..255 are the bytes at the start of a word, 256..511 the bytes inside one.
-
-    Args:
-        pieces: further pieces as the library spells them, with `INSIDE` before those that continue a word.
-        split: the name of the pattern at which words part.
-        specials: names of special tokens.
+    Ids 0..255 are the bytes at the start of a word, 256..511 the bytes inside one; `pieces` are the further ones as the
+    library spells them, with `INSIDE` before those that continue a word.
     """
 
     def __init__(self, *, pieces: Sequence[str], split: str, specials: Sequence[str] = ()) -> None:
@@ -53,34 +49,25 @@ class WordPieceTokenizer(ByteLevelTokenizer):
 
 
 def train_word_pieces(texts: Iterable[bytes], *, vocab_size: int, specials: Sequence[str] = ()) -> WordPieceTokenizer:
-    """Train WordPiece on texts; the same texts give the same tokenizer, every time.
+    """Train WordPiece on documents; the same texts give the same tokenizer, every time.
 
-    The library's own WordPiece trainer merges pairs of pieces that know whether they begin a word, but numbers its
-    alphabet in an order that changes from process to process. Its byte-pair trainer does not, so that one is run on
-    words with a mark before them: what merges with the mark begins a word. The vocabulary is what it merges.
-
-    Args:
-        texts: documents.
-        vocab_size: ids in all, with 2 x 256 bytes, the end and the special tokens. Little text may not fill it.
-        specials: names of special tokens.
+    The library's own WordPiece trainer numbers its alphabet in an order that changes from process to process. Its
+    byte-pair trainer does not, so that one is run on words with a mark before them: what merges with the mark begins a
+    word. `vocab_size` counts 2 x 256 bytes, the end and the special tokens. Little text may not fill it.
     """
-    room = max(vocab_size - BASE - 1 - len(specials), 0)
+    most = max(vocab_size - BASE - 1 - len(specials), 0)
     marked = pre_tokenizers.Sequence(
         [split_at(SPLIT), pre_tokenizers.Metaspace(replacement=INSIDE, prepend_scheme="always", split=False)]
     )
-    merges = learn_merges(texts, vocab_size=257 + 256 + room, pre_tokenizer=marked, extra=[INSIDE])
+    merges = learn_merges(texts, vocab_size=257 + 256 + most, pre_tokenizer=marked, extra=[INSIDE])
     merged = dict.fromkeys(left + right for left, right in merges)
     pieces = [name.removeprefix(INSIDE) if name.startswith(INSIDE) else INSIDE + name for name in merged]
     longer = [name for name in pieces if len(name.removeprefix(INSIDE)) > 1]
-    return WordPieceTokenizer(pieces=longer[:room], split=SPLIT, specials=specials)
+    return WordPieceTokenizer(pieces=longer[:most], split=SPLIT, specials=specials)
 
 
 def read_word_pieces(plain: dict[str, Any], *, specials: Sequence[str]) -> WordPieceTokenizer:
-    """Build the tokenizer that plain data describes.
-
-    Raises:
-        ValueError: in one line, for data that does not.
-    """
+    """Build the tokenizer that plain data describes, or raise ValueError in one line."""
     split, pieces = read_split(plain), plain.get("pieces")
     if not isinstance(pieces, list) or not all(isinstance(name, str) for name in pieces):
         raise ValueError(f"tokenizer data: pieces ({short(pieces)}) must be a list of spelled pieces")

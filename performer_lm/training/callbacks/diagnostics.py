@@ -1,17 +1,14 @@
-"""How well random features stand in for softmax, while a run learns."""
+"""The errors of random features against softmax, while a run learns."""
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from performer_lm.ranges import Count, ranged
-from performer_lm.training.callbacks.base import RunCallback
-
-if TYPE_CHECKING:
-    from performer_lm.training.task import LanguageModelTask
+from performer_lm.training.callbacks.base import RunCallback, TrainingTask
 
 log = logging.getLogger("performer_lm")
 
@@ -20,18 +17,15 @@ Findings = Mapping[str, Any]  # by layer, a NamedTuple of tensors `(h,)`
 
 @ranged
 class ApproximationDiagnostics(RunCallback):
-    """Log, every so many steps, what a diagnosis finds on a batch of held-out text, as `favor/<name>/<layer>`.
+    """Log every so many steps the errors of random features on held-out text, as `favor/<name>/<layer>`.
 
     Each number is the mean over a layer's heads. The batch is the first of validation, so that numbers compare over
     steps and runs. Nothing of the run changes: dropout is off and no random number is drawn.
 
     Args:
         every: steps between diagnoses.
-        diagnose: takes a model and its input, returns by layer what it finds.
-        sequences: of the validation's first batch, how many to look at.
-
-    Raises:
-        ValueError: for counts below 1.
+        diagnose: takes a model and its input, returns findings by layer.
+        sequences: of the validation's first batch that are diagnosed.
     """
 
     def __init__(self, *, every: Count, diagnose: Callable[[nn.Module, Tensor], Findings], sequences: Count) -> None:
@@ -40,7 +34,7 @@ class ApproximationDiagnostics(RunCallback):
         self.sequences = sequences
         self._batch: Tensor | None = None
 
-    def on_step_end(self, trainer: Trainer, task: "LanguageModelTask", step: int) -> None:
+    def on_step_end(self, trainer: Trainer, task: TrainingTask, step: int) -> None:
         """Diagnose the weights as they are now; on the first rank only."""
         if step % self.every or not trainer.is_global_zero:
             return
@@ -62,7 +56,7 @@ class ApproximationDiagnostics(RunCallback):
 class _Losses(nn.Module):
     """A model as its objective calls it, whatever it takes: windows to losses."""
 
-    def __init__(self, task: "LanguageModelTask") -> None:
+    def __init__(self, task: TrainingTask) -> None:
         super().__init__()
         self.model = task.model
         self.run = lambda windows: task.objective(task.model, windows, step=None, separator=task.separator)

@@ -1,16 +1,15 @@
 """An exponential moving average of the weights, which validates, samples and generates in their place.
 
-The average is a model of its own. Nothing is ever swapped, so that whatever happens in the middle of a validation, what
-trains is what trains and what is saved as its weights are its weights. Buffers are no weights: the two models share
-them, so that random projections are the current ones, where an average of redraws would be no projection at all.
+The average is a model of its own: no weights are ever swapped, whatever happens during a validation. The two models
+share their buffers, so that random projections are the current ones; an average of redraws would be no projection.
 
-Averages are float32 at least: in bfloat16 a step of 1 - decay = 0.002 is less than half of the last place, and rounds
-away. Where the model's own precision is less, it is given them, rounded, before it validates.
+Averages are float32 at least: in bfloat16 a step of 1 - decay = 0.002 would round away. A model of less precision gets
+them rounded before it validates.
 """
 
 import copy
 import logging
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 from annotated_types import Gt, Lt
@@ -21,10 +20,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from performer_lm.checkpoint import AVERAGES
 from performer_lm.language_model import LanguageModel
 from performer_lm.ranges import ranged
-from performer_lm.training.callbacks.base import RunCallback
-
-if TYPE_CHECKING:
-    from performer_lm.training.task import LanguageModelTask
+from performer_lm.training.callbacks.base import RunCallback, TrainingTask
 
 log = logging.getLogger("performer_lm")
 Decay = Annotated[float, Gt(0), Lt(1)]
@@ -37,9 +33,6 @@ class WeightAverage(RunCallback):
     Args:
         decay: share of the average that a step keeps, once there were many: step s keeps at most (1 + s) / (10 + s),
             so that the average forgets the initial weights however short a run is.
-
-    Raises:
-        ValueError: for a decay outside (0, 1).
     """
 
     model: LanguageModel
@@ -51,7 +44,7 @@ class WeightAverage(RunCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Copy the model, on its device, or its saved average; from now on the task measures the average."""
-        task = cast("LanguageModelTask", pl_module)
+        task = cast(TrainingTask, pl_module)
         self.model = copy.deepcopy(task.model, {id(buffer): buffer for buffer in task.model.buffers()})
         self.model.eval().requires_grad_(False)
         self.averages = {
@@ -66,8 +59,7 @@ class WeightAverage(RunCallback):
             log.info("%s holds no average of weights: it starts from the weights themselves", trainer.ckpt_path)
         task.measure(self.model)
 
-    def on_step_end(self, trainer: Trainer, task: "LanguageModelTask", step: int) -> None:
-        """Take in the new weights."""
+    def on_step_end(self, trainer: Trainer, task: TrainingTask, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
         averages = list(self.averages.values())
         weights = [
@@ -76,7 +68,6 @@ class WeightAverage(RunCallback):
         get_ema_multi_avg_fn(decay)(averages, weights, step)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the model its averages."""
         for name, value in self.model.named_parameters():
             value.data.copy_(self.averages[name])
 

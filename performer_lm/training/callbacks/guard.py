@@ -1,11 +1,10 @@
-"""The end of a run whose numbers are not finite: loss or gradient, before that reaches its weights; weights, before
-they are saved; a validation, before it counts.
+"""The end of a run whose numbers are not finite: a loss or gradient before it reaches the weights, weights before they
+are saved, a validation before it counts.
 
-The loss is summed over ranks, and gradients are, so that every rank sees the same numbers and stops with the others.
-Where the CPU computes, it looks before each update. Looking at an accelerator's numbers means waiting for it, so there
-the numbers of a step are copied aside while it goes on, and looked at when the next step's gradients are there, or
-before anything is validated or saved: the update of that one step is lost with the process, and no file holds it. The
-weights are looked at once a save, for an update of finite numbers may still overflow.
+Loss and gradients are summed over ranks, so that all ranks stop at the same step. On a CPU they are checked before each
+update. Checking an accelerator's numbers means waiting for it, so there they are copied aside, and checked when the
+next step's gradients are there, or before anything is validated or saved: one update more is lost, and no file holds
+it. Weights are checked once a save, for an update of finite numbers may still overflow.
 """
 
 import json
@@ -13,7 +12,7 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -22,17 +21,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from performer_lm.training.callbacks.agreement import send_to_host
-from performer_lm.training.callbacks.base import RunCallback
+from performer_lm.training.callbacks.base import RunCallback, TrainingTask
 from performer_lm.training.callbacks.learning_rates import learning_rates
-
-if TYPE_CHECKING:
-    from performer_lm.training.task import LanguageModelTask
 
 log = logging.getLogger("performer_lm")
 
 
 class _Noted(NamedTuple):
-    """One step's numbers, which may still be on their way from the device."""
+    """Loss and gradient norm of a step, which may still be on their way from the device."""
 
     step: int
     values: Tensor  # (2,) on the host: loss, gradient norm
@@ -44,10 +40,9 @@ class _Noted(NamedTuple):
 class NonFiniteGuard(RunCallback):
     """Stop with `FloatingPointError` (exit code 3) at a loss, gradient, weight or validation that is not finite.
 
-    What it saw of a loss or gradient goes to `nonfinite/` in the run folder: a readable json, and a file per rank with
-    the step's batch and the norms of all weights and, where they are still there, gradients. With
-    `trainer.precision=16-mixed` gradients overflow now and then, and their scaler skips the update: there only the loss
-    counts.
+    A loss or gradient leaves a report in `nonfinite/` of the run folder: a json file, and a file per rank with the
+    step's batch and the norms of all weights and, where they are still there, gradients. Under
+    `trainer.precision=16-mixed` only the loss counts: gradients overflow now and then, and their scaler skips the step.
     """
 
     def __init__(self) -> None:
@@ -55,28 +50,26 @@ class NonFiniteGuard(RunCallback):
         self._noted: _Noted | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keep the micro-batches of the step at hand."""
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._batches = []
         self._batches.append(batch)
 
-    def on_gradients(self, trainer: Trainer, task: "LanguageModelTask", *, loss: Tensor, norm: Tensor) -> None:
-        """Look at the last step's numbers, if they were not there yet, and take this step's."""
-        self._look(trainer, task)
+    def on_gradients(self, trainer: Trainer, task: TrainingTask, *, loss: Tensor, norm: Tensor) -> None:
+        """Check the numbers of the last step, if they had not arrived, and take those of this step."""
+        self._look(trainer)
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         values = torch.stack((loss, torch.zeros_like(loss) if scaled else norm.to(loss.dtype))).detach()
         host, arrived = send_to_host(values)
         self._noted = _Noted(task.step, host, arrived, self._batches, learning_rates(trainer))
         if arrived is None:
-            self._look(trainer, task)
+            self._look(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look before anything is measured."""
-        self._look(trainer, pl_module)
+        self._look(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Look before anything is saved, at the weights too."""
-        self._look(trainer, pl_module)
+        """Check the last step and the weights before anything is saved."""
+        self._look(trainer)
         if name := _find_spoilt(pl_module):
             raise FloatingPointError(
                 f"the weights are not finite after step {trainer.global_step} ({name}): they are not saved; "
@@ -84,7 +77,7 @@ class NonFiniteGuard(RunCallback):
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at what was measured, before any other callback takes it for a score."""
+        """Check the measures, before any other callback takes them for a score."""
         loss, score = (float(trainer.callback_metrics[f"val/{name}"]) for name in ("loss", "bpb"))
         if not (math.isfinite(loss) and math.isfinite(score)):
             raise FloatingPointError(
@@ -94,10 +87,9 @@ class NonFiniteGuard(RunCallback):
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the last step."""
-        self._look(trainer, pl_module)
+        self._look(trainer)
 
-    def _look(self, trainer: Trainer, task: LightningModule) -> None:
+    def _look(self, trainer: Trainer) -> None:
         noted, self._noted = self._noted, None
         if noted is None:
             return
@@ -107,10 +99,10 @@ class NonFiniteGuard(RunCallback):
         if math.isfinite(loss) and math.isfinite(norm):
             return
         folder = self.run.folder / "nonfinite"
-        self._save(folder, noted, task, rank=trainer.global_rank, gradients=noted.arrived is None)
-        what = f"gradient norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
+        self._save(folder, noted, trainer.lightning_module, rank=trainer.global_rank, gradients=noted.arrived is None)
+        found = f"gradient norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
         raise FloatingPointError(
-            f"the {what} at step {noted.step} (loss {loss:.4g}, gradient norm {norm:.4g}, {_told(noted.rates)}); its "
+            f"the {found} at step {noted.step} (loss {loss:.4g}, gradient norm {norm:.4g}, {_told(noted.rates)}); its "
             f"batch and norms lie in {folder}; a lower optimizer.lr may help"
         )
 

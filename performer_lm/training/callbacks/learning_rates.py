@@ -1,22 +1,16 @@
 """The learning rates that updates are made with."""
 
-from typing import TYPE_CHECKING
-
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from performer_lm.training.callbacks.base import RunCallback
+from performer_lm.training.callbacks.base import RunCallback, TrainingTask
 from performer_lm.training.optim import MATRICES
-
-if TYPE_CHECKING:
-    from performer_lm.training.task import LanguageModelTask
 
 
 class LearningRates(RunCallback):
     """Log `train/lr`, and `train/lr_matrices` where the hidden layers' matrices have a rate of their own (Muon)."""
 
-    def on_gradients(self, trainer: Trainer, task: "LanguageModelTask", *, loss: Tensor, norm: Tensor) -> None:
-        """Log the rates of the update to come."""
+    def on_gradients(self, trainer: Trainer, task: TrainingTask, *, loss: Tensor, norm: Tensor) -> None:
         if task.logs_now:
             for name, rate in learning_rates(trainer).items():
                 task.log(f"train/{name}", rate)

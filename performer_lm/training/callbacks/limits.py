@@ -1,33 +1,36 @@
-"""Ends of a run before its last step: the time is up, or validation no longer gets better.
+"""Ends of a run: its last step, a time limit, or validation that no longer gets better.
 
-Both end it as its last step would: it validates, saves and says how to go on.
+All end it alike: it validates, saves and says how to go on.
 """
 
 import logging
 import time
-from typing import TYPE_CHECKING
+from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
 from performer_lm.ranges import Count, NotNegative, Positive, ranged
-from performer_lm.training.callbacks.base import RunCallback
-
-if TYPE_CHECKING:
-    from performer_lm.training.task import LanguageModelTask
+from performer_lm.training.callbacks.base import RunCallback, TrainingTask
 
 log = logging.getLogger("performer_lm")
+
+
+class FinalValidation(Callback):
+    """Validate after the last step, whatever the interval between validations."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step >= trainer.max_steps:
+            trainer.should_stop = True  # stopping, it validates
 
 
 @ranged
 class TimeLimit(RunCallback):
     """End the run at the first step that ends after `minutes` of training and validating in this process.
 
-    Args:
-        minutes: the limit; a resumed run has it anew.
-
-    Raises:
-        ValueError: for a limit that is not positive.
+    A resumed run has the limit anew.
     """
 
     def __init__(self, *, minutes: Positive) -> None:
@@ -35,11 +38,10 @@ class TimeLimit(RunCallback):
         self._start = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
         self._start = time.monotonic()
 
-    def on_step_end(self, trainer: Trainer, task: "LanguageModelTask", step: int) -> None:
-        """Look at the clock; ranks agree on what the first one sees, where metrics are logged."""
+    def on_step_end(self, trainer: Trainer, task: TrainingTask, step: int) -> None:
+        """Stop at the limit; ranks agree on the first one's clock, where metrics are logged."""
         if trainer.world_size > 1 and step % self.run.log_every:
             return
         if trainer.strategy.broadcast(time.monotonic() - self._start >= 60 * self.minutes):

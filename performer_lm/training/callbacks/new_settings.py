@@ -1,12 +1,11 @@
 """Hyperparameters that a resumed run was allowed to change."""
 
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim.lr_scheduler import LambdaLR
 
-if TYPE_CHECKING:
-    from performer_lm.training.task import LanguageModelTask
+from performer_lm.training.callbacks.base import TrainingTask
 
 
 class NewSettings(Callback):
@@ -14,7 +13,7 @@ class NewSettings(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over everything but the state: averages, momenta and the step stay."""
-        fresh = cast("LanguageModelTask", pl_module).configure_optimizers()["optimizer"].param_groups
+        fresh = cast(TrainingTask, pl_module).configure_optimizers()["optimizer"].param_groups
         groups = trainer.optimizers[0].param_groups
         for group, new in zip(groups, fresh, strict=True):
             group.update({name: value for name, value in new.items() if name != "params"})

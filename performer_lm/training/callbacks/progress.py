@@ -1,15 +1,12 @@
-"""What a run shows while it goes."""
+"""The progress of a run, as a bar or as lines."""
 
 import logging
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from lightning.pytorch import LightningModule, Trainer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from performer_lm.training.callbacks.base import RunCallback, Surroundings
-
-if TYPE_CHECKING:
-    from performer_lm.training.task import LanguageModelTask
+from performer_lm.training.callbacks.base import RunCallback, RunDetails, TrainingTask
 
 log = logging.getLogger("performer_lm")
 
@@ -19,8 +16,8 @@ VALIDATED: Final = ("val/loss", "val/bpb", "val/accuracy")
 class ProgressReport(RunCallback):
     """Show a bar with loss and tokens/s on a terminal, plain lines elsewhere; a line per validation on both."""
 
-    def join(self, run: Surroundings) -> None:
-        """Make the bar, which only a terminal that can redraw a line shows."""
+    def join(self, run: RunDetails) -> None:
+        """Make the bar, shown only on a terminal that can redraw a line."""
         super().join(run)
         self.bar = Progress(
             TextColumn("step"),
@@ -35,11 +32,10 @@ class ProgressReport(RunCallback):
         self.shown = self.bar.add_task("train", metrics="", total=None)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the bar."""
         self.bar.update(self.shown, total=trainer.max_steps, completed=trainer.global_step)
         self.bar.start()
 
-    def on_step_end(self, trainer: Trainer, task: "LanguageModelTask", step: int) -> None:
+    def on_step_end(self, trainer: Trainer, task: TrainingTask, step: int) -> None:
         """Move the bar; read the metrics, which waits for the device, only where they are logged anyway."""
         self.bar.update(self.shown, completed=step)
         if step % self.run.log_every and step != trainer.max_steps:
@@ -53,15 +49,12 @@ class ProgressReport(RunCallback):
             log.info("step %d/%d  %s", step, trainer.max_steps, line)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print what validation found."""
         metrics = trainer.callback_metrics
         found = [f"{name} {float(metrics[name]):.4f}" for name in VALIDATED if name in metrics]
         log.info("step %d  %s", trainer.global_step, "  ".join(found))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the bar away."""
         self.bar.stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Take the bar away."""
         self.bar.stop()

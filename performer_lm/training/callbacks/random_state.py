@@ -1,6 +1,6 @@
 """The random number generators of a run: seeded per rank, saved, and restored where a resumed run goes on.
 
-What draws from them is `nn.Dropout`; data, projections and samples have generators of their own.
+Only `nn.Dropout` draws from them; data, projections and samples have generators of their own.
 """
 
 import random
@@ -11,17 +11,13 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from performer_lm.ops.projections import mix_seed
+from performer_lm.ops.hashing import mix_seed
 
 State = dict[str, Any]
 
 
 class RandomState(Callback):
-    """Give each rank a stream of its own, keep it through resuming, and keep validation out of it.
-
-    Args:
-        seed: of the run.
-    """
+    """Give each rank a stream of random numbers, keep it through resuming, and keep validation out of it."""
 
     def __init__(self, *, seed: int) -> None:
         self.seed = seed
@@ -29,7 +25,7 @@ class RandomState(Callback):
         self._before_validation: State | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Seed this rank, whatever was drawn on the way here."""
+        """Seed this rank, whatever was drawn before."""
         lightning.seed_everything(mix_seed(self.seed, trainer.global_rank) % 2**32, workers=True, verbose=False)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -38,17 +34,15 @@ class RandomState(Callback):
         self._restored = states[trainer.global_rank] if trainer.global_rank < len(states) else None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Restore what was loaded before the first step: setting up loops and loaders draws too."""
+        """Restore the loaded state before the first step: setting up loops and loaders draws too."""
         if self._restored is not None:
             restore(self._restored, pl_module.device)
             self._restored = None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember the state that training goes on from."""
         self._before_validation = capture(pl_module.device)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go back to it."""
         if self._before_validation is not None:
             restore(self._before_validation, pl_module.device)
 
@@ -77,7 +71,7 @@ def capture(device: torch.device) -> State:
 
 
 def restore(state: State, device: torch.device) -> None:
-    """Set all generators to what `capture` returned."""
+    """Set all generators to a state of `capture`."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     keys, position, has_gauss, cached = state["numpy"]

@@ -1,22 +1,19 @@
-"""What the model writes while it learns."""
+"""Samples of the model while it learns."""
 
 import logging
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from lightning.pytorch import LightningModule, Trainer
 
 from performer_lm.generation.decode import stream_text
 from performer_lm.generation.sampling import Sampler
 from performer_lm.ranges import Count, NotNegative, ranged
-from performer_lm.training.callbacks.base import RunCallback
+from performer_lm.training.callbacks.base import RunCallback, TrainingTask
 from performer_lm.training.loggers.base import RunLogger
 from performer_lm.training.report import spared
 from performer_lm.writing import append_text, replace_text
-
-if TYPE_CHECKING:
-    from performer_lm.training.task import LanguageModelTask
 
 log = logging.getLogger("performer_lm")
 _TITLE = re.compile(r"^=== sample at step (\d{1,18}) ===$", re.MULTILINE)
@@ -24,11 +21,10 @@ _TITLE = re.compile(r"^=== sample at step (\d{1,18}) ===$", re.MULTILINE)
 
 @ranged
 class Samples(RunCallback):
-    """Print a sample at every validation and keep all of them in `samples.txt` and in the loggers that
-    take text.
+    """Print a sample at every validation; keep all in `samples.txt` and in the loggers that take text.
 
-    Sampling has a generator of its own, so that it changes nothing in the run. A prompt that the tokenizer cannot
-    write, in a language of few characters, is left out.
+    Samples have a generator of their own and change nothing in the run. A prompt that the tokenizer cannot write is
+    left out.
     """
 
     def __init__(
@@ -41,11 +37,10 @@ class Samples(RunCallback):
 
     @property
     def file(self) -> Path:
-        """Return the file that samples are appended to."""
         return self.run.folder / "samples.txt"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Drop what was written after the step that is restored, and make sure that the prompt can be written."""
+        """Drop samples of later steps than the restored one, and check that the prompt can be encoded."""
         if trainer.is_global_zero and self.file.exists():
             with self.file.open(encoding="utf-8", errors="replace", newline="") as file:
                 written = file.read()
@@ -57,24 +52,18 @@ class Samples(RunCallback):
             self.prompt = ""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Continue the prompt with the model that validation runs, if it can; on the first rank only."""
-        model = cast("LanguageModelTask", pl_module).measured
+        """Continue the prompt with the model that validation runs, if the model decodes; on the first rank only."""
+        model = cast(TrainingTask, pl_module).measured
         if not (trainer.is_global_zero and model.decodes):
             return
-        room = model.room_after(max(1, len(self.run.tokenizer.encode(self.prompt))))  # where learned positions end
-        length = self.max_new_tokens if room is None else min(self.max_new_tokens, room)
+        left = model.room_after(max(1, len(self.run.tokenizer.encode(self.prompt))))  # where learned positions end
+        length = self.max_new_tokens if left is None else min(self.max_new_tokens, left)
         if length < 1:
             return
-        continuation = "".join(
-            stream_text(
-                model,
-                self.run.tokenizer,
-                self.prompt,
-                max_new_tokens=length,
-                sampler=self.sampler,
-                seed=self.seed,
-            )
+        pieces = stream_text(
+            model, self.run.tokenizer, self.prompt, max_new_tokens=length, sampler=self.sampler, seed=self.seed
         )
+        continuation = "".join(pieces)
         title = f"sample at step {trainer.global_step}"
         log.info("--- %s ---\n%s%s\n%s", title, self.prompt, continuation, "-" * (len(title) + 8))
         with spared("samples.txt"):

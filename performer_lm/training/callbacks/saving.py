@@ -59,7 +59,7 @@ class Checkpoints(Callback):
         self._mark = time.monotonic()
         self._step = trainer.global_step if self.last else -1
         if trainer.is_global_zero and self.folder.is_dir():
-            checkpoint.sweep(self.folder)
+            checkpoint.delete_stale(self.folder)
             lying = reversed(checkpoint.named_by_step(self.folder))
             self._kept = [path for path in lying if checkpoint.step_of(path) <= trainer.global_step]
 

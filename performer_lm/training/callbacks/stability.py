@@ -1,7 +1,7 @@
-"""Loss spikes: steps whose loss stands far above what the steps before them lead one to expect."""
+"""Loss spikes: steps whose loss stands far above the losses before."""
 
 import logging
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge
@@ -9,10 +9,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from performer_lm.ranges import Positive, ranged
-from performer_lm.training.callbacks.base import RunCallback
-
-if TYPE_CHECKING:
-    from performer_lm.training.task import LanguageModelTask
+from performer_lm.training.callbacks.base import RunCallback, TrainingTask
 
 log = logging.getLogger("performer_lm")
 
@@ -22,14 +19,7 @@ class StabilityMonitor(RunCallback):
     """Log `train/loss_z`, the largest loss since the last log in standard deviations above the running mean; warn.
 
     Mean and variance run over about `window` steps, on the device, without steps that are spikes themselves. The first
-    `window` steps only feed them.
-
-    Args:
-        window: steps that the running mean and variance remember.
-        threshold: standard deviations from which a loss is a spike.
-
-    Raises:
-        ValueError: for a window below 2, or a threshold that is not positive.
+    `window` steps only feed them. A loss `threshold` standard deviations above the mean is a spike.
     """
 
     def __init__(self, *, window: Annotated[int, Ge(2)], threshold: Positive) -> None:
@@ -38,7 +28,7 @@ class StabilityMonitor(RunCallback):
         self._running = torch.zeros(3)  # steps taken in, mean, variance
         self._worst = torch.zeros(3)  # z, step, loss of the worst step since the last log
 
-    def on_gradients(self, trainer: Trainer, task: "LanguageModelTask", *, loss: Tensor, norm: Tensor) -> None:
+    def on_gradients(self, trainer: Trainer, task: TrainingTask, *, loss: Tensor, norm: Tensor) -> None:
         """Take in a step's loss; look at the worst where metrics are logged."""
         self._take_in(loss.detach().float(), task.step)
         if task.logs_now:
@@ -61,9 +51,7 @@ class StabilityMonitor(RunCallback):
         self._running = torch.where(z <= self.threshold, taken, self._running)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the running statistics."""
         return {"running": self._running.tolist(), "worst": self._worst.tolist()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from them."""
         self._running, self._worst = torch.tensor(state_dict["running"]), torch.tensor(state_dict["worst"])

@@ -1,4 +1,4 @@
-"""What a run says of its model before it trains."""
+"""The cost of a model, printed before it trains."""
 
 import logging
 from typing import Any, cast
@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from performer_lm import checkpoint
+from performer_lm.building import build_model
 from performer_lm.cost import Cost, measure_cost
 from performer_lm.training.callbacks.base import RunCallback
 from performer_lm.training.report import spared
@@ -15,7 +15,7 @@ log = logging.getLogger("performer_lm")
 
 
 class ModelSummary(RunCallback):
-    """Print what the model costs, on the first rank, before the first step."""
+    """Print the cost of the model, on the first rank, before the first step."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count on a sketch of the model, which computes nothing."""
@@ -24,7 +24,7 @@ class ModelSummary(RunCallback):
         with spared("what the model costs"):
             task, data = cast(Any, pl_module), cast(Any, trainer).datamodule
             with torch.device("meta"):
-                sketch = checkpoint.build(task.section["model"])
+                sketch = build_model(task.section["model"])
             cost = measure_cost(sketch, task.objective, context=data.context)
             sequences, precision = data.share(trainer).micro_batch, str(trainer.precision)
             products = torch.get_float32_matmul_precision()
@@ -36,8 +36,8 @@ def describe_cost(cost: Cost, *, context: int, sequences: int, precision: str) -
     """Return a few lines on size, arithmetic and memory, and a note where softmax would do less arithmetic.
 
     Args:
-        cost: at `context`.
-        context: tokens of a window.
+        cost: at `context` tokens of a window.
+        context: of the data.
         sequences: windows of a micro-batch.
         precision: of Lightning.
     """

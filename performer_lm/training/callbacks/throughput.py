@@ -1,15 +1,12 @@
-"""How fast a run goes."""
+"""The speed of a run."""
 
 import time
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from lightning.pytorch import LightningModule, Trainer
 
-from performer_lm.training.callbacks.base import RunCallback
+from performer_lm.training.callbacks.base import RunCallback, TrainingTask
 from performer_lm.training.peaks import peak_flops
-
-if TYPE_CHECKING:
-    from performer_lm.training.task import LanguageModelTask
 
 
 class Throughput(RunCallback):
@@ -26,23 +23,19 @@ class Throughput(RunCallback):
         self._running_since = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out what the devices could do, and start the clock."""
         peak = peak_flops(trainer.strategy.root_device, precision=str(trainer.precision))
         if peak is not None:
-            model, context = cast("LanguageModelTask", pl_module).model, self.run.context
+            model, context = cast(TrainingTask, pl_module).model, self.run.context
             self.most_tokens = trainer.world_size * peak / (3 * model.count_flops(context) / context)
         self._running_since = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock."""
         self._stop()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock again."""
         self._running_since = time.perf_counter()
 
-    def on_step_end(self, trainer: Trainer, task: "LanguageModelTask", step: int) -> None:
-        """Count a step, and log where metrics are logged."""
+    def on_step_end(self, trainer: Trainer, task: TrainingTask, step: int) -> None:
         self.steps += 1
         if step % self.run.log_every == 0:
             self._stop()
@@ -54,12 +47,10 @@ class Throughput(RunCallback):
                 task.log("train/mfu", speed / self.most_tokens)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock for good."""
         self._stop()
 
     @property
     def tokens_per_second(self) -> float:
-        """Return the whole run's rate."""
         return self.steps * self.run.tokens_per_step / self.seconds if self.seconds else 0.0
 
     def _stop(self) -> None:

@@ -1,1 +1,1 @@
-"""Where a run's metrics go: its own record, always, and whatever `logger=` adds."""
+"""Loggers of metrics: the record of the run, always, and those that `logger=` adds."""

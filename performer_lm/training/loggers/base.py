@@ -1,4 +1,4 @@
-"""What a run asks of its loggers, beyond what Lightning does."""
+"""The interface of a run's loggers, beyond Lightning's."""
 
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -9,8 +9,8 @@ class RunLogger(ABC):
 
     @abstractmethod
     def begin(self, folder: Path, *, step: int) -> None:
-        """Begin to log in an existing run folder; what an earlier process logged after `step` is void."""
+        """Begin to log in an existing run folder; logs of an earlier process after `step` are void."""
 
     def log_sample(self, prompt: str, continuation: str, *, step: int) -> None:
-        """Keep what the model made of a prompt, where the logger has a place for text."""
-        del prompt, continuation, step
+        """Keep a prompt and its continuation by the model, where the logger has a place for text."""
+        return

@@ -1,7 +1,5 @@
 """The record of a run: `metrics.jsonl`, appended line by line; `metrics.csv` and `metrics.png` derive from it."""
 
-import csv
-import io
 import json
 import math
 import sys
@@ -15,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from performer_lm.training.loggers.base import RunLogger
 from performer_lm.training.plot import draw_metrics
 from performer_lm.training.report import spared
-from performer_lm.writing import append_text, replace_text
+from performer_lm.writing import append_text, replace_text, write_csv
 
 Row = dict[str, float]
 
@@ -25,9 +23,6 @@ class MetricsLogger(Logger, RunLogger):
 
     A resumed run goes on in the same file, cut back to the step it restores: no line is lost or doubled. Whenever this
     is killed, the file holds all lines but perhaps the end of the last one.
-
-    Args:
-        folder: the run's.
     """
 
     def __init__(self, *, folder: Path) -> None:
@@ -36,22 +31,19 @@ class MetricsLogger(Logger, RunLogger):
 
     @property
     def name(self) -> str:
-        """Return the logger's name."""
         return "metrics"
 
     @property
     def version(self) -> str:
-        """Return an empty version: all of a run lies in one folder."""
         return ""
 
     @property
     def record(self) -> Path:
-        """Return the file that the metrics are appended to."""
         return self.folder / "metrics.jsonl"
 
     @rank_zero_only
     def begin(self, folder: Path, *, step: int) -> None:
-        """Drop what was logged after `step`, and lines that are none of this logger's."""
+        """Drop lines after `step`, and lines that are no rows of metrics."""
         if self.record.exists():
             kept = [line for line, row in _read_lines(self.record) if row["step"] <= step]
             replace_text(self.record, "".join(kept))
@@ -59,7 +51,6 @@ class MetricsLogger(Logger, RunLogger):
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Keep nothing: `config.yaml` holds the configuration."""
-        del params, args, kwargs
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -76,11 +67,7 @@ class MetricsLogger(Logger, RunLogger):
             if not rows:
                 return
             columns = ["step", *sorted({name for row in rows for name in row} - {"step"})]
-            table = io.StringIO(newline="")
-            writer = csv.DictWriter(table, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-            replace_text(self.folder / "metrics.csv", table.getvalue())
+            write_csv(self.folder / "metrics.csv", columns, ([row.get(name, "") for name in columns] for row in rows))
         with spared("metrics.png"):
             draw_metrics(rows, self.folder / "metrics.png", title=str(self.folder))
 

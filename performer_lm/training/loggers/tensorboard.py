@@ -12,9 +12,6 @@ from performer_lm.training.report import spared
 class TensorBoard(TensorBoardLogger, RunLogger):
     """Write event files below `<save_dir>/tensorboard`: `tensorboard --logdir runs`.
 
-    Args:
-        save_dir: the run folder.
-
     Raises:
         ValueError: where TensorBoard is not installed.
     """
@@ -27,18 +24,16 @@ class TensorBoard(TensorBoardLogger, RunLogger):
 
     @rank_zero_only
     def begin(self, folder: Path, *, step: int) -> None:
-        """Let TensorBoard hide what an earlier process logged after `step`."""
+        """Let TensorBoard hide logs of an earlier process after `step`."""
         if step:
             self._kwargs["purge_step"] = step + 1
 
     @rank_zero_only
     def log_sample(self, prompt: str, continuation: str, *, step: int) -> None:
-        """Show the sample under TEXT, as it is."""
         lines = f"{prompt}{continuation}".splitlines()
         self.experiment.add_text("samples", "\n".join(f"    {line}" for line in lines), step)  # markdown for verbatim
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write what is left."""
         with spared("the end of TensorBoard's files"):
             super().finalize(status)

@@ -19,13 +19,13 @@ ID_FILE = "wandb_id"  # in the run folder: a resumed run goes on under it
 class WeightsAndBiases(WandbLogger, RunLogger):
     """Log to Weights & Biases; without a key and without `mode`, offline: `wandb sync` sends that later.
 
-    What is recorded: metrics, samples as tables, and the config. No code, no git state, no console output.
+    Recorded are metrics, samples as tables, and the config; no code, no git state, no console output.
 
     Args:
         project: where the run appears.
         save_dir: the run folder.
         mode: `online`, `offline` or `disabled`; None for the environment's WANDB_MODE, or else what the key allows.
-        group: what the runs of one study share; None for none.
+        group: a name that the runs of one study share; None for none.
         tags: of the run.
     """
 
@@ -56,7 +56,6 @@ class WeightsAndBiases(WandbLogger, RunLogger):
 
     @rank_zero_only
     def log_sample(self, prompt: str, continuation: str, *, step: int) -> None:
-        """Log a table of one row."""
         row: list[Any] = [step, prompt, continuation]
         self.log_text("samples", columns=["step", "prompt", "continuation"], data=[row], step=step)
 

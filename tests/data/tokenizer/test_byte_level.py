@@ -6,8 +6,8 @@ import sys
 import pytest
 from tokenizers import pre_tokenizers
 
-from performer_lm.data.tokenizer import text as room
 from performer_lm.data.tokenizer import train_byte_pairs, train_unigram, train_word_pieces
+from performer_lm.data.tokenizer import utf8 as room
 from performer_lm.data.tokenizer.byte_level import BYTE_NAMES, spell, unspell
 
 TRAINERS = {"byte_pairs": train_byte_pairs, "word_pieces": train_word_pieces, "unigram": train_unigram}

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from performer_lm import checkpoint
-from performer_lm.evaluation.diagnosis import diagnose
+from performer_lm.evaluation.approximation.model import diagnose
 from performer_lm.training.callbacks.diagnostics import ApproximationDiagnostics, diagnostics
 from performer_lm.training.loggers.record import read_metrics
 from performer_lm.training.run import Run

@@ -152,7 +152,7 @@ def test_a_resume_without_the_average_or_with_another_is_refused_unless_it_is_al
         start(*left_out, "trainer.max_steps=6", "ckpt=runs/a")
     run = start(*left_out, "trainer.max_steps=6", "ckpt=runs/a", "resume.allow=[callbacks.ema.decay]")
     assert f"changed since the checkpoint: callbacks.ema.decay was 0.6, is {new}" in run.notes
-    run.room.release()
+    run.run_folder.release()
 
 
 def test_a_file_that_does_not_tell_the_decay_is_not_resumed_without_an_average(start: Start) -> None:
@@ -163,7 +163,7 @@ def test_a_file_that_does_not_tell_the_decay_is_not_resumed_without_an_average(s
     checkpoint.save(content, last)
     with pytest.raises(ValueError, match=r"callbacks\.ema\.decay was 'set', is None"):
         start("trainer.max_steps=6", "ckpt=runs/a")
-    start(EMA, "trainer.max_steps=6", "ckpt=runs/a").room.release()
+    start(EMA, "trainer.max_steps=6", "ckpt=runs/a").run_folder.release()
 
 
 def test_null_is_off_and_other_decays_are_refused() -> None:

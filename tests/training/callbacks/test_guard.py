@@ -151,7 +151,7 @@ def test_a_loss_scaler_minds_the_gradients_itself(
     shown.trainer.precision_plugin = SimpleNamespace(scaler=object())
     shown.trainer.optimizers = [torch.optim.SGD([torch.zeros(1)], lr=0.1)]
     shown.trainer.global_rank = 0
-    shown.named_parameters = lambda: iter(())
+    shown.trainer.lightning_module = SimpleNamespace(named_parameters=lambda: iter(()))
     watch.run = SimpleNamespace(folder=tmp_path)  # type: ignore[assignment]
     shown.step = 1
     with pytest.raises(FloatingPointError, match="the loss is nan at step 1") if stops else nullcontext():

@@ -150,7 +150,7 @@ def test_another_validation_starts_the_best_score_anew_and_says_so(start: Start,
         run = start("callbacks.early_stopping.patience=2", *same, "trainer.max_steps=6", "ckpt=runs/a", allow)
         assert math.isfinite(run.saving.best)
         assert not any("best" in note for note in run.notes)
-        run.room.release()
+        run.run_folder.release()
     run = start("callbacks.early_stopping.patience=2", changed, "trainer.max_steps=6", "ckpt=runs/a", allow)
     assert math.isnan(run.saving.best)
     assert any(note.startswith("the best score starts anew") for note in run.notes)

@@ -1,23 +1,23 @@
-"""How well random features stand in for softmax: errors, effective numbers, and the attention matrix they imply.
+"""The errors of one layer's features against softmax, their effective number, and the attention matrix they imply.
 
-All functions are pure and take q, k, v of one layer, as the backend receives them; results are per head.
+Functions are pure and take q, k, v as the backend receives them; results are per head.
 
 Letters: `b` batch, `h` heads, `g` key heads, `i` queries, `j` keys, `d` head width, `e` value width, `m` features.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 from einops import reduce
 from torch import Tensor
 
 from performer_lm.attention.favor import FavorAttention
-from performer_lm.evaluation.pairs import Pairs, where_precise
+from performer_lm.evaluation.approximation.pairs import Pairs, Sight, where_precise
 from performer_lm.ops.precision import no_autocast
 
 
 class Approximation(NamedTuple):
-    """What `measure_approximation` finds, each `(h,)`."""
+    """Errors of features against softmax, each `(h,)`."""
 
     relative_error: Tensor
     """|favor - exact| / |exact| of the outputs, in Frobenius norms over batch, tokens and values."""
@@ -41,11 +41,8 @@ def measure_approximation(
     k: Tensor,
     v: Tensor,
     *,
-    causal: bool = True,
-    mask: Tensor | None = None,
-    segments: Tensor | None = None,
-    log_decay: Tensor | None = None,
     queries: int | None = None,
+    **sight: Unpack[Sight],
 ) -> Approximation:
     """Compare FAVOR attention with softmax on one layer's own vectors, in O(i j m) time and O((i + j) m) memory.
 
@@ -54,19 +51,14 @@ def measure_approximation(
         q: `(b, h, i, d)`.
         k: `(b, g, j, d)`.
         v: `(b, g, j, e)`.
-        causal: end-aligned.
-        mask: `(b, j)` bool, True keeps.
-        segments: `(b, j)` document ids of the keys; the queries are the last i of them.
-        log_decay: `(b, g, j)`: how keys fade, for both alike.
         queries: how many queries to look at, evenly spaced and the last among them; None for all.
+        sight: which keys a query sees, for both alike.
     """
     with torch.no_grad(), no_autocast(q.device):
-        attention, q, k, v, mask, segments, log_decay = where_precise(attention, q, k, v, mask, segments, log_decay)
+        attention, (q, k, v), sight = where_precise(attention, (q, k, v), sight)
         q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
         group = q.shape[1] // k.shape[1]
-        pairs = Pairs(
-            attention, q, k, queries=queries, causal=causal, mask=mask, segments=segments, log_decay=log_decay
-        )
+        pairs = Pairs(attention, q, k, queries=queries, **sight)
         values = v.repeat_interleave(group, dim=1)
         totals = q.new_zeros(8, q.shape[1], dtype=torch.float64)
         for block in pairs.blocks():
@@ -105,32 +97,15 @@ class Weights(NamedTuple):
     """Softmax's."""
 
 
-def materialise_weights(
-    attention: FavorAttention,
-    q: Tensor,
-    k: Tensor,
-    *,
-    causal: bool = True,
-    mask: Tensor | None = None,
-    segments: Tensor | None = None,
-    log_decay: Tensor | None = None,
-) -> Weights:
+def materialise_weights(attention: FavorAttention, q: Tensor, k: Tensor, **sight: Unpack[Sight]) -> Weights:
     """Write out the attention matrix that the features imply, and softmax's beside it; choose heads by indexing them.
 
-    Args:
-        attention: whose features.
-        q: `(b, h, i, d)`.
-        k: `(b, g, j, d)`.
-        causal: end-aligned.
-        mask: `(b, j)` bool, True keeps.
-        segments: `(b, j)` document ids of the keys; the queries are the last i of them.
-        log_decay: `(b, g, j)`: how keys fade.
+    Args as of `measure_approximation`.
     """
     with torch.no_grad(), no_autocast(q.device):
-        attention, q, k, mask, segments, log_decay = where_precise(attention, q, k, mask, segments, log_decay)
+        attention, (q, k), sight = where_precise(attention, (q, k), sight)
         q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
-        pairs = Pairs(attention, q, k, causal=causal, mask=mask, segments=segments, log_decay=log_decay)
-        found = [(block.implied, block.exact) for block in pairs.blocks()]
+        found = [(block.implied, block.exact) for block in Pairs(attention, q, k, **sight).blocks()]
     return Weights(*(torch.cat(blocks, dim=2) for blocks in zip(*found, strict=True)))
 
 

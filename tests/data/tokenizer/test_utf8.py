@@ -1,8 +1,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from performer_lm.data.tokenizer import text as room
-from performer_lm.data.tokenizer.text import as_bytes, parts, runs
+from performer_lm.data.tokenizer import utf8 as room
+from performer_lm.data.tokenizer.utf8 import as_bytes, parts, runs
 
 
 @given(data=st.binary(max_size=40) | st.text(alphabet="ab\né", max_size=20).map(str.encode))

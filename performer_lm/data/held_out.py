@@ -36,7 +36,7 @@ def split_documents(survey: Survey, *, fraction: HeldOut) -> Split:
 
     Of each corpus, documents that are given for validation are held out and the others trained on. Where none is
     given, about `fraction` of the documents are held out, and at least one on each side; a document larger than the
-    whole share to hold out stays in training, lest validation be that document. A single document is cut.
+    whole share to hold out stays in training. A single document is cut.
 
     Raises:
         ValueError: where all that is held out stands in training too.
@@ -96,7 +96,7 @@ def _choose(
 
 
 def _without_copies(sides: NDArray[np.int64], texts: NDArray[np.int64], given: NDArray[np.int64]) -> Split:
-    """Keep from validation what stands in training: it is trained on, or left out if it was given for validation."""
+    """Keep from validation any text that stands in training: train on it, or leave it out if it was given."""
     trained = np.zeros(texts.max() + 1, dtype=bool)
     trained[texts[sides == TRAIN]] = True
     copies = (sides == HELD_OUT) & trained[texts]

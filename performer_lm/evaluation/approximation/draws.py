@@ -1,4 +1,4 @@
-"""How well random features would stand in for softmax if there were more or fewer of them, or others were drawn.
+"""The errors against softmax of more or fewer features, and of other draws.
 
 Letters: `h` heads, `m` features.
 """
@@ -11,12 +11,12 @@ from torch import nn
 
 from performer_lm.attention.favor import FavorAttention
 from performer_lm.attention.feature_maps import RandomFeatures
-from performer_lm.evaluation.approximation import Approximation, measure_approximation
-from performer_lm.evaluation.diagnosis import Vectors, favor_layers, watch
+from performer_lm.evaluation.approximation.layer import Approximation, measure_approximation
+from performer_lm.evaluation.approximation.model import Vectors, favor_layers, watch
 
 
 class Finding(NamedTuple):
-    """What one layer's vectors make of one set of features."""
+    """Errors of one set of features on one layer's vectors."""
 
     layer: str
     num_features: int
@@ -27,13 +27,13 @@ class Finding(NamedTuple):
 
 
 def is_drawn(attention: FavorAttention) -> bool:
-    """Tell whether the features come from a projection that could be another: drawn, and not trained."""
+    """Return True for features of a projection that is drawn, and not trained."""
     features = attention.features
     return isinstance(features, RandomFeatures) and not isinstance(features.projection, nn.Parameter)
 
 
 def redrawn(attention: FavorAttention, *, num_features: int, index: int) -> FavorAttention:
-    """Return a backend with `num_features` features of redraw `index`, otherwise alike: learned centres, averages.
+    """Return a backend with `num_features` features of redraw `index`, and the learned centres and averages of another.
 
     With the numbers of the original it has the original's projection, bit for bit.
 
@@ -60,7 +60,7 @@ def redrawn(attention: FavorAttention, *, num_features: int, index: int) -> Favo
     )
 
 
-def sweep(
+def measure_draws(
     model: nn.Module,
     run: Callable[[], object],
     *,
@@ -71,16 +71,9 @@ def sweep(
 ) -> list[Finding]:
     """Measure every FAVOR layer's features, and `redraws` other draws of each number of features.
 
-    All are compared on the same vectors, those of the model as it is. The draws are those of the redraw indices from 1
-    on after the model's own. Layers whose features are not drawn are measured as they are only.
-
-    Args:
-        model: any with FAVOR layers.
-        run: runs it.
-        num_features: numbers of features.
-        redraws: draws of each.
-        queries: how many tokens' attention to look at, evenly spaced; None for all.
-        advance: called after each of `count_measurements`.
+    All are compared on the same vectors, those of the model as it is, when `run` runs it. The draws are those of the
+    redraw indices from 1 on after the model's own. Layers whose features are not drawn are measured as they are only.
+    `queries` as of `measure_approximation`; `advance` is called after each of `count_measurements`.
     """
     found: list[Finding] = []
 
@@ -102,6 +95,6 @@ def sweep(
 
 
 def count_measurements(model: nn.Module, *, num_features: Sequence[int], redraws: int) -> int:
-    """Return how many measurements a `sweep` takes."""
+    """Return how many measurements `measure_draws` takes."""
     more = len(num_features) * redraws
     return sum(1 + more * is_drawn(attention) for attention in favor_layers(model).values())

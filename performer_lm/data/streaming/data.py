@@ -1,4 +1,4 @@
-"""Data sets that are too large to keep, read from the hub while a run goes on: nothing of them is stored.
+"""A data set that is too large to keep, read from the hub while a run goes on.
 
 Documents come in the set's own order, shuffled within a buffer; windows are cut from them as they come. What a run
 sees is a function of its seed as long as the set stays as it is, but the place to go on from is not one number: a
@@ -13,15 +13,15 @@ from torch.utils.data import DataLoader
 
 from performer_lm.data.corpora.collection import Errors, clean
 from performer_lm.data.corpora.hub import Hub
+from performer_lm.data.held_out import HeldOut
 from performer_lm.data.ids import HostIds
-from performer_lm.data.layouts import HeldOutStream
+from performer_lm.data.layouts import stream_spans
 from performer_lm.data.module import WindowData, WindowOptions
 from performer_lm.data.progress import say
-from performer_lm.data.split import HeldOut
-from performer_lm.data.stream_batches import DocumentStream, StreamBatches, StreamLoader
+from performer_lm.data.streaming.batches import DocumentStream, StreamBatches, StreamLoader
 from performer_lm.data.survey import digest_of, place_of
 from performer_lm.data.tokenizer import TokenizerRecipe
-from performer_lm.data.windows import HeldOutWindows
+from performer_lm.data.windows import FiniteWindows, listed_windows
 from performer_lm.ranges import Count, ranged
 
 
@@ -69,7 +69,6 @@ class StreamData(WindowData):
         self._stream: DocumentStream | None = None
 
     def prepare(self) -> None:
-        """Read the head of the stream, make the tokenizer from it and set aside what to validate on."""
         if self._stream:
             return
         say("streaming: a resumed run goes on about where it stopped (approximate resume)")
@@ -87,17 +86,11 @@ class StreamData(WindowData):
         )
 
     def prepare_held_out(self, *, whole: bool) -> None:
-        """Do what `prepare` does.
-
-        Raises:
-            ValueError: for the whole of a stream.
-        """
         if whole:
             raise ValueError("data.streaming=true keeps no text to measure; data.streaming=false reads the whole split")
         self.prepare()
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what is known of a set that is not read whole."""
         self.prepare()
         plain = repr(sorted(self.tokenizer.to_dict().items()))
         return {
@@ -113,11 +106,9 @@ class StreamData(WindowData):
 
     @property
     def is_packed(self) -> bool:
-        """Whether `packed` says so."""
         return self._packed
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return the micro-batches of a whole run on this rank."""
         assert self._stream
         trainer = self.fitting_trainer()
         share = self.share(trainer)
@@ -156,7 +147,7 @@ class StreamData(WindowData):
             )
         return train, list(held_out.values())
 
-    def _lay_out(self, texts: list[bytes]) -> HeldOutWindows:
+    def _lay_out(self, texts: list[bytes]) -> FiniteWindows:
         encoded = self.tokenizer.encode_batch(texts)
         end = np.array([self.tokenizer.end_id])
         ids = np.concatenate([end, *(part for each in encoded for part in (each, end))])
@@ -165,5 +156,5 @@ class StreamData(WindowData):
         if int(lengths[ids].sum()) != size:
             lengths = np.full(self.tokenizer.vocab_size, size / max(len(ids) - len(texts) - 1, 1), dtype=np.float32)
             lengths[self.tokenizer.end_id :] = 0
-        layout = HeldOutStream(len(ids), context=self.context)
-        return HeldOutWindows(HostIds(ids), layout, context=self.context, byte_lengths=lengths)
+        spans = stream_spans(len(ids), context=self.context)
+        return listed_windows(HostIds(ids), spans, context=self.context, byte_lengths=lengths)

@@ -12,11 +12,7 @@ _ESCAPED: Final = re.compile("([\udc80-\udcff]+)")  # how Python spells bytes th
 
 
 def as_bytes(text: Text) -> bytes:
-    """Return a text's bytes.
-
-    Raises:
-        ValueError: for a string with a lone surrogate.
-    """
+    """Return a text's bytes, or raise ValueError for a string with a lone surrogate."""
     try:
         return text if isinstance(text, bytes) else text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -25,11 +21,7 @@ def as_bytes(text: Text) -> bytes:
 
 
 def as_str(text: Text) -> str:
-    """Return a text's characters.
-
-    Raises:
-        ValueError: for a string with a lone surrogate, or bytes that are not UTF-8.
-    """
+    """Return a text's characters, or raise ValueError for a lone surrogate or bytes that are not UTF-8."""
     try:
         return as_bytes(text).decode("utf-8")
     except UnicodeDecodeError as error:

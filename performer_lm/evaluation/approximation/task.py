@@ -18,12 +18,18 @@ from torch import Tensor
 from performer_lm.attention.base import Attention
 from performer_lm.attention.favor import FavorAttention
 from performer_lm.data.windows import IGNORE, FiniteWindows
-from performer_lm.evaluation.approximation import Weights, materialise_weights
+from performer_lm.evaluation.approximation.draws import Finding, count_measurements, is_drawn, measure_draws, redrawn
+from performer_lm.evaluation.approximation.layer import Weights, materialise_weights
+from performer_lm.evaluation.approximation.model import Vectors, favor_layers, watch
+from performer_lm.evaluation.approximation.pictures import draw_findings, draw_weights
+from performer_lm.evaluation.approximation.tables import (
+    as_it_is,
+    sum_up,
+    tabulate_draws,
+    tabulate_heads,
+    write_findings,
+)
 from performer_lm.evaluation.base import Evaluation, Subject
-from performer_lm.evaluation.diagnosis import Vectors, favor_layers, watch
-from performer_lm.evaluation.drawing import draw_findings, draw_weights
-from performer_lm.evaluation.findings import as_it_is, sum_up, tabulate_draws, tabulate_heads, write_csv
-from performer_lm.evaluation.sweep import Finding, count_measurements, is_drawn, redrawn, sweep
 from performer_lm.language_model import LanguageModel
 from performer_lm.ranges import Count, Whole, ranged
 
@@ -47,9 +53,6 @@ class MeasureApproximation(Evaluation):
         layer: whose attention matrices are drawn, by number or name; None for the first that runs FAVOR.
         heads: whose of that layer; None for the first four.
         tokens: of a window, whose attention is drawn.
-
-    Raises:
-        ValueError: for counts below 1.
     """
 
     def __init__(
@@ -102,7 +105,7 @@ class MeasureApproximation(Evaluation):
         total = count_measurements(subject.model, num_features=self.num_features, redraws=self.redraws)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task("comparing", total=total)
-            return sweep(
+            return measure_draws(
                 subject.model,
                 lambda: ask(subject, windows),
                 num_features=self.num_features,
@@ -135,18 +138,17 @@ class MeasureApproximation(Evaluation):
     def _write(self, findings: Sequence[Finding], weights: Weights, subject: Subject) -> Iterator[Path]:
         layers = favor_layers(subject.model)
         layer = self._chosen_layer(list(layers))
-        name = subject.folder.resolve().name
-        path = subject.folder / "approximation.csv"
-        write_csv(findings, path)
-        yield path
-        path = subject.folder / "approximation.png"
-        draw_findings(findings, path, title=f"{name}: random features against softmax, mean over heads")
-        yield path
-        path = subject.folder / "attention.png"
-        features = layers[layer].features.num_features
+        name, features = subject.folder.resolve().name, layers[layer].features.num_features
+        table, curves, matrices = (
+            subject.folder / file for file in ("approximation.csv", "approximation.png", "attention.png")
+        )
+        write_findings(findings, table)
+        yield table
+        draw_findings(findings, curves, title=f"{name}: random features against softmax, mean over heads")
+        yield curves
         title = f"{name}, {layer}: attention of {features} features and of softmax"
-        draw_weights(weights, path, heads=self._chosen_heads(layers[layer]), title=title)
-        yield path
+        draw_weights(weights, matrices, heads=self._chosen_heads(layers[layer]), title=title)
+        yield matrices
 
     def _chosen_layer(self, layers: Sequence[str]) -> str:
         wanted = f"layer{self.layer}" if isinstance(self.layer, int) else self.layer or layers[0]

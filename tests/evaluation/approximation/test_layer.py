@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from performer_lm.attention.favor import FavorAttention
-from performer_lm.evaluation.approximation import materialise_weights, measure_approximation
+from performer_lm.evaluation.approximation.layer import materialise_weights, measure_approximation
 from performer_lm.ops.softmax import exact_attention
 
 Build = Callable[..., FavorAttention]

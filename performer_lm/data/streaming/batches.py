@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from performer_lm.data.corpora.collection import Errors, clean
 from performer_lm.data.corpora.hub import Hub
 from performer_lm.data.ids import Ids
-from performer_lm.data.loader import Positions, Share
+from performer_lm.data.loader import BatchShare, RemainingIndices
 from performer_lm.data.progress import say
 from performer_lm.data.survey import digest_of
 from performer_lm.data.tokenizer import Tokenizer
@@ -37,7 +37,7 @@ class DocumentStream:
 
     Args:
         hub: the set.
-        split: of it.
+        split: of the set.
         errors: of `Collection`.
         seed: of the order.
         shuffle_buffer: rows among which the next one is drawn; 1 keeps the set's order.
@@ -55,11 +55,7 @@ class DocumentStream:
         self._held_out = held_out
 
     def read(self, start: Place) -> Iterator[tuple[bytes, Place]]:
-        """Yield documents from a place on, each with the place after it.
-
-        Raises:
-            ValueError: for a set without a document to train on, or one that breaks off.
-        """
+        """Yield documents from a place on, each with the place after it; ValueError for a set that breaks off."""
         for epoch in count(start.epoch):
             data = self._hub.open(self._split, streaming=True)
             if self._shuffle_buffer > 1:
@@ -84,7 +80,9 @@ class StreamBatches(Dataset[tuple[Tensor, Place]]):
     the whole stream and takes its own rows, so that any number of ranks sees the same batches.
     """
 
-    def __init__(self, stream: DocumentStream, tokenizer: Tokenizer, share: Share, *, context: int, steps: int) -> None:
+    def __init__(
+        self, stream: DocumentStream, tokenizer: Tokenizer, share: BatchShare, *, context: int, steps: int
+    ) -> None:
         self._stream = stream
         self._tokenizer = tokenizer
         self._share = share
@@ -134,18 +132,11 @@ class StreamBatches(Dataset[tuple[Tensor, Place]]):
 
 @final
 class StreamLoader(DataLoader[Any]):
-    """A loader that remembers the place its trainer's last step was read up to.
-
-    Args:
-        batches: what to load.
-        done: gives the trainer's count of micro-batches.
-        accumulation: micro-batches per step.
-        options: of DataLoader.
-    """
+    """A loader that remembers the place its trainer's last step was read up to; `done` gives the trainer's count."""
 
     def __init__(self, batches: StreamBatches, *, done: Callable[[], int], accumulation: int, **options: Any) -> None:
         self._batches = batches
-        self._numbers = Positions(batches)
+        self._numbers = RemainingIndices(batches)
         self._done = done
         self._accumulation = accumulation
         self._places: deque[tuple[int, Place]] = deque(maxlen=64)  # the trainer is few batches behind
@@ -157,13 +148,11 @@ class StreamLoader(DataLoader[Any]):
             yield rows
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, as plain data."""
         done = self._done()
         place = dict(self._places).get(done, self._batches.start)
         return {"done": done, "accumulation": self._accumulation, "epoch": place.epoch, "rows": place.rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on about where the position says."""
         self._numbers.start = state["done"]
         self._batches.start = Place(state["epoch"], state["rows"])
         say(f"going on at row {state['rows']:,} of epoch {state['epoch']}: approximate resume, of a stream")

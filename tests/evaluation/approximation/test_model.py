@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from performer_lm.attention.favor import FavorAttention
-from performer_lm.evaluation.approximation import measure_approximation
-from performer_lm.evaluation.diagnosis import Vectors, diagnose, watch
+from performer_lm.evaluation.approximation.layer import measure_approximation
+from performer_lm.evaluation.approximation.model import Vectors, diagnose, watch
 from performer_lm.model import PerformerLM
 
 Build = Callable[..., PerformerLM]

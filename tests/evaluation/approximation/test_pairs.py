@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from performer_lm.attention.favor import FavorAttention
-from performer_lm.evaluation import pairs
-from performer_lm.evaluation.pairs import Block, Pairs
+from performer_lm.evaluation.approximation import pairs
+from performer_lm.evaluation.approximation.pairs import Block, Pairs
 
 Build = Callable[..., FavorAttention]
 Inputs = Callable[..., tuple[Tensor, Tensor, Tensor]]

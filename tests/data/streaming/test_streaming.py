@@ -13,9 +13,9 @@ from torch import Tensor
 
 from performer_lm.data import sources
 from performer_lm.data.corpora.hub import Hub
-from performer_lm.data.loader import Share
-from performer_lm.data.stream import StreamData
-from performer_lm.data.stream_batches import DocumentStream, Place, StreamBatches
+from performer_lm.data.loader import BatchShare
+from performer_lm.data.streaming.batches import DocumentStream, Place, StreamBatches
+from performer_lm.data.streaming.data import StreamData
 from performer_lm.data.survey import digest_of
 from performer_lm.data.tokenizer import ByteTokenizer
 from performer_lm.data.tokenizer.recipes import Bytes
@@ -81,7 +81,7 @@ def test_a_stream_goes_on_with_the_next_document(stories, taken):
 
 
 def batches(name: str, *, ranks: int = 1, rank: int = 0, accumulation: int = 1, steps: int = 5) -> StreamBatches:
-    share = Share(batch_size=4, accumulation=accumulation, ranks=ranks, rank=rank)
+    share = BatchShare(batch_size=4, accumulation=accumulation, ranks=ranks, rank=rank)
     return StreamBatches(stream(name), ByteTokenizer(), share, context=16, steps=steps)
 
 

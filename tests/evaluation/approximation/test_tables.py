@@ -6,16 +6,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from performer_lm.evaluation.approximation import Approximation, Weights
-from performer_lm.evaluation.drawing import draw_findings, draw_weights
-from performer_lm.evaluation.findings import (
+from performer_lm.evaluation.approximation.draws import Finding
+from performer_lm.evaluation.approximation.layer import Approximation, Weights
+from performer_lm.evaluation.approximation.pictures import draw_findings, draw_weights
+from performer_lm.evaluation.approximation.tables import (
     spread_over_draws,
     sum_up,
     tabulate_draws,
     tabulate_heads,
-    write_csv,
+    write_findings,
 )
-from performer_lm.evaluation.sweep import Finding
 
 
 def measures(value: float) -> Approximation:
@@ -41,7 +41,7 @@ def test_the_spread_is_that_of_means_over_heads() -> None:
 
 
 def test_the_file_has_a_line_per_layer_head_number_and_draw(tmp_path: Path) -> None:
-    write_csv(FINDINGS, tmp_path / "a.csv")
+    write_findings(FINDINGS, tmp_path / "a.csv")
     with (tmp_path / "a.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * len(FINDINGS)

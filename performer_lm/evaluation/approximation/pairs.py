@@ -8,7 +8,7 @@ features.
 
 from collections.abc import Iterator
 from copy import deepcopy
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from einops import rearrange
@@ -27,13 +27,26 @@ TINY = 1e-290
 
 
 class Block(NamedTuple):
-    """What some queries see, `(b, h, i, j)` each."""
+    """Weights of keys for some queries, `(b, h, i, j)` each."""
 
     implied: Tensor
     exact: Tensor
     faded: Tensor  # weights without q and k
     effective: Tensor
     visible: Tensor
+
+
+class Sight(TypedDict, total=False):
+    """Which keys a query sees, and how well."""
+
+    causal: bool
+    """End-aligned; the default."""
+    mask: Tensor | None
+    """`(b, j)` bool, True keeps."""
+    segments: Tensor | None
+    """`(b, j)` document ids of the keys; the queries are the last i of them."""
+    log_decay: Tensor | None
+    """`(b, g, j)`: how keys fade."""
 
 
 @ranged
@@ -46,8 +59,8 @@ class Pairs:
         q: Tensor,
         k: Tensor,
         *,
-        causal: bool,
         queries: Count | None = None,
+        causal: bool = True,
         mask: Tensor | None = None,
         segments: Tensor | None = None,
         log_decay: Tensor | None = None,
@@ -121,19 +134,19 @@ class Pairs:
         return visible
 
     def _fading(self, rows: slice) -> Tensor:
-        """Return what decay adds to log weights, `(b, h, i, j)` or `(1, 1, 1, 1)`."""
+        """Return the log weights of decay, `(b, h, i, j)` or `(1, 1, 1, 1)`."""
         if self.total is None:
             return self.q.new_zeros(1, 1, 1, 1)
         lag = (self.total[:, :, self.places[rows], None] - self.total[:, :, None]).clamp(max=0.0)
         return lag.to(self.q.dtype).repeat_interleave(self.q.shape[1] // self.k.shape[1], dim=1)
 
 
-def where_precise(attention: FavorAttention, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """Return a backend and tensors where float64 exists: as they are, or, from a device without it, on the host."""
-    device = next(x for x in tensors if x is not None).device
-    if precise(device) == torch.float64:
-        return attention, *tensors
-    return deepcopy(attention).cpu(), *(None if x is None else x.cpu() for x in tensors)
+def where_precise(attention: FavorAttention, tensors: tuple[Tensor, ...], sight: Sight) -> tuple[Any, ...]:
+    """Return all three where float64 exists: as they are, or, from a device without it, on the host."""
+    if precise(tensors[0].device) == torch.float64:
+        return attention, tensors, sight
+    moved = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in sight.items()}
+    return deepcopy(attention).cpu(), tuple(x.cpu() for x in tensors), moved
 
 
 def _features(a_map: FeatureMap, x: Tensor, g: int) -> Features:

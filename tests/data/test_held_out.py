@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from performer_lm.data.split import BOTH, HELD_OUT, NEITHER, TRAIN, split_documents, split_text
+from performer_lm.data.held_out import BOTH, HELD_OUT, NEITHER, TRAIN, split_documents, split_text
 from performer_lm.data.survey import DIGEST, Survey, digest_of, place_of
 
 fractions = st.floats(0.001, 0.999)

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from performer_lm.evaluation.diagnosis import diagnose, favor_layers
-from performer_lm.evaluation.sweep import Finding, count_measurements, redrawn, sweep
+from performer_lm.evaluation.approximation.draws import Finding, count_measurements, measure_draws, redrawn
+from performer_lm.evaluation.approximation.model import diagnose, favor_layers
 from performer_lm.model import PerformerLM
 
 Build = Callable[..., PerformerLM]
@@ -15,7 +15,7 @@ Build = Callable[..., PerformerLM]
 
 def run_sweep(model: Any, counts: list[int], redraws: int = 2, n: int = 24, **options: Any) -> list[Finding]:
     ids = torch.randint(0, 40, (2, n))
-    return sweep(model, lambda: model(ids), num_features=counts, redraws=redraws, queries=None, **options)
+    return measure_draws(model, lambda: model(ids), num_features=counts, redraws=redraws, queries=None, **options)
 
 
 @pytest.mark.parametrize("features", ["positive", "hyperbolic", "optimal"])

@@ -1,4 +1,4 @@
-"""How well random features stand in for softmax in a model, layer by layer, on the vectors of a real forward.
+"""The errors of random features against softmax in every layer of a model, on the vectors of a real forward.
 
 Letters: `b` batch, `n` tokens, `h` heads.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from performer_lm.attention.favor import FavorAttention
-from performer_lm.evaluation.approximation import Approximation, measure_approximation
+from performer_lm.evaluation.approximation.layer import Approximation, measure_approximation
 from performer_lm.ranges import Count, ranged
 
 Vectors = tuple[Tensor, Tensor, Tensor]
@@ -26,21 +26,20 @@ _PLACE = re.compile(r"(?:\b(encoder|decoder)\.)?\blayers\.(\d+)\.(cross_)?attent
 def diagnose(
     model: nn.Module, tokens: Tensor, *, queries: Count | None = 64, **options: Any
 ) -> dict[str, Approximation]:
-    """Compare FAVOR with softmax in every layer that runs it, on what the model makes of `tokens`.
+    """Compare FAVOR with softmax in every layer that runs it, on the vectors that the model makes of `tokens`.
 
     Queries, keys and values are those that attention receives: after convolution, norms and positions, with the
-    model's decay. Nothing of the model changes, its mode included; no gradient is recorded. It takes a forward and,
-    for each layer, O(queries n m) time; memory does not grow with m or with the number of layers.
+    model's decay. The model and its mode stay as they are; no gradient is recorded. It takes a forward and, for each
+    layer, O(queries n m) time; memory does not grow with m or with the number of layers.
 
     Args:
         model: any that holds `FavorAttention`, among other backends or not; called as `model(tokens, **options)`.
         tokens: `(b, n)` ids.
         queries: how many tokens' attention to look at, evenly spaced over the sequence; None for all.
-        options: what else the model's forward takes, `mask` for example.
+        options: further arguments of the model's forward, `mask` for example.
 
     Returns:
-        By layer, as `favor_layers` names them, the findings `(h,)` over its FAVOR heads. Empty for a model without
-        FAVOR.
+        By layer, as `favor_layers` names them, the findings `(h,)` over its FAVOR heads; empty without FAVOR.
     """
     found: dict[str, Approximation] = {}
 
@@ -66,7 +65,7 @@ def _place(name: str) -> str:
 
 
 def watch(model: nn.Module, look: Look, run: Callable[[], object]) -> None:
-    """Let `run` run the model in evaluation mode, without gradients, and show `look` what each FAVOR backend gets."""
+    """Run the model by `run`, in evaluation mode without gradients, and show `look` the input of each FAVOR backend."""
     with ExitStack() as stack, torch.no_grad():
         stack.enter_context(_evaluating(model))
         for layer, attention in favor_layers(model).items():

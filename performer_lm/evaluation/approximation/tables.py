@@ -1,7 +1,5 @@
-"""What a sweep of random features found, as tables for people and as a csv file for other programs."""
+"""The errors of random features, as tables for people and as a csv file for other programs."""
 
-import csv
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,8 +8,9 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from performer_lm.evaluation.approximation import Approximation
-from performer_lm.evaluation.sweep import Finding
+from performer_lm.evaluation.approximation.draws import Finding
+from performer_lm.evaluation.approximation.layer import Approximation
+from performer_lm.writing import write_csv
 
 
 class Spread(NamedTuple):
@@ -39,17 +38,9 @@ def as_it_is(findings: Sequence[Finding]) -> list[Finding]:
     return [finding for finding in findings if finding.draw is None]
 
 
-def write_csv(findings: Sequence[Finding], path: Path) -> None:
-    """Write a line per layer, head, number of features and draw, in one move; `draw` is empty for the model's own."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["layer", "head", "num_features", "draw", *Approximation._fields])
-            writer.writerows(_lines(findings))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def write_findings(findings: Sequence[Finding], path: Path) -> None:
+    """Write a csv line per layer, head, number of features and draw; `draw` is empty for the model's own."""
+    write_csv(path, ["layer", "head", "num_features", "draw", *Approximation._fields], _lines(findings))
 
 
 def _lines(findings: Sequence[Finding]) -> Iterator[list[object]]:
@@ -70,7 +61,7 @@ COLUMNS: dict[str, Callable[[Approximation], Tensor]] = {
 
 
 def tabulate_heads(findings: Sequence[Finding]) -> Table:
-    """Return a line per layer and head of the features that the model runs; in green what beats equal weights."""
+    """Return a line per layer and head of the features that the model runs; in green those that beat equal weights."""
     shown = Table(title="random features against softmax, as the model runs them", title_justify="left")
     for name in ("layer", "head", "m", *COLUMNS):
         shown.add_column(name, justify="left" if name == "layer" else "right")

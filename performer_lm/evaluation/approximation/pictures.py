@@ -1,6 +1,5 @@
 """Pictures of an approximation: how it improves with more features, and attention matrices beside softmax's."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from performer_lm.evaluation.approximation import Weights
-from performer_lm.evaluation.findings import as_it_is, spread_over_draws
-from performer_lm.evaluation.sweep import Finding
+from performer_lm.evaluation.approximation.draws import Finding
+from performer_lm.evaluation.approximation.layer import Weights
+from performer_lm.evaluation.approximation.tables import as_it_is, spread_over_draws
+from performer_lm.writing import write_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +52,7 @@ def draw_findings(findings: Sequence[Finding], path: Path, *, title: str) -> Non
         figure.axes[0].legend(frameon=False, fontsize=9)
     figure.supxlabel("number of features m (a star: as the model runs them)", fontsize=10)
     figure.suptitle(title, fontsize=11)
-    _save(figure, path)
+    write_png(path, figure)
 
 
 def _lines(axes: "Axes", findings: Sequence[Finding], measure: str, colours: Mapping[str, Any]) -> None:
@@ -81,14 +81,7 @@ def _dress(axes: "Axes", name: str, *, is_log: bool) -> None:
 
 
 def draw_weights(weights: Weights, path: Path, *, heads: Sequence[int], title: str) -> None:
-    """Draw for each head the matrix that features imply, softmax's, and their difference.
-
-    Args:
-        weights: of one layer; of the batch the first is drawn.
-        path: of the PNG file.
-        heads: which heads.
-        title: over all.
-    """
+    """Draw the matrix that features imply, softmax's, and their difference, a row a head, for the batch's first."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.6, 0.6 + 2.9 * len(heads)), dpi=100, layout="constrained")
@@ -102,7 +95,7 @@ def draw_weights(weights: Weights, path: Path, *, heads: Sequence[int], title: s
     for axes in rows[-1]:
         axes.set_xlabel("key", fontsize=9)
     figure.suptitle(title, fontsize=11)
-    _save(figure, path)
+    write_png(path, figure)
 
 
 def _draw_head(figure: "Figure", row: Any, implied: NDArray[np.float64], exact: NDArray[np.float64]) -> None:
@@ -121,18 +114,8 @@ def _draw_head(figure: "Figure", row: Any, implied: NDArray[np.float64], exact: 
 
 
 def _bar(figure: "Figure", axes: "Axes", image: Any, ticks: Sequence[float]) -> None:
-    """Say beside an image what its colours mean; what lies beyond the last of them has its colour."""
+    """Add a bar of colours to an image; values beyond the last of them have its colour."""
     bar = figure.colorbar(image, ax=axes, shrink=0.85)
     bar.set_ticks(list(ticks), labels=[f"{tick:.2g}" for tick in ticks], minor=False)
     bar.ax.minorticks_off()
     bar.ax.tick_params(labelsize=7)
-
-
-def _save(figure: "Figure", path: Path) -> None:
-    """Write a PNG in one move."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Data sets read from the hub while a run goes on: nothing of them is stored."""
