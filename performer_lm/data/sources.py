@@ -30,10 +30,9 @@ def files(
     validation_path: str | None,
     **options: Unpack[TextOptions],
 ) -> TextData:
-    """Return local files.
+    """Return local files; all arguments but `options` are those of `Files`.
 
     Args:
-        path, include, text_column, validation_path: of `Files`.
         options: of `TextData`.
     """
     corpus = Files(path=path, include=include, text_column=text_column, validation_path=validation_path)
@@ -54,12 +53,12 @@ def hub(
     head_bytes: Count,
     **options: Unpack[TextOptions],
 ) -> WindowData:
-    """Return a data set of the Hugging Face hub.
+    """Return a data set of the Hugging Face hub; arguments not listed here are those of `Hub`.
 
     Args:
-        name, config, split, validation_split, text_column, revision: of `Hub`.
         streaming: whether to read it while the run goes on; then nothing of it is stored.
-        shuffle_buffer, head_bytes: of `StreamData`; without streaming, all windows are shuffled.
+        shuffle_buffer: of `StreamData`; without streaming, all windows are shuffled.
+        head_bytes: of `StreamData`.
         options: of `TextData`.
     """
     corpus = Hub(
@@ -97,7 +96,8 @@ def mixture(
     """Return several corpora, mixed by weight.
 
     Args:
-        corpora, weights: of `TextData`.
+        corpora: of `TextData`.
+        weights: of `TextData`.
         options: of `TextData`.
     """
     return TextData(corpora=corpora, weights=weights, **options)
