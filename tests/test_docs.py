@@ -136,3 +136,16 @@ def test_every_file_a_document_names_exists(document: Path) -> None:
     places = (ROOT, document.parent)
     missing = [name for name in named if not any((place / name).exists() for place in places)]
     assert [name for name in missing if "mine" not in name] == []
+
+
+def test_the_tree_of_the_readme_is_that_of_the_package() -> None:
+    tree = (ROOT / "README.md").read_text().partition("\n## The tree\n")[2].partition("\n## ")[0]
+    entries = {line.split()[0].rstrip("/"): line for line in tree.splitlines() if re.match(r" {6}\w", line)}
+    there = {path.name for path in (ROOT / "performer_lm").iterdir() if not path.name.startswith("_")}
+    assert set(entries) == there
+    for name, line in entries.items():
+        parts = {part for word in line.split()[1:] for part in re.findall(r"\b(\w+\.py|[a-z]\w*(?=/))", word)}
+        missing = [
+            part for part in parts if not any((place / part).exists() for place in (ROOT / "performer_lm" / name, ROOT))
+        ]
+        assert missing == [], name
