@@ -46,7 +46,7 @@ def local_attention(
     Raises:
         ValueError: as `exact_attention`, for a window below 1, or lengths that do not fit.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from performer_lm.ops import local_attention
         >>> q, k, v = torch.randn(3, 2, 8, 100, 16).unbind()
