@@ -136,3 +136,27 @@ def test_every_file_a_document_names_exists(document: Path) -> None:
     places = (ROOT, document.parent)
     missing = [name for name in named if not any((place / name).exists() for place in places)]
     assert [name for name in missing if "mine" not in name] == []
+
+
+def test_the_tree_of_the_readme_is_that_of_the_package() -> None:
+    tree = (ROOT / "README.md").read_text().partition("\n## The tree\n")[2].partition("\n## ")[0]
+    entries = {line.split()[0].rstrip("/"): line for line in tree.splitlines() if re.match(r" {6}\w", line)}
+    there = {path.name for path in (ROOT / "performer_lm").iterdir() if not path.name.startswith("_")}
+    assert set(entries) == there
+    for name, line in entries.items():
+        parts = {part for word in line.split()[1:] for part in re.findall(r"\b(\w+\.py|[a-z]\w*(?=/))", word)}
+        missing = [
+            part for part in parts if not any((place / part).exists() for place in (ROOT / "performer_lm" / name, ROOT))
+        ]
+        assert missing == [], name
+
+
+def test_the_files_to_read_first_define_what_is_said_of_them() -> None:
+    steps = (ROOT / "README.md").read_text().partition("\n## Read these eight files first\n")[2].partition("\n## ")[0]
+    items = re.split(r"^\d\. ", steps, flags=re.M)[1:]
+    assert len(items) == 8
+    for item in items:
+        file, *names = re.findall(r"`([^`]+)`", item)
+        code = (ROOT / file).read_text()
+        defined = [name.split(".")[-1] for name in names if re.fullmatch(r"[A-Za-z_.]+", name)]
+        assert [name for name in defined if not re.search(rf"(def|class) {name}\b", code)] == [], file

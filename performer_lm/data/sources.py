@@ -1,20 +1,24 @@
-"""The choices of `data=`: functions from the options of a config to the data of a run. `options` are of `TextData`."""
+"""What `data=` chooses: functions from the options of a config to the data of a run."""
 
 from collections.abc import Mapping
-from typing import Any, Unpack
+from typing import Unpack
 
 from performer_lm.data.corpora.base import Corpus
 from performer_lm.data.corpora.files import Files
 from performer_lm.data.corpora.hub import Hub
 from performer_lm.data.corpora.standard_library import StandardLibrary
-from performer_lm.data.module import WindowData, WindowOptions
+from performer_lm.data.module import WindowData
 from performer_lm.data.streaming.data import StreamData
 from performer_lm.data.text import TextData, TextOptions
 from performer_lm.ranges import Count, NotNegative, ranged
 
 
 def standard_library(**options: Unpack[TextOptions]) -> TextData:
-    """Return the source of Python's standard library."""
+    """Return the source of Python's standard library.
+
+    Args:
+        options: of `TextData`.
+    """
     return TextData(corpora={"stdlib": StandardLibrary()}, weights=None, **options)
 
 
@@ -26,7 +30,11 @@ def files(
     validation_path: str | None,
     **options: Unpack[TextOptions],
 ) -> TextData:
-    """Return local files; `path`, `include`, `text_column` and `validation_path` are of `Files`."""
+    """Return local files; all arguments but `options` are those of `Files`.
+
+    Args:
+        options: of `TextData`.
+    """
     corpus = Files(path=path, include=include, text_column=text_column, validation_path=validation_path)
     return TextData(corpora={"files": corpus}, weights=None, **options)
 
@@ -45,12 +53,12 @@ def hub(
     head_bytes: Count,
     **options: Unpack[TextOptions],
 ) -> WindowData:
-    """Return a data set of the Hugging Face hub.
+    """Return a data set of the Hugging Face hub; arguments not listed here are those of `Hub`.
 
     Args:
-        name, config, split, validation_split, text_column, revision: of `Hub`.
         streaming: whether to read it while the run goes on; then nothing of it is stored.
-        shuffle_buffer, head_bytes: of `StreamData`; without streaming, all windows are shuffled.
+        shuffle_buffer: of `StreamData`; without streaming, all windows are shuffled.
+        head_bytes: of `StreamData`.
         options: of `TextData`.
     """
     corpus = Hub(
@@ -65,7 +73,6 @@ def hub(
         return TextData(corpora={"hub": corpus}, weights=None, **options)
     if options["device_resident"] or options["documents"] == "cropped":
         raise ValueError("data.streaming=true takes neither data.device_resident=true nor data.documents=cropped")
-    run: Any = {name: options[name] for name in WindowOptions.__annotations__}  # type: ignore[literal-required]
     return StreamData(
         hub=corpus,
         tokenizer=options["tokenizer"],
@@ -75,12 +82,22 @@ def hub(
         errors=options["errors"],
         validation_fraction=options["validation_fraction"],
         validation_bytes=options["validation_bytes"],
-        **run,
+        context=options["context"],
+        batch_size=options["batch_size"],
+        seed=options["seed"],
+        num_workers=options["num_workers"],
+        start_method=options["start_method"],
     )
 
 
 def mixture(
     *, corpora: Mapping[str, Corpus], weights: Mapping[str, NotNegative] | None, **options: Unpack[TextOptions]
 ) -> TextData:
-    """Return several corpora, mixed by weight."""
+    """Return several corpora, mixed by weight.
+
+    Args:
+        corpora: of `TextData`.
+        weights: of `TextData`.
+        options: of `TextData`.
+    """
     return TextData(corpora=corpora, weights=weights, **options)

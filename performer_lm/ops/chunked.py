@@ -52,7 +52,7 @@ def chunked_attention(
     Raises:
         ValueError: as `exact_attention`, and for a chunk size below 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from performer_lm.ops import chunked_attention
         >>> q, k, v = torch.randn(3, 2, 8, 1000, 16).unbind()

@@ -42,7 +42,7 @@ def linear_cross_entropy(
     Raises:
         ValueError: for shapes that do not fit, or a chunk_size below 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from performer_lm.ops import linear_cross_entropy
         >>> hidden, weight, targets = torch.randn(2, 10, 16), torch.randn(100, 16), torch.randint(100, (2, 10))

@@ -41,7 +41,7 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, *, on_chip: int = ON_CHIP, 
     Raises:
         ValueError: as `exact_attention`, and for `on_chip` below 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from performer_lm.ops import tiled_attention
         >>> q, k, v = torch.randn(3, 2, 8, 300, 16).unbind()

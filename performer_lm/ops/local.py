@@ -32,14 +32,13 @@ def local_attention(
 ) -> Tensor:
     """Attend as `exact_attention` with the same `window` does, in O(j window) time and memory.
 
-    Outputs at masked tokens mean nothing.
+    Outputs at masked tokens mean nothing. Arguments not listed here are those of `exact_attention`.
 
     Args:
         q: `(..., h, i, d)`; causal: the last i of the j tokens; else i = j.
         k: `(..., g, j, d)`.
         v: `(..., g, j, e)`.
         window: a query sees keys less than `window` kept keys away.
-        causal, key_mask, segments, log_decay, scale: as in `exact_attention`.
 
     Returns:
         `(..., h, i, e)` in q's dtype.
@@ -47,7 +46,7 @@ def local_attention(
     Raises:
         ValueError: as `exact_attention`, for a window below 1, or lengths that do not fit.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from performer_lm.ops import local_attention
         >>> q, k, v = torch.randn(3, 2, 8, 100, 16).unbind()

@@ -48,7 +48,7 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]) 
     Raises:
         ValueError: for what the kernels cannot do: dropout, a bias with gradient, float64 on an accelerator.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from performer_lm.ops import sdpa_attention
         >>> q, k, v = torch.randn(3, 2, 8, 10, 16).unbind()

@@ -57,7 +57,7 @@ def exact_attention(
     Raises:
         ValueError: for shapes or dtypes that do not fit, log_decay without causal, dropout without a seed.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from performer_lm.ops import exact_attention
         >>> q, k, v = torch.randn(3, 2, 5, 8, 10, 16).unbind()

@@ -145,12 +145,11 @@ def test_weights_that_do_not_fit_are_named(theirs: Any) -> None:
         import_language_model(weights, **SMALL | {"num_tokens": 31})
 
 
-def test_the_readme_names_every_argument(theirs: Any) -> None:
+def test_the_guide_names_every_argument(theirs: Any) -> None:
     from local_attention import LocalAttention
     from performer_pytorch import AutoregressiveWrapper, PerformerEncDec
 
-    readme = (ROOT / "README.md").read_text()
-    table = readme[readme.index("<summary>Coming from performer-pytorch") : readme.index("</details>")]
+    table = (ROOT / "docs/migrating.md").read_text().partition("\n## Names\n")[2]
     taken = [
         getattr(theirs, name) for name in ("PerformerLM", "Performer", "Attention", "FastAttention", "FeedForward")
     ]
