@@ -50,10 +50,12 @@ def check_segments(segments: Tensor | None, shape: Shape) -> None:
         raise _refusal("segments", "integer, one document id for each token given", "shape", shape, segments)
 
 
-def check_log_decay(log_decay: Tensor | None, shape: Shape) -> None:
-    """Raise ValueError unless a decay, if there is one, is floating point of this shape."""
+def check_log_decay(log_decay: Tensor | None, shape: Shape, *, name: str = "log_decay") -> None:
+    """Raise ValueError unless a decay, if there is one, or what else heads have of a token, is floating point of this
+    shape.
+    """
     if log_decay is not None and (not log_decay.is_floating_point() or log_decay.shape != shape):
-        raise _refusal("log_decay", "floating point, one entry for each key head and token", "shape", shape, log_decay)
+        raise _refusal(name, "floating point, one entry for each key head and token", "shape", shape, log_decay)
 
 
 def check_per_key(

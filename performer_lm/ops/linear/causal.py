@@ -157,7 +157,7 @@ def read_state(q: Tensor, state: LinearState, *, query_map: FeatureMap, chunk_si
 
 def _run(maps: Maps, tokens: Tokens, state: LinearState, chunk_size: int | None) -> tuple[Trace, LinearState]:
     """Attend to a sequence from a state `(b, g, ...)`, and return what is found and the state after it."""
-    b, geometry = state.sums.shape[0], choose_geometry(state, block=chunk_size)
+    b, geometry = state.sums.shape[0], choose_geometry(state.sums, block=chunk_size)
     before = LinearState(*(rearrange(x, "b g ... -> (g b) ...") for x in state))
     with no_autocast(tokens.keys.device):
         trace = run(maps, geometry, tokens, before)

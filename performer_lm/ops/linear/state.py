@@ -43,15 +43,15 @@ class Geometry(NamedTuple):
     once."""
 
 
-def choose_geometry(state: LinearState, *, block: int | None) -> Geometry:
+def choose_geometry(sums: Tensor, *, block: int | None) -> Geometry:
     """Cut a sequence for a device: as caches like it on a CPU, in as few and as large operations as may be elsewhere.
 
     Args:
-        state: its device counts, and how many features a token has in it.
+        sums: `(b, g, m, ...)`; their device counts, and how many features a token has in them.
         block: tokens per block where the caller wants another number.
     """
-    b, g, m, _ = state.sums.shape
-    on_host = state.sums.device.type == "cpu"
+    b, g, m = sums.shape[:3]
+    on_host = sums.device.type == "cpu"
     if block is None:
         fitting = (CACHED if on_host else HELD) / max(1, b * g * m)
         block = 2 ** round(min(max(log2(fitting), 6), 9 if on_host else 20))

@@ -48,7 +48,7 @@ def count(n: int, *, decay: bool) -> Kernels:
         weight, scale = torch.randn(H, M, D), D**-0.25
         state = empty_state(B, H, M, D, device=torch.device("meta"), dtype=torch.float32)
         log_decay = torch.zeros(B, H, n) if decay else None
-    geometry = choose_geometry(state, block=None)
+    geometry = choose_geometry(state.sums, block=None)
     query, key = Exponential((weight,), scale=scale), Exponential((weight,), scale=scale, norm=0.1)
     maps = Maps(query=query, key=key, groups=H)
     tokens, before = Tokens(q, k, v, None, log_decay, None, None), LinearState(*(x.flatten(0, 1) for x in state))
