@@ -1,7 +1,7 @@
 """A sequence of the delta rule: a loop over blocks, and a backward that computes features and inverses anew.
 
-Forward keeps q, k, v, beta, the output and the memory before each block. For the backward, with X the errors, Y = beta X
-what is written, dO and dS' the gradients at the output and at the memory after a tile (letters as in `blocks.py`),
+Forward keeps q, k, v, beta, the output and the memory before each block. For the backward, with X the errors, Y = beta
+X what is written, dO and dS' the gradients at the output and at the memory after a tile (letters as in `blocks.py`),
 
     dY = P^T dO + (D_c K) dS'         dX = beta dY          R = T^T dX
     dQ = (dP D) K + E (dO S^T)        dP = dO Y^T           dV = R
@@ -170,7 +170,7 @@ def _pull_block(
     grad_beta = (errors * (grad_written - undone)).sum(dim=-1)
     log_decay = None
     if tokens.log_decay is not None:
-        x, t, c, e = written.shape
+        x, t, c, _ = written.shape
         own = (out.reshape(x, t, c, -1) * grad.view(x, t, c, -1)).sum(dim=-1) - (tokens.values * solved).sum(dim=-1)
         following = torch.cat([memories[:, 1:], after[:, None]], dim=1)
         log_decay = _sum_from(own, scratch) + (following * ends).sum(dim=(2, 3))[..., None]
