@@ -68,7 +68,7 @@ def open_block(maps: Maps, tokens: Writes, num_features: int, scratch: Scratch) 
     overlaps = multiply(keys, keys.mT, out=scratch("overlaps", x, t, c, c))
     scale_rows(overlaps, fading.between).tril_(-1)
     inverse = invert_unit_lower(overlaps * tokens.beta[..., None, :])
-    early = since(keys, fading, scratch)
+    early = inverse if fading.since_start is None else inverse * fading.since_start[..., 0].mT
     return Block(
         queries,
         keys,
@@ -76,24 +76,10 @@ def open_block(maps: Maps, tokens: Writes, num_features: int, scratch: Scratch) 
         overlaps,
         inverse,
         multiply(inverse, tokens.values, out=scratch("own", x, t, c, tokens.values.shape[-1])),
-        multiply(inverse, early, out=scratch("reach", x, t, c, num_features)),
+        multiply(early, keys, out=scratch("reach", x, t, c, num_features)),
         fading,
         (query_sizes, key_sizes),
     )
-
-
-def since(keys: Tensor, fading: Fading, scratch: Scratch) -> Tensor:
-    """Return E K `(x, t, c, m)`."""
-    if fading.since_start is None:
-        return keys
-    return torch.mul(keys, fading.since_start[..., 0], out=scratch("early keys", *keys.shape))
-
-
-def until(keys: Tensor, fading: Fading, scratch: Scratch) -> Tensor:
-    """Return D_c K `(x, t, c, m)`, what is left of keys at their tile's end."""
-    if fading.until_end is None:
-        return keys
-    return torch.mul(keys, fading.until_end, out=scratch("late keys", *keys.shape))
 
 
 def write_unit(a_map: BlockMap, maps: Maps, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,9 +3,9 @@
 Forward keeps q, k, v, beta, the output and the memory before each block. For the backward, with X the errors, Y = beta
 X what is written, dO and dS' the gradients at the output and at the memory after a tile (letters as in `blocks.py`),
 
-    dY = P^T dO + (D_c K) dS'         dX = beta dY          R = T^T dX
+    dY = P^T dO + D_c (K dS')         dX = beta dY          R = T^T dX
     dQ = (dP D) K + E (dO S^T)        dP = dO Y^T           dV = R
-    dK = (dP D)^T Q + D_c (Y dS'^T) - E (R S^T) + C K + C^T K        C = D beta_j dB      dB = -R X^T, j < i
+    dK = (dP D)^T Q + (D_c Y) dS'^T - (E R) S^T + (C + C^T) K       C = D beta_j dB      dB = -R X^T, j < i
     dbeta = X . (dY - overlaps^T R)   dS = E_c dS' + (E Q)^T dO - (T E K)^T dX
 
 Decay has no pass of its own: to scale all that is written from token t on, and to let nothing of before decay into it,
@@ -14,10 +14,12 @@ changes nothing, so that d log_decay_t = sum over i >= t of (out_i . dO_i - v_i 
 Letters: `b` batch, `h` heads, `g` key heads, `n` tokens, `x` = g b.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from performer_lm.ops.delta.blocks import Block, Writes, open_block, pull_unit, until
+from performer_lm.ops.delta.blocks import Block, Writes, open_block, pull_unit
 from performer_lm.ops.linear.chunks import multiply, scale_rows
 from performer_lm.ops.linear.fading import sum_up_to
 from performer_lm.ops.linear.scratch import Scratch
@@ -45,33 +47,40 @@ def attend(
             kept[index] = memory
         taken = take_block(tokens, part, geometry.tile, memory.dtype)
         block = open_block(maps, taken, memory.shape[1], scratch)
-        memory, memories, _, written = _carry(block, taken, memory, scratch)
-        seen = multiply(block.queries, memories, out=scratch("seen", *block.queries.shape[:3], e))
+        course = _carry(block, taken.beta, memory, scratch)
+        seen = multiply(block.queries, course.before, out=scratch("seen", *block.queries.shape[:3], e))
         seen = seen if block.fading.since_start is None else scale_rows(seen, block.fading.since_start)
-        multiply(block.scores, written, out=seen, add=True)
+        multiply(block.scores, course.written, out=seen, add=True)
         room[:, :, part].copy_(seen.view(room[:, :, part].shape))
     return out, kept, memory
 
 
-def _carry(block: Block, tokens: Writes, memory: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Carry the memory through a block's tiles.
+class Course(NamedTuple):
+    """How a memory runs through a block's tiles."""
 
-    Returns:
-        The memory after the block, `(x, m, e)`, before each tile `(x, t, m, e)`, the errors X and what is written Y
-        `(x, t, c, e)`.
-    """
-    late, left = until(block.keys, block.fading, scratch), block.fading.left(memory.dtype)
-    memories = scratch("memories", memory.shape[0], late.shape[1], *memory.shape[1:])
-    errors = block.own
-    written = scratch("written", *errors.shape)
-    for tile in range(late.shape[1]):
-        memories[:, tile] = memory
+    after: Tensor  # (x, m, e): after the block
+    before: Tensor  # (x, t, m, e): before each tile
+    written: Tensor  # (x, t, c, e): Y
+    late: Tensor  # (x, t, c, e): what is left of Y at its tile's end
+
+
+def _carry(block: Block, beta: Tensor, memory: Tensor, scratch: Scratch) -> Course:
+    """Carry a memory `(x, m, e)`, which is overwritten, through a block; the errors replace `block.own`."""
+    errors, keys, left = block.own, block.keys, block.fading.left(memory.dtype)
+    before = scratch("memories", keys.shape[0], keys.shape[1], *memory.shape[1:])
+    written = late = scratch("written", *errors.shape)
+    if block.fading.until_end is not None:
+        late = scratch("late", *errors.shape)
+    for tile in range(keys.shape[1]):
+        before[:, tile] = memory
         error = errors[:, tile].baddbmm_(block.reach[:, tile], memory, alpha=-1.0)
-        torch.mul(error, tokens.beta[:, tile, :, None], out=written[:, tile])
+        torch.mul(error, beta[:, tile, :, None], out=written[:, tile])
+        if block.fading.until_end is not None:
+            torch.mul(written[:, tile], block.fading.until_end[:, tile], out=late[:, tile])
         if left is not None:
-            memory = memory * left[:, tile, :, None]
-        memory = torch.baddbmm(memory, late[:, tile].mT, written[:, tile])
-    return memory, memories, errors, written
+            memory.mul_(left[:, tile, :, None])
+        memory.baddbmm_(keys[:, tile].mT, late[:, tile])
+    return Course(memory, before, written, late)
 
 
 def pull(
@@ -105,7 +114,7 @@ def pull(
     found = Writes(q, k, v, beta, None if tokens.log_decay is None else torch.empty_like(tokens.log_decay), None, None)
     totals = [torch.zeros_like(x) if wanted else None for x in maps.tensors]
     grad = torch.zeros_like(out) if grad is None else grad
-    grad_memory = torch.zeros_like(after) if grad_memory is None else grad_memory
+    grad_memory = torch.zeros_like(after) if grad_memory is None else grad_memory.clone()
     places, seen, at_seen = _by_key_heads(found, g), by_key_heads(out, g), by_key_heads(grad.to(dtype), g)
     for index, part in reversed(list(enumerate(cut(out.shape[2], geometry.block, geometry.tile)))):
         taken = take_block(tokens, part, geometry.tile, dtype)
@@ -130,39 +139,38 @@ def _pull_block(
 ) -> tuple[Writes, Tensor]:
     """Pull gradients back through a block: those at its tokens, and at the memory before it."""
     block = open_block(maps, tokens, memory.shape[1], scratch)
-    after, memories, errors, written = _carry(block, tokens, memory, scratch)
-    queries, keys, fading, beta = block.queries, block.keys, block.fading, tokens.beta[..., None]
-    grad = grad.reshape(*queries.shape[:3], out.shape[-1])
-    late, left = until(keys, fading, scratch), fading.left(memory.dtype)
+    after, memories, written, late = _carry(block, tokens.beta, memory.clone(), scratch)
+    queries, keys, errors, fading, beta = block.queries, block.keys, block.own, block.fading, tokens.beta[..., None]
+    grad, left = grad.reshape(*queries.shape[:3], out.shape[-1]), fading.left(memory.dtype)
     early_grad = grad
     if fading.since_start is not None:
         early_grad = scale_rows(scratch.take("early grad", grad), fading.since_start)
 
     grad_written = multiply(block.scores.mT, grad, out=scratch("grad written", *written.shape))
-    grad_memories = multiply(queries.mT, early_grad, out=scratch("grad memories", *memories.shape))  # before tiles
-    ends = scratch("grad ends", *memories.shape)  # after tiles
+    grad_errors = scratch("grad errors", *written.shape)
+    grad_memories = multiply(queries.mT, early_grad, out=scratch("grad memories", *memories.shape))
+    ends = scratch("grad ends", *memories.shape)  # at the memory after each tile
     for tile in reversed(range(keys.shape[1])):
         ends[:, tile] = grad_memory
-        grad_written[:, tile].baddbmm_(late[:, tile], grad_memory)
-        grad_error = grad_written[:, tile] * beta[:, tile]
-        before = grad_memories[:, tile]
-        before.add_(grad_memory if left is None else grad_memory * left[:, tile, :, None])
-        grad_memory = before.baddbmm_(block.reach[:, tile].mT, grad_error, alpha=-1.0).clone()
+        at_end = torch.bmm(keys[:, tile], grad_memory)
+        grad_written[:, tile].add_(at_end if fading.until_end is None else at_end.mul_(fading.until_end[:, tile]))
+        error = torch.mul(grad_written[:, tile], beta[:, tile], out=grad_errors[:, tile])
+        if left is not None:
+            grad_memory.mul_(left[:, tile, :, None])
+        grad_memory.add_(grad_memories[:, tile]).baddbmm_(block.reach[:, tile].mT, error, alpha=-1.0)
 
-    solved = multiply(block.inverse.mT, grad_written * beta, out=scratch("solved", *written.shape))  # R
+    solved = multiply(block.inverse.mT, grad_errors, out=scratch("solved", *written.shape))  # R
     mixed = multiply(solved, errors.mT, out=scratch("mixed", *block.overlaps.shape)).tril_(-1).neg_()  # dB
     scale_rows(mixed.mul_(tokens.beta[..., None, :]), fading.between)  # C
     weights = multiply(grad, written.mT, out=scratch("weights", *block.scores.shape))  # dP D
     scale_rows(weights, fading.between)
 
     grad_queries = multiply(weights, keys, out=scratch("grad queries", *queries.shape))
-    grad_queries = multiply(early_grad, memories.mT, out=grad_queries, add=True)
-    grad_keys = multiply(written, ends.mT, out=scratch("grad keys", *keys.shape))
-    grad_keys = grad_keys if fading.until_end is None else grad_keys.mul_(fading.until_end)
+    multiply(early_grad, memories.mT, out=grad_queries, add=True)
+    grad_keys = multiply(late, ends.mT, out=scratch("grad keys", *keys.shape))
     early = solved if fading.since_start is None else solved * fading.since_start[..., 0]
     grad_keys.flatten(0, 1).baddbmm_(early.flatten(0, 1), memories.mT.flatten(0, 1), alpha=-1.0)
-    multiply(mixed, keys, out=grad_keys, add=True)
-    multiply(mixed.mT, keys, out=grad_keys, add=True)
+    multiply(mixed.add_(mixed.mT.clone()), keys, out=grad_keys, add=True)
     multiply(weights.mT, queries, out=grad_keys, add=True)
     if tokens.mask is not None:
         grad_keys.masked_fill_(~tokens.mask[..., None], 0.0)
