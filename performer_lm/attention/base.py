@@ -59,6 +59,12 @@ class Attention(nn.Module, ABC, Generic[State]):
     drops_weights: bool = False
     """Whether this backend has probabilities that can be dropped in training."""
 
+    takes_beta: bool = False
+    """Whether this backend writes by the delta rule, and wants to know how much of its error each token corrects."""
+
+    beta: nn.Module
+    """The module that computes beta from the stream, which the layer builds where `takes_beta`."""
+
     def __init__(
         self, *, heads: Count, key_heads: Count, dim_head: Count, dim_value: Count, layer: Whole, dropout: Share = 0.0
     ) -> None:
@@ -106,6 +112,7 @@ class Attention(nn.Module, ABC, Generic[State]):
         mask: Tensor | None = None,
         segments: Tensor | None = None,
         log_decay: Tensor | None = None,
+        beta: Tensor | None = None,
     ) -> Tensor:
         """Attend over a whole sequence.
 
@@ -118,6 +125,7 @@ class Attention(nn.Module, ABC, Generic[State]):
                 gives zeros.
             segments: `(b, n)` int, contiguous and non-decreasing document ids; a token sees its own document only.
             log_decay: `(b, g, n)`, at most 0: key j weighs exp(sum of log_decay over j+1..i) at query i. Causal only.
+            beta: `(b, g, n)`, from 0 to 1: the share of its error that token n corrects. Where `takes_beta` alone.
 
         Returns:
             `(b, h, i, e)` in the inputs' dtype.
@@ -141,11 +149,12 @@ class Attention(nn.Module, ABC, Generic[State]):
         *,
         mask: Tensor | None = None,
         log_decay: Tensor | None = None,
+        beta: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """Append n tokens causally: `(b, h, n, d), (b, g, n, d), (b, g, n, e)` -> `(b, h, n, e)` and the next state.
 
-        `mask` is `(b, n)` and `log_decay` `(b, g, n)`, both of the new tokens alone; n may be 0. May consume `state`:
-        `fork` it first to continue one prefix in two ways.
+        `mask` is `(b, n)`, `log_decay` and `beta` `(b, g, n)`, all of the new tokens alone; n may be 0. May consume
+        `state`: `fork` it first to continue one prefix in two ways.
 
         Raises:
             ValueError: for a mask or decay that is not of the new tokens, or a state of another batch.
@@ -165,6 +174,12 @@ class Attention(nn.Module, ABC, Generic[State]):
     @abstractmethod
     def count_flops(self, queries: int, keys: int, *, causal: bool) -> int:
         """Return the arithmetic of one sequence's forward: two operations for each multiply-add of a matrix product."""
+
+
+def refuse_beta(beta: Tensor | None) -> None:
+    """Raise ValueError if there is a beta, which the calling backend has no use for."""
+    if beta is not None:
+        raise ValueError("beta is for backends that correct what they hold: take attn=delta")
 
 
 AttentionFactory = Callable[..., Attention[Any]]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from performer_lm.attention.base import Attention, Sizes
+from performer_lm.attention.base import Attention, Sizes, refuse_beta
 from performer_lm.attention.feature_maps import AttentionFeatures, SoftmaxFeatures
 from performer_lm.ops.checks import check_per_key
 from performer_lm.ops.linear import (
@@ -85,8 +85,10 @@ class FavorAttention(Attention[LinearState]):
         mask: Tensor | None = None,
         segments: Tensor | None = None,
         log_decay: Tensor | None = None,
+        beta: Tensor | None = None,
     ) -> Tensor:
         """Attend over a whole sequence, see `Attention.forward`."""
+        refuse_beta(beta)
         mask = check_per_key(k, mask=mask, segments=segments, log_decay=log_decay)
         if self.training:
             self.features.observe(q, k, mask)
@@ -178,8 +180,10 @@ class FavorAttention(Attention[LinearState]):
         *,
         mask: Tensor | None = None,
         log_decay: Tensor | None = None,
+        beta: Tensor | None = None,
     ) -> tuple[Tensor, LinearState]:
         """Append n tokens causally; see `Attention.extend`."""
+        refuse_beta(beta)
         return self._append(q, k, v, state, mask, None, log_decay)
 
     def absorb(self, k: Tensor, v: Tensor, state: LinearState, *, mask: Tensor | None = None) -> LinearState:

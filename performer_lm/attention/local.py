@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from performer_lm.attention.base import Attention, Sizes
+from performer_lm.attention.base import Attention, Sizes, refuse_beta
 from performer_lm.ops.checks import check_batch, check_per_key
 from performer_lm.ops.local import kept_last, local_attention, take_tokens
 from performer_lm.ops.softmax import exact_attention
@@ -50,8 +50,10 @@ class LocalAttention(Attention[LocalCache]):
         mask: Tensor | None = None,
         segments: Tensor | None = None,
         log_decay: Tensor | None = None,
+        beta: Tensor | None = None,
     ) -> Tensor:
         """Attend over a whole sequence, each query within the window; see `Attention.forward`."""
+        refuse_beta(beta)
         return local_attention(
             q, k, v, window=self.window, causal=causal, key_mask=mask, segments=segments, log_decay=log_decay
         )
@@ -77,8 +79,10 @@ class LocalAttention(Attention[LocalCache]):
         *,
         mask: Tensor | None = None,
         log_decay: Tensor | None = None,
+        beta: Tensor | None = None,
     ) -> tuple[Tensor, LocalCache]:
         """Attend to the held keys and the new ones, and hold the last `window - 1` kept of both."""
+        refuse_beta(beta)
         seen = self._append(state, k, v, mask, log_decay)
         out = local_attention(
             q, seen.k, seen.v, window=self.window, causal=True, key_mask=seen.mask, log_decay=seen.log_decay

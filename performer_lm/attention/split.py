@@ -8,11 +8,11 @@ from typing import Any, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from performer_lm.attention.base import Attention, AttentionFactory, Sizes
+from performer_lm.attention.base import Attention, AttentionFactory, Sizes, refuse_beta
 from performer_lm.ops.checks import check_log_decay
 
-Part = tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]
-"""The q, k, v of one group of heads, and the log_decay of its keys."""
+Part = tuple[tuple[Tensor, Tensor, Tensor], Any]
+"""The q, k, v of one group of heads, and the log_decay and beta of its keys, where there are any."""
 
 
 class SplitState(NamedTuple):
@@ -48,29 +48,47 @@ class SplitAttention(Attention[SplitState]):
             for factory, own_heads, own_keys in zip((attn, local), self.heads_each, self.keys_each, strict=True)
         )
         self.attends_across = self.everywhere.attends_across and self.nearby.attends_across
+        self.takes_beta = self.everywhere.takes_beta or self.nearby.takes_beta
 
     def check(self, *, causal: bool, packed: bool) -> None:
         """Refuse an order or packed documents that either group cannot handle."""
         self.everywhere.check(causal=causal, packed=packed)
         self.nearby.check(causal=causal, packed=packed)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, log_decay: Tensor | None = None, **options: Any) -> Tensor:
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        log_decay: Tensor | None = None,
+        beta: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
         """Attend with both groups and join the outputs along the heads."""
-        (first, first_decay), (last, last_decay) = self._split(q, k, v, log_decay)
-        everywhere = self.everywhere(*first, log_decay=first_decay, **options)
-        return torch.cat((everywhere, self.nearby(*last, log_decay=last_decay, **options)), dim=1)
+        (first, of_first), (last, of_last) = self._split(q, k, v, log_decay, beta)
+        everywhere = self.everywhere(*first, **(of_first | options))
+        return torch.cat((everywhere, self.nearby(*last, **(of_last | options))), dim=1)
 
     def init_state(self, batch: int, **options: Any) -> SplitState:
         """Return both groups' states before any token."""
         return SplitState(self.everywhere.init_state(batch, **options), self.nearby.init_state(batch, **options))
 
     def extend(
-        self, q: Tensor, k: Tensor, v: Tensor, state: SplitState, *, log_decay: Tensor | None = None, **options: Any
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: SplitState,
+        *,
+        log_decay: Tensor | None = None,
+        beta: Tensor | None = None,
+        **options: Any,
     ) -> tuple[Tensor, SplitState]:
         """Append n tokens to both groups."""
-        (first, first_decay), (last, last_decay) = self._split(q, k, v, log_decay)
-        first_out, everywhere = self.everywhere.extend(*first, state.everywhere, log_decay=first_decay, **options)
-        last_out, nearby = self.nearby.extend(*last, state.nearby, log_decay=last_decay, **options)
+        (first, of_first), (last, of_last) = self._split(q, k, v, log_decay, beta)
+        first_out, everywhere = self.everywhere.extend(*first, state.everywhere, **(of_first | options))
+        last_out, nearby = self.nearby.extend(*last, state.nearby, **(of_last | options))
         return torch.cat((first_out, last_out), dim=1), SplitState(everywhere, nearby)
 
     def absorb(self, k: Tensor, v: Tensor, state: SplitState, *, mask: Tensor | None = None) -> SplitState:
@@ -90,10 +108,24 @@ class SplitAttention(Attention[SplitState]):
         """Count the arithmetic of both groups."""
         return sum(group.count_flops(queries, keys, causal=causal) for group in (self.everywhere, self.nearby))
 
-    def _split(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> tuple[Part, Part]:
-        check_log_decay(log_decay, k.shape[:-1])
-        first_q, last_q = q.split(self.heads_each, dim=1)
-        first_k, last_k = k.split(self.keys_each, dim=1)
-        first_v, last_v = v.split(self.keys_each, dim=1)
-        first_decay, last_decay = (None, None) if log_decay is None else log_decay.split(self.keys_each, dim=1)
-        return ((first_q, first_k, first_v), first_decay), ((last_q, last_k, last_v), last_decay)
+    def _split(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None
+    ) -> tuple[Part, Part]:
+        for name, x in (("log_decay", log_decay), ("beta", beta)):
+            check_log_decay(x, k.shape[:-1], name=name)
+        if not self.takes_beta:
+            refuse_beta(beta)
+        of_heads = zip(*(x.split(self.heads_each if x is q else self.keys_each, dim=1) for x in (q, k, v)), strict=True)
+        of_keys: list[dict[str, Any]] = [{}, {}]
+        for name, x in (("log_decay", log_decay), ("beta", beta)):
+            for group, part, own in zip(
+                (self.everywhere, self.nearby), _parts(x, self.keys_each), of_keys, strict=True
+            ):
+                if part is not None and (name != "beta" or group.takes_beta):
+                    own[name] = part
+        first, last = of_heads
+        return (first, of_keys[0]), (last, of_keys[1])
+
+
+def _parts(x: Tensor | None, sizes: list[int]) -> tuple[Tensor | None, ...]:
+    return (None,) * len(sizes) if x is None else x.split(sizes, dim=1)

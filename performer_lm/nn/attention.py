@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from performer_lm.attention.base import AttentionFactory
 from performer_lm.nn.branch import Body, Context, TokenInfo, count_weights
-from performer_lm.nn.mixing import LogDecay, ShortConvolution
+from performer_lm.nn.mixing import LogDecay, ShortConvolution, WriteStrength
 from performer_lm.nn.norm import QueryKeyNorm, RMSNorm
 from performer_lm.nn.positions import Positions
 
@@ -75,13 +75,14 @@ class MultiHeadAttention(Body):
         self.decay = LogDecay(dim, key_heads=key_heads) if decay else None
         self.backend = attn(heads=heads, key_heads=key_heads, dim_head=dim_head, dim_value=dim_head, layer=layer)
         self.backend.check(causal=causal, packed=False)
+        if self.backend.takes_beta:  # a part of the backend: another one leaves it out
+            self.backend.beta = WriteStrength(dim, key_heads=key_heads)
         self.output = HeadOutput(dim, heads=heads, dim_head=dim_head, gate=gate, bias=out_bias)
 
     def forward(self, x: Tensor, info: TokenInfo) -> Tensor:
         """Attend over whole sequences `(b, n, dim)`."""
         q, k, v, _ = self._project(x, None, info)
-        log_decay = None if self.decay is None else self.decay(x)
-        out = self.backend(q, k, v, causal=self.causal, mask=info.mask, segments=info.segments, log_decay=log_decay)
+        out = self.backend(q, k, v, causal=self.causal, mask=info.mask, segments=info.segments, **self._of_keys(x))
         return self.output(out, x)
 
     def init_state(
@@ -94,14 +95,18 @@ class MultiHeadAttention(Body):
     def extend(self, x: Tensor, state: AttentionState, info: TokenInfo) -> tuple[Tensor, AttentionState]:
         """Append n tokens `(b, n, dim)` causally; pads stand on the left."""
         q, k, v, tail = self._project(x, state.tail, info)
-        log_decay = None if self.decay is None else self.decay(x)
-        out, backend = self.backend.extend(q, k, v, state.backend, mask=info.mask, log_decay=log_decay)
+        out, backend = self.backend.extend(q, k, v, state.backend, mask=info.mask, **self._of_keys(x))
         return self.output(out, x), AttentionState(backend, tail)
 
     def count_flops(self, tokens: int, *, context: int) -> int:
         """Count projections and attention."""
         projections = super().count_flops(tokens, context=context)
         return projections + self.backend.count_flops(tokens, tokens, causal=self.causal)
+
+    def _of_keys(self, x: Tensor) -> dict[str, Tensor]:
+        """Return what a token says of its keys beside the vectors: how fast they fade, how much of them is written."""
+        found = {} if self.decay is None else {"log_decay": self.decay(x)}
+        return found | ({"beta": self.backend.beta(x)} if self.backend.takes_beta else {})
 
     def _project(self, x: Tensor, tail: Tensor | None, info: TokenInfo) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return q `(b, h, n, d)`, k and v `(b, g, n, d)`, and the next convolution tail."""

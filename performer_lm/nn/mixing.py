@@ -121,3 +121,20 @@ class LogDecay(nn.Module):
         """Map `(b, n, dim)` to `(b, g, n)`, in float32 or wider."""
         logits = rearrange(self.project(x), "b n g -> b g n")
         return F.logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+
+
+class WriteStrength(nn.Module):
+    """Compute from the token the share of its error that each key head writes: `beta = sigmoid(W x + bias)`.
+
+    W starts at zero and the bias at `start`, so that no random number is drawn.
+    """
+
+    def __init__(self, dim: int, *, key_heads: int, start: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(key_heads, dim))
+        self.bias = nn.Parameter(torch.full((key_heads,), start))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(b, n, dim)` to `(b, g, n)`, in float32 or wider."""
+        logits = rearrange(F.linear(x, self.weight, self.bias), "b n g -> b g n")
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
