@@ -60,6 +60,10 @@ pytestmark = pytest.mark.usefixtures("text")
             ["trainer.accelerator=tpu"],
             "trainer.accelerator: wanted 'auto' or 'cpu' or 'gpu' or 'cuda' or 'mps', got 'tpu'",
         ),
+        (
+            ["trainer.matmul_precision=hihg"],
+            "trainer.matmul_precision: wanted 'highest' or 'high' or 'medium', got 'hihg'",
+        ),
         (["trainer.gradient_clip_val=-1"], "trainer.gradient_clip_val must be at least 0, got -1"),
         (["trainer.gradient_clip_val=nan"], "trainer.gradient_clip_val must be a finite number, got nan"),
         (["optimizer.momentum=1"], "optimizer.momentum must be at least 0 and below 1, got 1"),

@@ -92,8 +92,8 @@ class DeltaAttention(Attention[Tensor]):
         beta: Tensor | None = None,
     ) -> Tensor:
         """Attend over a whole sequence, see `Attention.forward`."""
-        self.check(causal=causal, packed=segments is not None)
         mask = check_per_key(k, mask=mask, segments=segments, log_decay=log_decay)
+        self.check(causal=causal, packed=segments is not None)
         memory = self.init_state(k.shape[0], max_len=k.shape[-2], device=k.device, dtype=k.dtype)
         queries, keys = q.shape[-2], k.shape[-2]
         missing, early = max(0, keys - queries), max(0, queries - keys)  # the last query stands at the last key

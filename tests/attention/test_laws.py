@@ -28,6 +28,7 @@ from performer_lm.ops.projections import draw_projection
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = sorted(path.stem for path in (CONFIGS / "attn").glob("*.yaml"))
 SMALL = {  # blocks smaller than the sequences here; a file without a line is tested as it is
+    "delta": ["attn.num_features=8", "attn.chunk_size=3"],
     "chunked": ["attn.query_chunk_size=3", "attn.key_chunk_size=5"],
     "favor": ["attn/features=hyperbolic", "attn.num_features=8", "attn.chunk_size=3"],
     "flash_tiled": ["attn.on_chip=64"],
@@ -38,7 +39,7 @@ SMALL = {  # blocks smaller than the sequences here; a file without a line is te
 }
 
 
-COMPOSED = ["split", "split in a hybrid"]  # no file of their own builds these
+COMPOSED = ["split", "split in a hybrid", "split of delta"]  # no file of their own builds these
 
 
 @cache
@@ -49,6 +50,8 @@ def find(name: str) -> AttentionFactory:
     if name == "split in a hybrid":
         split = partial(SplitAttention, attn=find("chunked"), local=find("local"), local_heads=2)
         return partial(HybridAttention, pattern=["split"], backends={"split": split})
+    if name == "split of delta":
+        return partial(SplitAttention, attn=find("delta"), local=find("local"), local_heads=2)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose("train", overrides=[f"attn={name}", *SMALL.get(name, [])])
     factory: AttentionFactory = build_section(OmegaConf.to_container(cfg.attn, resolve=True))
@@ -60,6 +63,11 @@ TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}  # backends may sum in float32 whatever
 CPU = torch.device("cpu")
 
 every_backend = pytest.mark.parametrize("name", [*NAMES, *COMPOSED])
+CAUSAL_ONLY = {"delta", "split of delta"}
+in_every_order = pytest.mark.parametrize(
+    ("name", "causal"),
+    [(name, causal) for name in (*NAMES, *COMPOSED) for causal in (True, False) if causal or name not in CAUSAL_ONLY],
+)
 options = st.fixed_dictionaries({"mask": st.booleans(), "log_decay": st.booleans()})
 
 
@@ -166,8 +174,7 @@ def test_the_future_does_not_reach_the_past(name, tokens, changed, seed):
     torch.testing.assert_close(out[:, :, :changed], out_of_mixed[:, :, :changed], **TOLERANCE)
 
 
-@every_backend
-@pytest.mark.parametrize("causal", [True, False])
+@in_every_order
 @given(tokens=st.integers(1, 10), pads=st.integers(1, 9), seed=st.integers(0, 99), chosen=options)
 def test_left_padding_equals_no_padding(name, causal, tokens, pads, seed, chosen):
     attention = build(name)
@@ -191,8 +198,7 @@ def test_a_ragged_prompt_decodes_as_the_prompt_alone(name, tokens, pads, seed, w
     )
 
 
-@every_backend
-@pytest.mark.parametrize("causal", [True, False])
+@in_every_order
 def test_a_masked_key_is_as_if_absent(name, causal):
     attention, inputs = build(name), draw_tokens(9, 0, batch=1, log_decay=causal)
     kept = torch.tensor([True, True, False, True, False, False, True, True, False])
@@ -203,8 +209,7 @@ def test_a_masked_key_is_as_if_absent(name, causal):
     torch.testing.assert_close(out[:, :, kept], attention(**alone, causal=causal), **TOLERANCE)
 
 
-@every_backend
-@pytest.mark.parametrize("causal", [True, False])
+@in_every_order
 @settings(max_examples=10)
 @given(tokens=st.integers(0, 10), seed=st.integers(0, 99), chosen=options)
 def test_an_integer_mask_is_the_bool_mask(name, causal, tokens, seed, chosen):
@@ -309,8 +314,7 @@ def test_no_tokens_give_no_output_and_leave_the_state_as_it_was(name, held, chos
             torch.testing.assert_close(attention.extend(**later, state=after)[0], wanted, **TOLERANCE)
 
 
-@every_backend
-@pytest.mark.parametrize("causal", [True, False])
+@in_every_order
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_sequence_of_no_tokens_has_an_output_of_none(name, causal, packed):
     attention, nothing = build(name), draw_tokens(0, 0, mask=True, log_decay=causal)
@@ -318,8 +322,7 @@ def test_a_sequence_of_no_tokens_has_an_output_of_none(name, causal, packed):
     assert attention(**nothing, causal=causal, segments=segments).shape == (2, HEADS, 0, VALUE_WIDTH)
 
 
-@every_backend
-@pytest.mark.parametrize("causal", [True, False])
+@in_every_order
 def test_queries_without_keys_give_zeros_and_keys_without_queries_nothing(name, causal):
     attention, some, none = build(name), draw_tokens(3, 0), draw_tokens(0, 0)
     if not attention.attends_across:
@@ -329,8 +332,7 @@ def test_queries_without_keys_give_zeros_and_keys_without_queries_nothing(name, 
     assert attention(none["q"], some["k"], some["v"], causal=causal).shape == (2, HEADS, 0, VALUE_WIDTH)
 
 
-@every_backend
-@pytest.mark.parametrize("causal", [True, False])
+@in_every_order
 def test_what_a_masked_key_holds_does_not_matter(name, causal):
     attention, inputs = build(name), draw_tokens(6, 0, mask=True, log_decay=causal)
     out = where_kept(attention(**inputs, causal=causal), inputs)
@@ -341,8 +343,7 @@ def test_what_a_masked_key_holds_does_not_matter(name, causal):
     torch.testing.assert_close(where_kept(attention(**spoilt, causal=causal), inputs), out, **TOLERANCE)
 
 
-@every_backend
-@pytest.mark.parametrize("causal", [True, False])
+@in_every_order
 def test_a_fully_masked_row_gives_zeros_and_finite_gradients(name, causal):
     inputs = {key: x.requires_grad_() for key, x in draw_tokens(5, 0).items()}
     out = build(name)(**inputs, mask=torch.zeros(2, 5, dtype=torch.bool), causal=causal)
@@ -351,8 +352,7 @@ def test_a_fully_masked_row_gives_zeros_and_finite_gradients(name, causal):
     assert all(x.grad is None or x.grad.isfinite().all() for x in inputs.values())
 
 
-@every_backend
-@pytest.mark.parametrize("causal", [True, False])
+@in_every_order
 @given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=5), seed=st.integers(0, 99))
 def test_packed_documents_equal_separate_ones(name, causal, lengths, seed):
     attention = build(name)
@@ -445,8 +445,27 @@ def test_whatever_asks_for_a_gradient_gets_the_one_it_has_beside_all_others(name
 
 @every_backend
 def test_decay_without_causal_is_refused(name):
-    with pytest.raises(ValueError, match="log_decay"):
+    with pytest.raises(ValueError, match="causal only" if name in CAUSAL_ONLY else "log_decay"):
         build(name)(**draw_tokens(3, 0, log_decay=True), causal=False)
+
+
+@every_backend
+def test_beta_counts_where_it_is_taken_and_is_refused_elsewhere(name):
+    attention, inputs, beta = build(name), draw_tokens(5, 0), torch.rand(2, GROUPS, 5, dtype=torch.float64)
+    state = attention.init_state(2, max_len=5, device=CPU, dtype=torch.float64)
+    if attention.takes_beta:
+        whole = attention(**inputs, causal=True, beta=beta)
+        assert not torch.allclose(whole, attention(**inputs, causal=True))
+        first, state = attention.extend(**cut(inputs, slice(0, 2)), state=state, beta=beta[..., :2])
+        second, _ = attention.extend(**cut(inputs, slice(2, 5)), state=state, beta=beta[..., 2:])
+        torch.testing.assert_close(torch.cat([first, second], dim=2), whole, **TOLERANCE)
+    else:
+        for call in (
+            lambda: attention(**inputs, causal=True, beta=beta),
+            lambda: attention.extend(**inputs, state=state, beta=beta),
+        ):
+            with pytest.raises(ValueError, match="take attn=delta"):
+                call()
 
 
 @every_backend
@@ -484,8 +503,7 @@ def test_autocast_keeps_it_near_single(name):
     torch.testing.assert_close(out.float(), attention(**inputs, causal=True), atol=2e-2, rtol=2e-2)  # 8 bits of q, k, v
 
 
-@every_backend
-@pytest.mark.parametrize("causal", [True, False])
+@in_every_order
 def test_a_backward_inside_autocast_is_near_one_outside(name, causal):
     attention, found = build(name), []
     for dtype in (torch.float32, torch.bfloat16):

@@ -27,8 +27,6 @@ class ModelSummary(RunCallback):
                 sketch = build_model(task.section["model"])
             cost = measure_cost(sketch, task.objective, context=data.context)
             sequences, precision = data.share(trainer).micro_batch, str(trainer.precision)
-            products = torch.get_float32_matmul_precision()
-            precision += "" if products == "highest" else f", products of float32 in {products} precision"
             log.info("%s", describe_cost(cost, context=data.context, sequences=sequences, precision=precision))
 
 
@@ -43,6 +41,8 @@ def describe_cost(cost: Cost, *, context: int, sequences: int, precision: str) -
     """
     size = cost.size
     frozen = size.parameters - size.trainable
+    products = torch.get_float32_matmul_precision()
+    precision += "" if products == "highest" else f", products of float32 in {products} precision"
     lines = [
         f"parameters    {size.parameters:,}: {size.embedding:,} in embeddings"
         f"{f', {frozen:,} frozen' if frozen else ''}; {size.buffers:,} numbers in buffers",

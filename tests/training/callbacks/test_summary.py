@@ -1,3 +1,6 @@
+import pytest
+import torch
+
 from performer_lm.cost import BackendCost, Cost, Size
 from performer_lm.training.callbacks.summary import describe_cost
 
@@ -19,6 +22,16 @@ def test_a_summary_tells_size_arithmetic_and_memory() -> None:
     assert "4 x favor   232 kFLOP a token and layer, decoding state 68 KiB" in text
     assert "attn=flash  263 kFLOP a token and layer, decoding state 1 MiB" in text
     assert "note" not in text
+
+
+@pytest.mark.parametrize("products", ["highest", "high", "medium"])
+def test_products_of_float32_that_are_rounded_are_told(products: str) -> None:
+    torch.set_float32_matmul_precision(products)
+    try:
+        text = describe_cost(COST, context=512, sequences=4, precision="32-true")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert (f"in 32-true, products of float32 in {products} precision\n" in text) == (products != "highest")
 
 
 def test_a_context_too_short_for_linear_attention_is_noted() -> None:
