@@ -75,13 +75,13 @@ def delta_rule(
     wanted = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (*tokens, memory, *maps.tensors)
     )
-    with no_autocast(k.device):
-        if q.shape[2] == 1 and segments is None and not wanted:
+    if q.shape[2] == 1 and segments is None and not wanted:
+        with no_autocast(k.device):
             out, memory = _write_token(maps, tokens, memory if consume else memory.clone())
-        else:
-            before = rearrange(memory, "b g m e -> (g b) m e")
-            out, after = run(maps, choose_geometry(memory, block=chunk_size), tokens, before)
-            memory = rearrange(after, "(g b) m e -> b g m e", b=memory.shape[0])
+    else:
+        before = rearrange(memory, "b g m e -> (g b) m e")
+        out, after = run(maps, choose_geometry(memory, block=chunk_size), tokens, before)
+        memory = rearrange(after, "(g b) m e -> b g m e", b=memory.shape[0])
     return out.to(q.dtype), memory
 
 

@@ -17,6 +17,7 @@ from performer_lm.ops.delta.sequence import attend, pull
 from performer_lm.ops.linear.state import Geometry
 from performer_lm.ops.linear.tokens import cut
 from performer_lm.ops.maps import Maps
+from performer_lm.ops.precision import no_autocast
 
 
 def run(maps: Maps, geometry: Geometry, tokens: Writes, memory: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,7 +46,8 @@ def _attend(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the output, the memory before each block if they are to be kept, and that after the last."""
     tokens = Writes(q, k, v, beta, log_decay, mask, documents)
-    return attend(Maps.decode(code, tuple(tensors)), Geometry(tile, block, True), tokens, memory, keep=keep)
+    with no_autocast(q.device):  # here, as compiled callers cannot set it
+        return attend(Maps.decode(code, tuple(tensors)), Geometry(tile, block, True), tokens, memory, keep=keep)
 
 
 @_attend.register_fake
@@ -90,9 +92,10 @@ def _pull(
     """Return the gradients at q, k, v, beta, log_decay if it is there, the memory, and if wanted at the tensors."""
     tokens, maps = Writes(q, k, v, beta, log_decay, mask, documents), Maps.decode(code, tuple(tensors))
     out, kept, after = trace
-    found, memory, totals = pull(
-        maps, Geometry(tile, block, True), tokens, (out, kept, after), grad, grad_memory, wanted=wanted
-    )
+    with no_autocast(q.device):
+        found, memory, totals = pull(
+            maps, Geometry(tile, block, True), tokens, (out, kept, after), grad, grad_memory, wanted=wanted
+        )
     return [x.contiguous() for x in (*found, memory, *totals) if x is not None]
 
 

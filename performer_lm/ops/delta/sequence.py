@@ -179,7 +179,7 @@ def _pull_block(
     log_decay = None
     if tokens.log_decay is not None:
         x, t, c, _ = written.shape
-        own = (out.reshape(x, t, c, -1) * grad.view(x, t, c, -1)).sum(dim=-1) - (tokens.values * solved).sum(dim=-1)
+        own = (out.reshape(x, t, c, -1) * grad.reshape(x, t, c, -1)).sum(dim=-1) - (tokens.values * solved).sum(dim=-1)
         following = torch.cat([memories[:, 1:], after[:, None]], dim=1)
         log_decay = _sum_from(own, scratch) + (following * ends).sum(dim=(2, 3))[..., None]
     count = len(maps.query.tensors)

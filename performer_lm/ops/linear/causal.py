@@ -159,8 +159,7 @@ def _run(maps: Maps, tokens: Tokens, state: LinearState, chunk_size: int | None)
     """Attend to a sequence from a state `(b, g, ...)`, and return what is found and the state after it."""
     b, geometry = state.sums.shape[0], choose_geometry(state.sums, block=chunk_size)
     before = LinearState(*(rearrange(x, "b g ... -> (g b) ...") for x in state))
-    with no_autocast(tokens.keys.device):
-        trace = run(maps, geometry, tokens, before)
+    trace = run(maps, geometry, tokens, before)
     after = (trace.after, trace.exponents[-1])
     return trace, LinearState(*(rearrange(x, "(g b) ... -> b g ...", b=b) for x in after))
 

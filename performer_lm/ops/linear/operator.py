@@ -17,6 +17,7 @@ from performer_lm.ops.linear.sequence import Trace, attend, pull
 from performer_lm.ops.linear.state import Geometry, LinearState
 from performer_lm.ops.linear.tokens import Tokens, cut
 from performer_lm.ops.maps import Maps
+from performer_lm.ops.precision import no_autocast
 
 FIRST_STATE, FIRST_MAP = len(Tokens._fields), len(Tokens._fields) + len(LinearState._fields)
 FIXED = {Tokens._fields.index("mask"), Tokens._fields.index("documents"), FIRST_MAP - 1}  # the last is the exponent
@@ -47,7 +48,8 @@ def _attend(
         keep: all states, for a backward.
     """
     tokens, state, maps = _take_apart(leaves, given, code)
-    return tuple(attend(maps, Geometry(tile, block, one_scale), tokens, state, keep=keep))  # type: ignore[return-value]
+    with no_autocast(leaves[0].device):  # here, as compiled callers cannot set it
+        return tuple(attend(maps, Geometry(tile, block, one_scale), tokens, state, keep=keep))  # type: ignore[return-value]
 
 
 @_attend.register_fake
@@ -82,7 +84,8 @@ def _pull(
     tokens, _, maps = _take_apart(leaves, given, code)
     rest = iter(grads)
     each = [next(rest) if mark == "x" else None for mark in pulled]
-    found, sums, totals = pull(maps, Geometry(tile, block, one_scale), tokens, Trace(*trace), each, wanted=wanted)
+    with no_autocast(leaves[0].device):
+        found, sums, totals = pull(maps, Geometry(tile, block, one_scale), tokens, Trace(*trace), each, wanted=wanted)
     return [x.contiguous() for x in (*found, sums, *totals) if x is not None]
 
 
