@@ -132,7 +132,7 @@ def test_a_picture_or_a_table_that_fails_is_one_warning(
     logger = MetricsLogger(folder=tmp_path)
     logger.log_metrics({"a": 1.0}, step=1)
     monkeypatch.setattr(record, "draw_metrics", fail)
-    monkeypatch.setattr(record.csv, "DictWriter", fail)
+    monkeypatch.setattr(record, "write_csv", fail)
     logger.derive()
     assert caplog.messages == ["warning: metrics.csv could not be written: no memory",
                                "warning: metrics.png could not be written: no memory"]  # fmt: skip
