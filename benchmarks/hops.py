@@ -14,7 +14,6 @@ order in which they are first entered.
 import argparse
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any, Final
@@ -23,6 +22,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -58,8 +58,10 @@ class Watch(TorchDispatchMode):
         factors = tensors[:2] if name.startswith(FUSED) else tensors[-2:]
         if (name in PRODUCTS or name.startswith(FUSED)) and all(map(self._depends, factors)):
             raise Reached
-        with nullcontext() if func.namespace == "aten" else self:
-            found = func(*args, **(kwargs or {}))
+        if custom := OPDEFS.get(func._schema.name):
+            with self:
+                return custom._init_fn(*args, **(kwargs or {}))
+        found = func(*args, **(kwargs or {}))
         if any(map(self._depends, tensors)):
             written = [value for value, about in zip(args, func._schema.arguments, strict=False) if about.is_write]
             results = [value for value in tree_leaves((found, written)) if isinstance(value, Tensor)]

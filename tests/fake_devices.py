@@ -48,7 +48,7 @@ def run(device: str, overrides: list[str], mode: Any) -> dict[str, int]:
     from performer_lm import checkpoint
     from performer_lm.attention.favor import FavorAttention
     from performer_lm.data.windows import IGNORE
-    from performer_lm.evaluation.approximation import measure_approximation
+    from performer_lm.evaluation.approximation.layer import measure_approximation
     from performer_lm.training.callbacks.stability import StabilityMonitor
     from performer_lm.training.optim import parameter_groups
     from performer_lm.training.task import Sums

@@ -84,7 +84,7 @@ def fade(log_decay: Tensor | None, documents: Tensor | None, scratch: Scratch, c
 
 def sum_up_to(x: Tensor, scratch: Scratch) -> Tensor:
     """Return the sums of `(..., c)` over 1..i, as precise as can be; a product, since scans have no fixed order."""
-    triangle = scratch.triangle(x.shape[-1], precise=True)
+    triangle = scratch.triangle(x.shape[-1], of_logarithms=True)
     return x.to(triangle.dtype) @ triangle.mT
 
 

@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from performer_lm.ops.precision import precise as exponent_dtype
+from performer_lm.ops.precision import precise
 
 
 class Scratch:
@@ -34,10 +34,10 @@ class Scratch:
         """Return a copy of x."""
         return self(name, *x.shape).copy_(x)
 
-    def triangle(self, size: int, *, precise: bool = False) -> Tensor:
-        """Return a lower triangle of ones, `(size, size)`; `precise` is for sums of logarithms."""
-        name = f"triangle of {size}{' precise' if precise else ''}"
+    def triangle(self, size: int, *, of_logarithms: bool = False) -> Tensor:
+        """Return a lower triangle of ones, `(size, size)`, to sum weights or logarithms by."""
+        name = f"triangle of {size}{' of logarithms' if of_logarithms else ''}"
         if name not in self._held:
-            dtype = exponent_dtype(self._device) if precise else self._dtype
+            dtype = precise(self._device) if of_logarithms else self._dtype
             self._held[name] = torch.ones(size, size, dtype=dtype, device=self._device).tril_()
         return self._held[name]
