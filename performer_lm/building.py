@@ -48,7 +48,7 @@ TARGET, PARTIAL = "_target_", "_partial_"
 
 
 class Factory:
-    """A class or function with some of its arguments: what a section with `_partial_: true` builds.
+    """A class or function with some of its arguments, as a section with `_partial_: true` builds it.
 
     Args:
         target: is called with `values` and whatever the caller adds.
@@ -84,7 +84,7 @@ def build(
     find: Callable[[str], Callable[..., Any]] | None = None,
     more: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Return what a plain section builds; lists and other dicts item by item, plain values as they are.
+    """Build a plain section: lists and other dicts item by item, plain values as they are.
 
     Args:
         section: dicts, lists and scalars, without interpolations.
@@ -118,7 +118,7 @@ def build(
 
 
 def build_model(section: Any) -> Any:
-    """Return what a model's section in a checkpoint builds.
+    """Build the model's section of a checkpoint.
 
     Raises:
         ValueError: for a target that is not a model class defined in this package, or values that its constructor
@@ -205,7 +205,7 @@ def resolve(path: str, *, allowed: tuple[str, ...] = ALLOWED) -> Callable[..., A
 
 
 def escape(text: str) -> str:
-    r"""Return what a config must hold to be read as `text`: `${` becomes `\${`, backslashes before it are doubled."""
+    r"""Escape text so that a config reads it as `text`: `${` becomes `\${`, backslashes before it are doubled."""
     if text == "???":  # OmegaConf's word for a value that is yet to be given
         return '??${oc.decode:"?"}'
     return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", text)

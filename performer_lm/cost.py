@@ -25,7 +25,7 @@ LONGEST = 256
 
 
 class Size(NamedTuple):
-    """What a model holds, in numbers."""
+    """The numbers that a model holds."""
 
     parameters: int
     embedding: int  # of the parameters, in tables of vectors by id; a tied one is the output layer as well
@@ -34,7 +34,7 @@ class Size(NamedTuple):
 
 
 class BackendCost(NamedTuple):
-    """What one layer of a backend costs."""
+    """The cost of one layer of a backend."""
 
     name: str
     flops: float  # a token's, at the context asked for
@@ -42,7 +42,7 @@ class BackendCost(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What a model costs at a context."""
+    """The cost of a model at a context."""
 
     size: Size
     flops: float  # a token's, in a forward; a training step does three times as much, recomputation left out
@@ -53,7 +53,7 @@ class Cost(NamedTuple):
 
 
 def measure_cost(model: LanguageModel, objective: Objective, *, context: int) -> Cost:
-    """Count what a model costs that learns `objective` from windows of `context` tokens.
+    """Count the cost of a model that learns `objective` from windows of `context` tokens.
 
     Args:
         model: on the meta device.

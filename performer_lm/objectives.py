@@ -37,10 +37,10 @@ class Losses(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What a model is asked in one micro-batch."""
+    """The hidden vectors and targets of one micro-batch."""
 
     hidden: Tensor
-    """`(b, n, dim)` what the output layer reads."""
+    """`(b, n, dim)`, the input of the output layer."""
     targets: Tensor
     """`(b, n)` the ids that are to be predicted from it, `IGNORE` elsewhere."""
 
@@ -64,7 +64,7 @@ class Objective(ABC):
 
     @abstractmethod
     def check(self, model: LanguageModel, *, packed: bool, answers: bool) -> None:
-        """Raise ValueError for what cannot be learned so, naming what can.
+        """Raise ValueError for a model or data that this objective cannot train, naming those it can.
 
         Args:
             model: that is to learn.
@@ -73,12 +73,12 @@ class Objective(ABC):
         """
 
     def adopt(self, tokenizer: Tokenizer) -> None:
-        """Take from the tokenizer what is needed of it; to be called before the first use."""
+        """Take ids from the tokenizer; to be called before the first use."""
         del tokenizer
 
     @abstractmethod
     def ask(self, model: Any, windows: Tensor, *, step: int | None, separator: int | None = None) -> Prediction:
-        """Show a model windows `(b, n + 1)`, in which `IGNORE` fills up what is no text.
+        """Show a model windows `(b, n + 1)`, filled up with `IGNORE`.
 
         Whatever is random must be a function of the seed, the step and the windows alone, so that resumes, ranks and
         accumulation change nothing.
@@ -91,12 +91,12 @@ class Objective(ABC):
         """
 
     def __call__(self, model: Any, windows: Tensor, *, step: int | None, separator: int | None = None) -> Losses:
-        """Return the losses of what `ask` asks."""
+        """Return the losses of a micro-batch."""
         hidden, targets = self.ask(model, windows, step=step, separator=separator)
         return Losses(token_losses(model.head, hidden, targets, chunk_size=self.chunk_size), targets)
 
     def mean(self, losses: Losses) -> Tensor:
-        """Return what training minimises: nats per usually predicted position."""
+        """Return the loss that training minimises: nats per usually predicted position."""
         return losses.nats.sum() / (self.share * losses.nats.numel())
 
 
@@ -106,7 +106,6 @@ class NextToken(Objective):
 
     def check(self, model: LanguageModel, *, packed: bool, answers: bool) -> None:
         """Want a causal model without a context."""
-        del packed, answers
         if not (isinstance(model, PerformerLM) and model.decodes):
             fitting = "mlm" if isinstance(model, PerformerLM) else "seq2seq"
             raise ValueError(
@@ -116,7 +115,6 @@ class NextToken(Objective):
 
     def ask(self, model: PerformerLM, windows: Tensor, *, step: int | None, separator: int | None = None) -> Prediction:
         """Ask for every token but the windows' first."""
-        del step
         inputs, targets = shift(windows)
         segments = None if separator is None else segments_of(inputs, separator)
         return Prediction(model.hidden(inputs, segments=segments), targets)
@@ -165,7 +163,6 @@ class MaskedTokens(Objective):
 
     def check(self, model: LanguageModel, *, packed: bool, answers: bool) -> None:
         """Want a bidirectional model without a context, and text."""
-        del packed
         if not isinstance(model, PerformerLM) or model.performer.causal or model.performer.cross_attend:
             raise ValueError("objective=mlm needs a model that sees both sides: model=performer_encoder")
         if answers:
@@ -219,7 +216,6 @@ class SourceToTarget(Objective):
         self, model: PerformerEncoderDecoder, windows: Tensor, *, step: int | None, separator: int | None = None
     ) -> Prediction:
         """Ask for every token of the second half."""
-        del step, separator
         source, targets = windows.tensor_split(2, dim=1)
         begin = targets.new_full((len(targets), 1), model.start_id)
         inputs = torch.cat((begin, targets[:, :-1]), dim=1).clamp(min=0)

@@ -22,7 +22,7 @@ from performer_lm.ranges import Count, ranged
 
 @ranged
 class DeltaAttention(Attention[Tensor]):
-    """Attention that writes what its memory got wrong, instead of adding to it (2102.11174, 2412.06464).
+    """Attention by a memory that corrects its contents instead of adding to them (2102.11174, 2412.06464).
 
     A token corrects the share `beta` of the error that the memory `(m, e)` makes at its key, and reads the memory at
     its query. Features are those of FAVOR+ scaled to length one; `identity` is q and k themselves at length one, which

@@ -19,7 +19,7 @@ from performer_lm.cli.mistakes import dotted_choice, first_mistake
 
 @contextmanager
 def explaining(loader: Loader, overrides: Sequence[str], *, multirun: bool) -> Iterator[None]:
-    """Turn what Hydra raises for overrides that do not compose into a `UsageError` for the first wrong one."""
+    """Turn the errors of Hydra for overrides that do not compose into a `UsageError` for the first wrong one."""
     try:
         yield
     except UsageError:
@@ -108,7 +108,7 @@ def _job(loader: Loader, sweep: DictConfig, index: int, overrides: Sequence[str]
 
 
 def _place(job: DictConfig, output_dir: str) -> DictConfig:
-    """Fill in what Hydra knows only when a job runs, so that `${hydra:...}` can be resolved before."""
+    """Fill in the values that Hydra knows only when a job runs, so that `${hydra:...}` can be resolved before."""
     HydraConfig.instance().set_config(job)
     OmegaConf.set_readonly(job.hydra, False)
     with open_dict(job.hydra):

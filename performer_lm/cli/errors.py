@@ -58,7 +58,7 @@ def nearest_key(name: str, known: Collection[str], *, prefix: str = "") -> str:
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """Turn a ValueError, of what a constructor refuses, or an OSError, of a file, into a `UsageError`."""
+    """Turn a ValueError of a constructor or an OSError of a file into a `UsageError`."""
     try:
         yield
     except UsageError:
@@ -88,7 +88,7 @@ def report(error: BaseException, *, job: str = "", show_traceback: bool = False)
 
 
 def in_short(error: BaseException) -> str:
-    """Return the first line of what `report` says of an error."""
+    """Return the first line of the report on an error."""
     return _verdict(error)[1][0].partition("\n")[0]
 
 
@@ -147,5 +147,5 @@ def _label() -> str:
 
 
 def _close_stdout() -> None:
-    """Send what is still buffered nowhere, for its reader has gone (`generate.py ... | head`)."""
+    """Discard the output that is still buffered, for its reader has gone (`generate.py ... | head`)."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -24,7 +24,7 @@ COMPOSITION_ERRORS = (
     KeyError,  # a variable that the environment lacks
     RecursionError,  # files that include each other
 )
-"""What Hydra raises for mistakes in overrides and config files."""
+"""The errors that Hydra raises for mistakes in overrides and config files."""
 
 
 class Loader:

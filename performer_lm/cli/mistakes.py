@@ -21,7 +21,7 @@ from performer_lm.cli.loading import COMPOSITION_ERRORS, Loader, no_choice
 
 
 def first_mistake(loader: Loader, overrides: Sequence[str], error: Exception, *, multirun: bool) -> str:
-    """Return what is wrong with the first wrong override, in one line; or else what `error` says.
+    """Explain the first wrong override in one line; or else `error`.
 
     Choices are looked at before keys: they decide which keys there are.
     """
@@ -67,7 +67,7 @@ def dotted_choice(loader: Loader, override: Override) -> str | None:
 
 
 def in_one_line(error: BaseException) -> str:
-    """Return what an error and its cause say, without search paths, node types and other words of their libraries."""
+    """Return the text of an error and of its cause, without search paths, node types and the like."""
     if isinstance(error, RecursionError):
         return "config files that include each other, or themselves, have no end"
     texts = [str(link).partition("\nConfig search path")[0] for link in (error, error.__cause__) if link is not None]

@@ -102,7 +102,7 @@ def _checked(
 
 
 def _run_hydra(loader: Loader, task: Task, words: Sequence[str]) -> None:
-    """Let Hydra do what the words ask for: sweep, or show a config."""
+    """Run Hydra on the words: a sweep, or a config to show."""
     before = sys.argv
     sys.argv = [before[0], *words]
     run = hydra.main(version_base="1.3", config_path=str(loader.config_path), config_name=loader.config_name)(task)

@@ -24,7 +24,7 @@ _REFERENCE = re.compile(r"\$\{([A-Za-z_][\w.\[\]]*)\}")
 def check(
     cfg: DictConfig, *, keys: Mapping[str, Any] | None = None, supplied: Mapping[str, Collection[str]] | None = None
 ) -> None:
-    """Check a composed config against the constructors it names; set what is absent and may be null to null.
+    """Check a composed config against the constructors it names; set absent keys that may be null to null.
 
     Args:
         cfg: the task's config, without Hydra's own section.
@@ -125,7 +125,7 @@ class _Checker:
 
 
 def _annotation(parameter: Parameter) -> Any:
-    """Return what a parameter takes; a default of None means that None is taken, whatever the annotation says."""
+    """Return the annotation of a parameter; a default of None means that None is taken, too."""
     if parameter.default is None and parameter.annotation is not Parameter.empty:
         return parameter.annotation | None if not isinstance(parameter.annotation, str) else Any
     return parameter.annotation

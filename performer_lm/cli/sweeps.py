@@ -19,7 +19,7 @@ FAILURES = "failures.jsonl"
 
 @dataclass(frozen=True)
 class Sweep:
-    """What an entry point does with sweeps.
+    """How an entry point runs sweeps.
 
     Args:
         folder_key: the config key that names the folder.
@@ -48,7 +48,7 @@ def sweeping(sweep: Sweep, folder: Path) -> Iterator[None]:
 
 @contextmanager
 def environment(name: str, value: str) -> Iterator[None]:
-    """Set an environment variable, and put back what was there."""
+    """Set an environment variable, and restore its value."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:
@@ -59,7 +59,7 @@ def environment(name: str, value: str) -> Iterator[None]:
 
 
 def note_failure(job: int, overrides: Sequence[str], *, code: int, error: str) -> None:
-    """Keep what a failed job had to say, for the table at the sweep's end."""
+    """Keep the error of a failed job, for the table at the sweep's end."""
     folder = sweep_folder()
     if folder is None:
         return

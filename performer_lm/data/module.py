@@ -25,7 +25,7 @@ Workers = Annotated[int, Ge(0), Le(1024)]
 
 
 class WindowOptions(TypedDict):
-    """What all data take; `WindowData` says what they mean."""
+    """The options of all data, which `WindowData` explains."""
 
     context: Count
     batch_size: Count
@@ -84,7 +84,6 @@ class WindowData(lightning.LightningDataModule):
         Raises:
             ValueError: in one line, for data that are missing or broken, or that are never held out whole.
         """
-        del whole
         self.prepare()
 
     @abstractmethod
@@ -103,7 +102,7 @@ class WindowData(lightning.LightningDataModule):
 
     @property
     def has_answers(self) -> bool:
-        """Whether what counts in a window are answers that are right or wrong, so that accuracy says something."""
+        """Whether the targets of a window are answers, right or wrong, so that accuracy means something."""
         return self.counted < 1
 
     @property
@@ -113,7 +112,7 @@ class WindowData(lightning.LightningDataModule):
 
     @property
     def prompt(self) -> str:
-        """What to have a trained model go on from, for a start; empty where the tokenizer cannot write it."""
+        """The first prompt for a trained model; empty where the tokenizer cannot write it."""
         try:
             self.tokenizer.encode(PROMPT)
         except ValueError:
@@ -121,8 +120,7 @@ class WindowData(lightning.LightningDataModule):
         return PROMPT
 
     def setup(self, stage: str) -> None:
-        """Do what `prepare` does, for a trainer that was given data nobody prepared."""
-        del stage
+        """Prepare data for a trainer that was given data nobody prepared."""
         self.prepare()
 
     def share(self, trainer: lightning.Trainer) -> BatchShare:

@@ -61,7 +61,7 @@ def check_log_decay(log_decay: Tensor | None, shape: Shape, *, name: str = "log_
 def check_per_key(
     k: Tensor, *, mask: Tensor | None, segments: Tensor | None, log_decay: Tensor | None, name: str = "mask"
 ) -> Tensor | None:
-    """Check what is given of each of the keys `(..., g, j, d)`, and return the mask, whose name is `name`, as bool.
+    """Check the options of each key `(..., g, j, d)`, and return the mask, whose name is `name`, as bool.
 
     Raises:
         ValueError: unless mask and segments are `(..., j)` and log_decay is `(..., g, j)`, of the right dtypes.

@@ -148,7 +148,7 @@ def _attend_chunk(
 
 @dataclass(frozen=True)
 class _Gradients:
-    """What the backward pass adds up, block by block."""
+    """The sums of the backward pass, block by block."""
 
     q: Tensor  # (x r i d)
     k: list[Tensor]  # (x s d) of each key chunk, for scores in units of log 2; whole, a part would not be contiguous,

@@ -83,7 +83,7 @@ def tile_sizes(on_chip: int, width: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _Tiles:
-    """How one call is cut, and what the scores of a tile are."""
+    """How one call is cut, and the scores of a tile."""
 
     terms: Terms
     rows: int

@@ -37,7 +37,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "square": torch.square,
     "tanh": torch.tanh,
 }
-"""What a generalized kernel may apply, by name."""
+"""The functions of a generalized kernel, by name."""
 
 POSITIVE = frozenset({"abs", "elu", "exp", "relu", "relu_squared", "sigmoid", "softplus", "square"})
 """The activations that never go below zero, so that their attention is an average and may be causal."""
@@ -71,8 +71,7 @@ class FeatureMap(ABC):
         """Map x to its features `(g, n, m)`, but for `gain`; for autograd to differentiate."""
 
     def gain(self, x: Tensor) -> Tensor | None:
-        """Return what belongs to all log features of a token, `(g, n)` natural logarithms, as precise as can be."""
-        del x
+        """Return the number added to all log features of a token, `(g, n)` natural logarithms, as precise as can be."""
         return None
 
 

@@ -50,7 +50,7 @@ def delta_rule(
         beta: `(b, g, n)`, from 0 to 1 (2 keeps it stable): the share of its error that a token corrects.
         memory: `(b, g, m, e)`, what came before; it is not changed, unless `consume`.
         query_map: the queries' features, with tensors `(g, ...)`; they are scaled to length one.
-        key_map: the keys' features, likewise.
+        key_map: the keys' features; they are scaled to length one.
         chunk_size: tokens per block, which trades speed and memory, never the result; None for what the device holds.
         mask: `(b, n)` bool or integer; a False key is as if absent.
         segments: `(b, n)` non-decreasing document ids; each document starts with an empty memory, and `memory` belongs

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def unit(features: Tensor, *, logarithmic: bool) -> Tensor:
-    """Scale features `(..., m)`, or what natural log features stand for, to length one; zeros stay zeros."""
+    """Scale features `(..., m)`, given as they are or as natural logarithms, to length one; zeros stay zeros."""
     if logarithmic:
         return (features - 0.5 * (2.0 * features).logsumexp(dim=-1, keepdim=True)).exp()
     return torch.nn.functional.normalize(features, dim=-1, eps=0.0).nan_to_num(0.0)
@@ -29,7 +29,7 @@ def recurrent(
 
     Args:
         queries: `(b, h, n, m)` unit features.
-        keys: `(b, g, n, m)` likewise.
+        keys: `(b, g, n, m)` unit features.
         values: `(b, g, n, e)`.
         beta: `(b, g, n)`, the share of its error that a token corrects.
         memory: `(b, g, m, e)`.

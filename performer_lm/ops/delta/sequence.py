@@ -96,12 +96,12 @@ def pull(
     """Walk the blocks from the end.
 
     Args:
-        maps: as in the forward.
-        geometry: likewise.
-        tokens: likewise.
+        maps: as in the forward, like geometry and tokens.
+        geometry: of blocks.
+        tokens: of the caller.
         trace: what the forward returned, its memories kept.
         grad: `(b, h, n, e)`, at the output, if there is any.
-        grad_memory: `(x, m, e)`, at the memory after the last token, likewise.
+        grad_memory: `(x, m, e)`, at the memory after the last token, if there is any.
         wanted: whether the maps' tensors want gradients.
 
     Returns:

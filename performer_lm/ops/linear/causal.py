@@ -112,7 +112,7 @@ def bidirectional_linear_attention(
 
 
 def _share(one: Tensor, other: Tensor, *, logarithmic: bool) -> Tensor:
-    """Return what one mass is of both; 0 where there is nothing."""
+    """Return the share of one mass in both; 0 where there is nothing."""
     if logarithmic:
         return torch.sigmoid(((one - other) / LOG2_E).masked_fill(one == -torch.inf, -torch.inf))
     return one / (one + other).masked_fill(one == 0, 1.0)
@@ -156,7 +156,7 @@ def read_state(q: Tensor, state: LinearState, *, query_map: FeatureMap, chunk_si
 
 
 def _run(maps: Maps, tokens: Tokens, state: LinearState, chunk_size: int | None) -> tuple[Trace, LinearState]:
-    """Attend to a sequence from a state `(b, g, ...)`, and return what is found and the state after it."""
+    """Attend to a sequence from a state `(b, g, ...)`, and return its trace and the state after it."""
     b, geometry = state.sums.shape[0], choose_geometry(state.sums, block=chunk_size)
     before = LinearState(*(rearrange(x, "b g ... -> (g b) ...") for x in state))
     trace = run(maps, geometry, tokens, before)

@@ -41,11 +41,11 @@ PullOwn = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Steps(NamedTuple):
-    """What sums are multiplied by on their way through a block; None stands for 1."""
+    """The factors on sums on their way through a block; None stands for 1."""
 
     first: Tensor | None  # (x, m): those before the block
     kept: Tensor | None  # (x, t, m or 1): those before a tile, to be part of those after it
-    gained: Tensor | None  # (x, t, m or 1): those of a tile's own tokens, likewise
+    gained: Tensor | None  # (x, t, m or 1): those of a tile's own tokens, to be part of those after it
     last: Tensor | None  # (x, m), float64: the exponent of the sums after the block
 
 
@@ -192,7 +192,7 @@ def _find_scale(
 
 
 def loudest(state: LinearState) -> Tensor:
-    """Return the exponent of what a state's sums hold, `(x, 1, m)`."""
+    """Return the exponent of a state's denominators, `(x, 1, m)`."""
     return (state.exponent + state.sums[..., -1].log2()).clamp_(min=EMPTY)[:, None]
 
 
@@ -231,7 +231,7 @@ def _is_within(reach: Tensor, limit: float) -> bool:
 
 
 def _find_steps(exponent: Tensor, scale: Tensor, fading: Fading, dtype: torch.dtype) -> Steps:
-    """Return what sums are multiplied by, given the exponent that they have `(x, m)` and the scales `(x, s, m)`."""
+    """Return the factors on sums, given the exponent that they have `(x, m)` and the scales `(x, s, m)`."""
     left, gained = fading.left(dtype), None
     if scale.shape[1] > 1:
         gained = _factor(scale, torch.cat([scale[:, 1:], scale[:, -1:]], dim=1), dtype)
@@ -241,7 +241,7 @@ def _find_steps(exponent: Tensor, scale: Tensor, fading: Fading, dtype: torch.dt
 
 
 def steps_between(exponent: Tensor, before: Tensor, own: Tensor, after: Tensor, fading: Fading, like: Tensor) -> Steps:
-    """Return what sums are multiplied by, in the dtype of `like`, to be on the exponents that they shall have.
+    """Return the factors that put sums on the exponents that they shall have, in the dtype of `like`.
 
     Args:
         exponent: `(x, m)`, that the sums before the block have.
@@ -257,7 +257,7 @@ def steps_between(exponent: Tensor, before: Tensor, own: Tensor, after: Tensor, 
 
 
 def _factor(exponent: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what takes sums from one exponent to another. Where it would overflow the sums are zero, or too loud."""
+    """Return the factor from one exponent to another. Where it would overflow, sums are zero or too loud."""
     return (exponent - other).clamp_(max=126.0).exp2_().to(dtype)
 
 

@@ -23,7 +23,7 @@ EXACT_TILE = 16
 
 
 def open_exact(maps: Maps, tokens: Tokens, state: LinearState, scratch: Scratch) -> Chunks:
-    """Compute what `open_chunks` does, for logarithmic features at any loudness; each tile has a scale of its own."""
+    """Compute the matrices of a block of logarithmic features at any loudness; each tile has a scale of its own."""
     rows, origin = write_keys(maps, tokens, state, scratch, gain=None)
     assert origin is not None, "features that are no logarithms always fit"
     queries = write_queries(maps, tokens, None, scratch, rows.shape[-1])

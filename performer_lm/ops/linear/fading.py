@@ -21,7 +21,7 @@ MILD = 24.0
 
 
 class Fading(NamedTuple):
-    """Factors from 0 to 1 on what a tile's queries, and the state at its end, see of keys; None stands for 1.
+    """Factors from 0 to 1 on keys as a tile's queries, and the state at its end, see them; None stands for 1.
 
     Queries are left without a factor of 2^-gain, which their quotients do not feel.
     """
@@ -39,7 +39,7 @@ class Fading(NamedTuple):
         return self.gain is not None and self.until_end is None
 
     def left(self, dtype: torch.dtype) -> Tensor | None:
-        """Return what is left of the state at the end, `(x, t, 1)`."""
+        """Return the share of the state that is left at the end, `(x, t, 1)`."""
         left = None if self.total is None else self.total.exp2().to(dtype)
         if self.ended is None:
             return left

@@ -42,9 +42,9 @@ def _attend(
         leaves: tokens, state and the maps' tensors, as far as they are there.
         given: which of them are there: `x` or `-` for each.
         code: of the maps.
-        tile: of the geometry.
-        block: likewise.
-        one_scale: likewise.
+        tile: of the geometry, like block and one_scale.
+        block: tokens worked on at once.
+        one_scale: whether tiles share a scale.
         keep: all states, for a backward.
     """
     tokens, state, maps = _take_apart(leaves, given, code)

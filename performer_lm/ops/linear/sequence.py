@@ -26,12 +26,12 @@ from performer_lm.ops.precision import LOG2_E
 
 
 class Trace(NamedTuple):
-    """What a forward returns, and what it leaves for its backward."""
+    """The results of a forward, and its records for the backward."""
 
     out: Tensor  # (b, h, n, e), before it is rounded to the inputs' dtype
     mass: Tensor  # (b, h, n), float64: the denominators, or log2 of them where features are logarithms
     sums: Tensor  # (blocks, x, m, e + 1): before each block; of no blocks where they are not kept
-    exponents: Tensor  # (blocks + 1, x, m), float64: likewise, and after the last
+    exponents: Tensor  # (blocks + 1, x, m), float64: before each block, and after the last
     after: Tensor  # (x, m, e + 1): the sums after the last token
 
 
@@ -58,9 +58,9 @@ def pull(
     """Walk the blocks from the end.
 
     Args:
-        maps: as in the forward.
-        geometry: likewise.
-        tokens: likewise.
+        maps: as in the forward, like geometry and tokens.
+        geometry: of blocks.
+        tokens: of the caller.
         trace: of a forward that kept its states.
         grads: at the output, the masses and the sums after the last token, where they have any.
         wanted: whether the maps' tensors want gradients.

@@ -41,7 +41,7 @@ def read(q: Tensor, state: LinearState, *, query_map: FeatureMap) -> Tensor:
 
 
 def _map(a_map: FeatureMap, x: Tensor, g: int) -> tuple[Tensor, Tensor]:
-    """Map vectors `(b, g r, n, d)` to features `(b, g r, n, m)`: values, and natural logarithms of what scales them."""
+    """Map vectors `(b, g r, n, d)` to features `(b, g r, n, m)`: values, and the natural logarithms of their scales."""
     values, logs = a_map.to(x.dtype)(rearrange(x, "b (g r) n d -> g (b r n) d", g=g))
     assert values is not None
     logs = torch.zeros_like(values) if logs is None else logs

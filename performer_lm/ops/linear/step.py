@@ -75,12 +75,12 @@ def _weights(
 
 
 def _must_look_blindly(x: Tensor) -> bool:
-    """Tell whether looking at x is not for the host to do: it would wait for a device, or break a compiled graph."""
+    """Return True if the host should not look at x: it would wait for a device, or break a compiled graph."""
     return x.device.type != "cpu" or torch.compiler.is_compiling()
 
 
 def _features(maps: Maps, tokens: Tokens, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what the maps write for queries and keys: `(b, g, r, m)` and `(b, g, 1, m)`."""
+    """Return the features of queries and keys: `(b, g, r, m)` and `(b, g, 1, m)`."""
     b, g, _, d = tokens.keys.shape  # einops would take as long as the products do
     queries = tokens.queries.to(sums.dtype).reshape(b, g, -1, d).transpose(0, 1)
     keys = tokens.keys.to(sums.dtype).transpose(0, 1)
@@ -91,7 +91,7 @@ def _features(maps: Maps, tokens: Tokens, sums: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _write(a_map: BlockMap, x: Tensor, num_features: int) -> Tensor:
-    """Write what a map makes of x `(g, b, r, d)`: `(b, g, r, m)`."""
+    """Write the features of x `(g, b, r, d)`: `(b, g, r, m)`."""
     out = x.new_empty(*x.shape[:3], num_features)
     a_map.write(x.flatten(1, 2), out.flatten(1, 2), add=False)
     return out.transpose(0, 1)

@@ -26,7 +26,7 @@ class Pulled(NamedTuple):
     """The gradients of a block."""
 
     queries: Tensor  # (x, t, c r, m), at features; at their natural logarithms, where they are logarithms
-    keys: Tensor  # (x, t, c, m), likewise
+    keys: Tensor  # (x, t, c, m), as for queries
     values: Tensor  # (x, t, c, e)
     sums: Tensor  # (x, m, e + 1), before the block
 
@@ -34,7 +34,7 @@ class Pulled(NamedTuple):
 def attend_tiles(
     chunks: Chunks, values: Tensor, sums: Tensor, scratch: Scratch, *, in_place: bool, after: Tensor
 ) -> Tensor:
-    """Return what the queries see, N `(x, t, c r, e + 1)`, and write the sums after the block.
+    """Return the numerators and denominators of queries, N `(x, t, c r, e + 1)`, and write the sums after the block.
 
     Args:
         chunks: the block's matrices.
@@ -100,7 +100,7 @@ def pull_tiles(
 
 
 class _Given(NamedTuple):
-    """What both ways to pull gradients back are given."""
+    """The arguments of both ways to pull gradients back."""
 
     queries: Tensor
     keys: Tensor
@@ -208,5 +208,5 @@ def _weigh(sums: Tensor, factor: Tensor | None, *, out: Tensor) -> Tensor:
 
 
 def _at_end(values: Tensor, fading: Fading) -> Tensor:
-    """Return what is left of the values at the end of their tiles, until * V."""
+    """Return until * V, the values as they are left at the end of their tiles."""
     return values if fading.until_end is None else values * fading.until_end

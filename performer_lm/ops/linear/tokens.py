@@ -14,7 +14,7 @@ from performer_lm.ops.linear.scratch import Scratch
 
 
 class Tokens(NamedTuple):
-    """What comes with a run of tokens, or the gradients at it.
+    """A run of tokens, or the gradients at it.
 
     A caller's has the shapes that stand first. In a block batch and key heads are one dimension `(g b)`, so that one
     product maps all of a head's tokens; vectors are in the dtype of the sums, and masked ones zero.

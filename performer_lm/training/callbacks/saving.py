@@ -141,6 +141,6 @@ class StepBoundary(Callback):
 
 
 def is_between_steps(trainer: Trainer) -> bool:
-    """Tell whether every micro-batch that was taken has reached the weights."""
+    """Return True if every micro-batch that was taken has reached the weights."""
     counts = trainer.fit_loop.epoch_loop.batch_progress.current.state_dict()
     return counts["started"] == counts["completed"] and not counts["completed"] % trainer.accumulate_grad_batches

@@ -60,7 +60,6 @@ class StopOnSignal(Callback):
         return self._told.reach(trainer, wanted=self.received is not None)
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
-        del frame
         self.received = signum
         signal.signal(signal.SIGINT, signal.default_int_handler)
         print("\nstopping after this step (Ctrl-C again to stop at once)", file=sys.stderr)
