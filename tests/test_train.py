@@ -284,6 +284,6 @@ def test_help_answers_at_once() -> None:
     start = time.perf_counter()
     done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True)
     assert done.returncode == 0
-    assert "attn: chunked, exact, favor, flash" in done.stdout
+    assert "attn: chunked, delta, exact, favor, flash" in done.stdout
     assert "torch" not in done.stderr
     assert time.perf_counter() - start < 30  # a hang, not a speed: benchmarks measure those

@@ -206,7 +206,7 @@ def test_auto_takes_the_folder_that_is_named_every_time(start: Start, left: list
 
 def test_a_run_that_was_left_before_its_first_save_starts_again_in_its_folder_and_says_so(start: Start) -> None:
     run = start("ckpt=auto", "run_dir=runs/a")
-    run.room.open(run.cfg)
+    run.run_folder.open(run.cfg)
     run.run_folder.release()
     again = start("ckpt=auto", "run_dir=runs/a")
     assert again.folder == Path("runs/a")

@@ -84,7 +84,7 @@ def test_a_file_latest_and_a_file_without_a_run_are_taken_alike(start: Start, gi
     for name in (str(best), "latest", "alone.ckpt", "runs/latest"):
         run = start(f"init='{name}'", "run_dir=runs/a")
         assert run.task.model.performer.layers[0].attention.body.project_in.weight.shape[1] == 24
-        run.room.release()
+        run.run_folder.release()
 
 
 @pytest.mark.parametrize("typed", ["attn=exact", "attn=flash", "attn=local", "attn=hybrid", "attn=relu"])
