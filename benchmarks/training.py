@@ -14,8 +14,9 @@ from functools import partial
 import matplotlib.pyplot as plt
 import torch
 from measure import RESULTS, THREADS, Run, time_together, write_results
-from performer_lm.training.precision import multiplies_bfloat16
 from steps import prepare
+
+from performer_lm.training.trainer import multiplies_bfloat16
 
 ARMS = {
     "favor": ["attn=favor"],
