@@ -17,6 +17,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from performer_lm.building import PARTIAL, TARGET, did_you_mean, parameters, resolve
 from performer_lm.cli.annotations import describe, is_node, leaves, mismatches
 from performer_lm.cli.errors import UsageError, nearest_key
+from performer_lm.wording import short
 
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][\w.\[\]]*)\}")
 
@@ -40,8 +41,13 @@ def check(
     checker = _Checker(keys or {}, supplied or {}, references)
     for key, wanted in checker.keys.items():
         if key not in written and not any(name.startswith((f"{key}.", f"{key}[")) for name in written):
+            section = key.rpartition(".")[0]
             if list(mismatches(wanted, None, key)):
                 checker.note(key, f"missing; wanted {describe(wanted)}")
+            elif section in written:
+                checker.note(section, f"must be a section with {key}, got {short(written[section])}")
+            elif any(name.startswith(f"{section}[") for name in written):
+                checker.note(section, f"must be a section with {key}, got a list")
             else:
                 OmegaConf.update(cfg, key, None, force_add=True)
     checker.visit(tree, "")

@@ -140,6 +140,8 @@ def check_own(folder: Path) -> None:
         if inside.is_symlink() or (os.path.lexists(inside) and not inside.is_dir()):
             raise OSError(errno.ENOTDIR, "is no folder of its own, and a run keeps files in it", str(inside))
         for entry in entries_below(inside):
+            if Path(entry.path).match("wandb/*run-*/logs/debug-core.log"):
+                continue  # wandb links it to its cache, and writes to none but a new session's
             if not entry.is_symlink():
                 if not entry.is_dir():
                     check_plain(Path(entry.path))

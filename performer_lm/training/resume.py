@@ -104,12 +104,20 @@ def _differing(saved: Mapping[str, Any], section: Mapping[str, Any]) -> list[tup
 
 
 def _differences(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    old, new = _in_use(old), _in_use(new)
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted({*old, *new}):
             if (name in old and name in new) or old.get(name) or new.get(name):  # an option that one lacks is off there
                 yield from _differences(f"{key}.{name}", old.get(name), new.get(name))
     elif old != new:
         yield key, old, new
+
+
+def _in_use(value: Any) -> Any:
+    """Return a section, and of a pattern's backends those that it names: any version offers others besides."""
+    if not (isinstance(value, dict) and isinstance(value.get("backends"), dict) and "pattern" in value):
+        return value
+    return {**value, "backends": {name: x for name, x in value["backends"].items() if name in value["pattern"]}}
 
 
 def _training(section: Mapping[str, Any]) -> Mapping[str, Any]:
