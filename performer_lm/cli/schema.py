@@ -44,9 +44,9 @@ def check(
             section = key.rpartition(".")[0]
             if list(mismatches(wanted, None, key)):
                 checker.note(key, f"missing; wanted {describe(wanted)}")
-            elif section in written:
+            elif section and section in written:
                 checker.note(section, f"must be a section with {key}, got {short(written[section])}")
-            elif any(name.startswith(f"{section}[") for name in written):
+            elif section and any(name.startswith(f"{section}[") for name in written):
                 checker.note(section, f"must be a section with {key}, got a list")
             else:
                 OmegaConf.update(cfg, key, None, force_add=True)
