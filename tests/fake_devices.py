@@ -126,5 +126,5 @@ if __name__ == "__main__":
         device, *overrides = job.split()
         try:
             print(json.dumps(run(device, overrides, mode)), flush=True)
-        except Exception:
+        except Exception:  # of any kind: the test shows it with its job
             print(json.dumps({"error": traceback.format_exc()}), flush=True)

@@ -13,6 +13,7 @@ from typing import Any, Generic, NotRequired, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from performer_lm.ranges import Count, Share, Whole, ranged
 
@@ -174,6 +175,20 @@ class Attention(nn.Module, ABC, Generic[State]):
     @abstractmethod
     def count_flops(self, queries: int, keys: int, *, causal: bool) -> int:
         """Return the arithmetic of one sequence's forward: two operations for each multiply-add of a matrix product."""
+
+
+def attend_at_end(attend: Callable[[Tensor], Tensor], q: Tensor, keys: int) -> Tensor:
+    """Attend causally from queries `(b, h, i, d)` of another number than the keys: the last stands at the last key.
+
+    Args:
+        attend: for as many queries as keys; those that are missing in front are zeros.
+        q: whose first ones, where there are more queries than keys, see nothing and give zeros.
+        keys: their number.
+    """
+    queries = q.shape[-2]
+    missing, early = max(0, keys - queries), max(0, queries - keys)
+    out = attend(pad(q, (0, 0, missing, 0))[:, :, early:])
+    return pad(out[:, :, missing:], (0, 0, early, 0))
 
 
 def refuse_beta(beta: Tensor | None) -> None:

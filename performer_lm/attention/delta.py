@@ -8,9 +8,8 @@ from typing import Unpack
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from performer_lm.attention.base import Attention, Sizes
+from performer_lm.attention.base import Attention, Sizes, attend_at_end
 from performer_lm.attention.feature_maps import AttentionFeatures
 from performer_lm.attention.kernel_maps import IdentityFeatures
 from performer_lm.ops.checks import check_per_key
@@ -95,11 +94,11 @@ class DeltaAttention(Attention[Tensor]):
         mask = check_per_key(k, mask=mask, segments=segments, log_decay=log_decay)
         self.check(causal=causal, packed=segments is not None)
         memory = self.init_state(k.shape[0], max_len=k.shape[-2], device=k.device, dtype=k.dtype)
-        queries, keys = q.shape[-2], k.shape[-2]
-        missing, early = max(0, keys - queries), max(0, queries - keys)  # the last query stands at the last key
-        q = pad(q, (0, 0, missing, 0))[:, :, early:] if queries != keys else q
-        out, _ = self._append(q, k, v, memory, mask, segments, log_decay, beta)
-        return pad(out[:, :, missing:], (0, 0, early, 0)) if queries != keys else out
+        if q.shape[-2] == k.shape[-2]:
+            return self._append(q, k, v, memory, mask, segments, log_decay, beta)[0]
+        return attend_at_end(
+            lambda q: self._append(q, k, v, memory, mask, segments, log_decay, beta)[0], q, k.shape[-2]
+        )
 
     def _append(
         self,

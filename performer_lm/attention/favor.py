@@ -10,9 +10,8 @@ from typing import Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
-from performer_lm.attention.base import Attention, Sizes, refuse_beta
+from performer_lm.attention.base import Attention, Sizes, attend_at_end, refuse_beta
 from performer_lm.attention.feature_maps import AttentionFeatures, SoftmaxFeatures
 from performer_lm.ops.checks import check_per_key
 from performer_lm.ops.linear import (
@@ -94,11 +93,9 @@ class FavorAttention(Attention[LinearState]):
             self.features.observe(q, k, mask)
         state = self.init_state(k.shape[0], max_len=k.shape[-2], device=k.device, dtype=k.dtype)
         if causal:
-            queries, keys = q.shape[-2], k.shape[-2]
-            missing, early = max(0, keys - queries), max(0, queries - keys)  # the last query stands at the last key
-            q = pad(q, (0, 0, missing, 0))[:, :, early:] if queries != keys else q
-            out, _ = self._append(q, k, v, state, mask, segments, log_decay)
-            return pad(out[:, :, missing:], (0, 0, early, 0)) if queries != keys else out
+            if q.shape[-2] == k.shape[-2]:
+                return self._append(q, k, v, state, mask, segments, log_decay)[0]
+            return attend_at_end(lambda q: self._append(q, k, v, state, mask, segments, log_decay)[0], q, k.shape[-2])
         if log_decay is not None:
             raise ValueError("log_decay needs causal attention: without an order keys have no age")
         q, k, log_gain = self.features.prepare(q, k)

@@ -51,21 +51,8 @@ def _attend(
 
 
 @_attend.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    mask: Tensor | None,
-    documents: Tensor | None,
-    memory: Tensor,
-    tensors: Sequence[Tensor],
-    code: str,
-    tile: int,
-    block: int,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    memory, (tile, block, keep) = rest[4], rest[-3:]
     blocks = len(list(cut(q.shape[2], block, tile))) if keep else 0
     out = memory.new_empty(*q.shape[:3], v.shape[-1])
     return out, memory.new_empty(blocks, *memory.shape), torch.empty_like(memory)
@@ -100,24 +87,9 @@ def _pull(
 
 
 @_pull.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    mask: Tensor | None,
-    documents: Tensor | None,
-    trace: Sequence[Tensor],
-    grad: Tensor | None,
-    grad_memory: Tensor | None,
-    tensors: Sequence[Tensor],
-    code: str,
-    tile: int,
-    block: int,
-    wanted: bool,
-) -> list[Tensor]:
-    found = [q, k, v, beta, *([] if log_decay is None else [log_decay]), trace[2], *(tensors if wanted else [])]
+def _(*given: Any) -> list[Tensor]:
+    (*at_tokens, _, _), trace, tensors, wanted = given[:7], given[7], given[10], given[-1]
+    found = [x for x in at_tokens if x is not None] + [trace[2], *(tensors if wanted else [])]
     return [x.new_empty(x.shape) for x in found]
 
 

@@ -1,4 +1,4 @@
-"""What is left of a key's weight with time: decay and document boundaries, inside a tile.
+"""Factors of decay and of document boundaries on the weights of keys, inside a tile.
 
 A key's weight at query i is 2^(past_i - past_j) of what it was, where `past` sums log2 of the decay from the tile's
 start on. Only differences count, and only between keys that one query sees. So a number per query may be left out, and

@@ -49,7 +49,7 @@ def _attend(
     """
     tokens, state, maps = _take_apart(leaves, given, code)
     with no_autocast(leaves[0].device):  # here, as compiled callers cannot set it
-        return tuple(attend(maps, Geometry(tile, block, one_scale), tokens, state, keep=keep))  # type: ignore[return-value]
+        return attend(maps, Geometry(tile, block, one_scale), tokens, state, keep=keep)[:]
 
 
 @_attend.register_fake
@@ -91,18 +91,9 @@ def _pull(
 
 @_pull.register_fake
 def _(
-    leaves: Sequence[Tensor],
-    trace: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    given: str,
-    pulled: str,
-    code: str,
-    tile: int,
-    block: int,
-    one_scale: bool,
-    wanted: bool,
+    leaves: Sequence[Tensor], trace: Sequence[Tensor], grads: Sequence[Tensor], given: str, *rest: Any
 ) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x, has in zip(leaves, _have_gradients(given, wanted), strict=True) if has]
+    return [x.new_empty(x.shape) for x, has in zip(leaves, _have_gradients(given, rest[-1]), strict=True) if has]
 
 
 def _take_apart(leaves: Sequence[Tensor], given: str, code: str) -> tuple[Tokens, LinearState, Maps]:

@@ -80,8 +80,8 @@ def pull(
     )
     for index, part in reversed(list(enumerate(cut(trace.out.shape[2], geometry.block, geometry.tile)))):
         before = LinearState(trace.sums[index], trace.exponents[index])
-        room = Gradients(found.by_key_heads(), totals)
-        grad_sums = walk.backward(part, before, trace.exponents[index + 1], outer, grad_sums, room)
+        gathered = Gradients(found.by_key_heads(), totals)
+        grad_sums = walk.backward(part, before, trace.exponents[index + 1], outer, grad_sums, gathered)
     assert grad_sums is not None or not trace.out.shape[2]
     return found, torch.zeros_like(trace.after) if grad_sums is None else grad_sums, totals
 
@@ -106,24 +106,24 @@ class Walk:
     def __init__(self, maps: Maps, tokens: Tokens, geometry: Geometry, scratch: Scratch) -> None:
         self.maps, self.tokens, self.geometry, self.scratch = maps, tokens.by_key_heads(), geometry, scratch
 
-    def forward(self, part: slice, state: LinearState, room: tuple[Tensor, Tensor] | None) -> LinearState:
+    def forward(self, part: slice, state: LinearState, results: tuple[Tensor, Tensor] | None) -> LinearState:
         """Take the tokens of `part` in, and overwrite the sums of `state`.
 
         Args:
             part: of the sequence.
             state: before it.
-            room: outputs `(g, b, n, r, e)` and masses `(g, b, n, r)` of the sequence; None to leave them out.
+            results: for outputs `(g, b, n, r, e)` and masses `(g, b, n, r)` of the sequence; None to leave them out.
         """
         opened = self._open(part, state)
         if isinstance(opened, list):
             for smaller in opened:
-                state = self.forward(smaller, state, room)
+                state = self.forward(smaller, state, results)
             return state
         block, chunks = opened
         in_place = self.geometry.one_scale and chunks.pull_own is None
         seen = attend_tiles(chunks, block.values, state.sums, self.scratch, in_place=in_place, after=state.sums)
-        if room is not None:
-            out, kept = (x[:, :, part] for x in room)
+        if results is not None:
+            out, kept = (x[:, :, part] for x in results)
             mass = seen[..., -1:]
             found = mass if chunks.peak is None else mass.to(kept.dtype).log2() + chunks.peak
             kept.copy_(found.reshape(kept.shape))
@@ -141,7 +141,7 @@ class Walk:
         exponent: Tensor,
         outer: list[Tensor | None],
         grad_sums: Tensor | None,
-        room: Gradients,
+        gathered: Gradients,
     ) -> Tensor:
         """Pull gradients back through the tokens of `part`, and return that at the sums before them.
 
@@ -151,7 +151,7 @@ class Walk:
             exponent: `(x, m)`, of the state after it.
             outer: outputs `(g, b, n, r, e)`, masses `(g, b, n, r)`, and the gradients at them, of the sequence.
             grad_sums: `(x, m, e + 1)`, at the sums after it.
-            room: for what is found.
+            gathered: where the gradients go.
         """
         opened = self._open(part, before)
         if isinstance(opened, list):
@@ -161,7 +161,7 @@ class Walk:
                 state = self.forward(smaller, state, None)
             exponents = [*(state.exponent for state in states[1:]), exponent]
             for smaller, start, stop in reversed(list(zip(opened, states, exponents, strict=True))):
-                grad_sums = self.backward(smaller, start, stop, outer, grad_sums, room)
+                grad_sums = self.backward(smaller, start, stop, outer, grad_sums, gathered)
             assert grad_sums is not None
             return grad_sums
         block, chunks = opened
@@ -185,11 +185,11 @@ class Walk:
             log_decay = _pull_decay(log_gain, (grad_before * before.sums).sum(dim=(1, 2)), self.scratch)
         count = len(self.maps.query.tensors)
         found = Tokens(
-            self._pull_map(self.maps.query, block.queries, queries, room.tensors, 0),
-            self._pull_map(self.maps.key, block.keys, keys, room.tensors, count),
+            self._pull_map(self.maps.query, block.queries, queries, gathered.tensors, 0),
+            self._pull_map(self.maps.key, block.keys, keys, gathered.tensors, count),
             *(values, log_gain, log_decay, None, None),
         )
-        for whole, piece in zip(room.tokens, found, strict=True):
+        for whole, piece in zip(gathered.tokens, found, strict=True):
             if whole is not None and piece is not None:
                 place = whole[:, :, part]
                 place.copy_(piece.reshape(place.shape))

@@ -45,5 +45,7 @@ def _map(a_map: FeatureMap, x: Tensor, g: int) -> tuple[Tensor, Tensor]:
     values, logs = a_map.to(x.dtype)(rearrange(x, "b (g r) n d -> g (b r n) d", g=g))
     assert values is not None
     logs = torch.zeros_like(values) if logs is None else logs
-    shape = {"b": x.shape[0], "n": x.shape[2]}
-    return tuple(rearrange(part, "g (b r n) m -> b (g r) n m", **shape) for part in (values, logs))  # type: ignore[return-value]
+    values, logs = (
+        rearrange(part, "g (b r n) m -> b (g r) n m", b=x.shape[0], n=x.shape[2]) for part in (values, logs)
+    )
+    return values, logs

@@ -1,4 +1,4 @@
-"""What the ranks of a run decide together, without that the host waits for the device in every step."""
+"""Agreements between the ranks of a run, for which no host waits on its device in every step."""
 
 import torch
 from lightning.pytorch import Trainer
@@ -16,7 +16,7 @@ class Agreement:
         self._asked: tuple[Tensor, torch.Event | None] | None = None
 
     def reach(self, trainer: Trainer, *, wanted: bool) -> bool:
-        """Say what this rank wants before a step, and return what is agreed on."""
+        """Ask all ranks before a step, and return True if one of them wants it, on all in the same step."""
         if trainer.world_size == 1:
             return wanted
         if self._answer():
@@ -41,7 +41,7 @@ class Agreement:
 
 
 def send_to_host(values: Tensor) -> tuple[Tensor, torch.Event | None]:
-    """Return the numbers on the host, and what tells that they have arrived; None where they are there already."""
+    """Copy numbers to the host, and return them with the event of their arrival; None where they are there already."""
     if values.device.type == "cpu":
         return values, None
     host = torch.empty_like(values, device="cpu", pin_memory=True)

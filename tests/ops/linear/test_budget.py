@@ -1,4 +1,4 @@
-"""What the engine asks of an accelerator, counted on `meta`: kernels, bytes, and no look at values."""
+"""The engine stays within budgets of kernels and bytes on an accelerator, counted on `meta`, and looks at no values."""
 
 from collections import Counter
 from typing import Any
