@@ -23,6 +23,7 @@ from performer_lm.ops.linear import (
     read_state,
 )
 from performer_lm.ops.linear.state import CPU_TILE
+from performer_lm.ops.linear.triton import Kernel
 from performer_lm.ops.maps import BlockMap
 from performer_lm.ranges import Count, Whole, ranged
 
@@ -42,6 +43,7 @@ class FavorAttention(Attention[LinearState]):
         redraw_interval: optimizer steps between new projections; None never redraws.
         redraw_until: last step at which they may be redrawn; None sets no end.
         chunk_size: tokens per block, which trades speed and memory, never the result; None for as many as caches hold.
+        kernel: `torch`, `triton`, or `auto`, which takes Triton's on CUDA where they agree with torch's.
         sizes: those of `Attention`; the projections of two layers differ.
     """
 
@@ -54,10 +56,11 @@ class FavorAttention(Attention[LinearState]):
         redraw_interval: Count | None,
         redraw_until: Whole | None,
         chunk_size: Count | None,
+        kernel: Kernel = "auto",
         **sizes: Unpack[Sizes],
     ) -> None:
         super().__init__(**sizes)
-        self.chunk_size = chunk_size
+        self.chunk_size, self.kernel = chunk_size, kernel
         self.redraw_interval, self.redraw_until = redraw_interval, redraw_until
         self.features = features(
             heads=self.heads,
@@ -111,6 +114,7 @@ class FavorAttention(Attention[LinearState]):
                 chunk_size=self.chunk_size,
                 mask=mask,
                 log_gain=log_gain,
+                kernel=self.kernel,
             )
         query_map, key_map = self.features.maps()
         state = absorb_keys(k, v, state, key_map=key_map, chunk_size=self.chunk_size, mask=mask, log_gain=log_gain)
@@ -140,6 +144,7 @@ class FavorAttention(Attention[LinearState]):
             segments=segments,
             log_decay=log_decay,
             log_gain=log_gain,
+            kernel=self.kernel,
             consume=True,  # forward made the state itself, and extend may use it up
         )
 

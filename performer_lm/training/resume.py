@@ -15,8 +15,8 @@ from performer_lm.data.windows import FiniteWindows
 
 EMA = "callbacks.ema.decay"
 
-CHUNK_SIZES = frozenset({"chunk_size", "query_chunk_size", "key_chunk_size"})
-"""Sizes that move results by rounding only, so that a run with another one is the same run."""
+ROUNDING = frozenset({"chunk_size", "query_chunk_size", "key_chunk_size", "kernel"})
+"""Options that move results by rounding only, so that a run with another one is the same run."""
 
 
 def check_resumed(
@@ -65,7 +65,7 @@ def is_like(saved: Mapping[str, Any], section: Mapping[str, Any]) -> bool:
 
 def validation_digest(windows: FiniteWindows, objective: Mapping[str, Any]) -> str:
     """Return a digest of validation data and objective: scores of two runs compare where it is the same."""
-    kept = {name: value for name, value in objective.items() if name not in CHUNK_SIZES}
+    kept = {name: value for name, value in objective.items() if name not in ROUNDING}
     digest = sha256(json.dumps(kept, sort_keys=True).encode())
     digest.update(np.ascontiguousarray(windows.byte_lengths).tobytes())
     for first in range(0, len(windows), 256):
@@ -127,7 +127,7 @@ def _training(section: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _keeps_results(key: str) -> bool:
     """Return True for an option that trades speed and memory alone."""
-    return key.rpartition(".")[-1] in CHUNK_SIZES
+    return key.rpartition(".")[-1] in ROUNDING
 
 
 def best_score(resumed: Checkpoint) -> float:

@@ -14,6 +14,7 @@ from performer_lm.ops.linear.sequence import Trace
 from performer_lm.ops.linear.state import LinearState, choose_geometry, empty_state
 from performer_lm.ops.linear.step import attend_token
 from performer_lm.ops.linear.tokens import Tokens
+from performer_lm.ops.linear.triton import Kernel, takes_triton
 from performer_lm.ops.maps import BlockMap, FeatureMap, Maps
 from performer_lm.ops.precision import LOG2_E, no_autocast
 
@@ -32,6 +33,7 @@ def causal_linear_attention(
     log_decay: Tensor | None = None,
     log_gain: Tensor | None = None,
     consume: bool = False,
+    kernel: Kernel = "auto",
 ) -> tuple[Tensor, LinearState]:
     """Append n tokens to `state`, each attending to all before it and itself: the output and the next state.
 
@@ -52,12 +54,14 @@ def causal_linear_attention(
         log_decay: `(b, g, n)`, at most 0: key j weighs exp(sum of log_decay over j+1..i) at query i.
         log_gain: `(b, g, n)`: key j weighs exp(log_gain) times as much; for logarithmic maps.
         consume: the state may be overwritten, which spares a copy when decoding without gradients.
+        kernel: `torch`, `triton`, or `auto`: Triton's where they run (`triton/__init__.py`).
 
     Returns:
         `(b, h, n, e)` in q's dtype, and the state after the last token.
 
     Raises:
-        ValueError: for a mask, segments or log_decay of another shape or dtype, or a state of another batch.
+        ValueError: for a mask, segments or log_decay of another shape or dtype, a state of another batch, or
+            `triton` where its kernels do not run.
     """
     check_batch(k, state.sums)
     mask = check_per_key(k, mask=mask, segments=segments, log_decay=log_decay)
@@ -70,7 +74,7 @@ def causal_linear_attention(
     if q.shape[2] == 1 and segments is None and not wanted:
         with no_autocast(q.device):
             return attend_token(maps, tokens, state, own=consume)
-    trace, after = _run(maps, tokens, state, chunk_size)
+    trace, after = _run(maps, tokens, state, chunk_size, kernel)
     return trace.out.to(q.dtype), after
 
 
@@ -85,6 +89,7 @@ def bidirectional_linear_attention(
     chunk_size: int | None = None,
     mask: Tensor | None = None,
     log_gain: Tensor | None = None,
+    kernel: Kernel = "auto",
 ) -> Tensor:
     """Attend from each token to all of its own document, before and after it: `(b, h, n, e)` in q's dtype.
 
@@ -99,14 +104,14 @@ def bidirectional_linear_attention(
     features = next(x for x in maps.key(k.new_zeros(g, 1, d, dtype=dtype)) if x is not None)
     state = empty_state(b, g, features.shape[-1], v.shape[-1], device=k.device, dtype=dtype)
     mask = k.new_ones(b, n, dtype=torch.bool) if mask is None else mask
-    forth, _ = _run(maps, Tokens(q, k, v, log_gain, None, mask, _documents(segments)), state, chunk_size)
+    forth, _ = _run(maps, Tokens(q, k, v, log_gain, None, mask, _documents(segments)), state, chunk_size, kernel)
     turned, own = (x.flip(-1) for x in (segments, mask))
     follows = torch.nn.functional.pad(own[:, :-1] & (turned[:, 1:] == turned[:, :-1]), (1, 0))
     q_back, *later = (x.flip(2) for x in (q, k, v))
     k_back, v_back = (x.roll(1, dims=2) for x in later)
     gain_back = None if log_gain is None else log_gain.flip(2).roll(1, dims=2)
     tokens = Tokens(q_back, k_back, v_back, gain_back, None, follows, _documents(turned))
-    back, _ = _run(maps, tokens, state, chunk_size)
+    back, _ = _run(maps, tokens, state, chunk_size, kernel)
     share = _share(forth.mass, back.mass.flip(2), logarithmic=key_map.logarithmic)[..., None].to(forth.out.dtype)
     return (share * forth.out + (1.0 - share) * back.out.flip(2)).to(q.dtype)
 
@@ -155,9 +160,12 @@ def read_state(q: Tensor, state: LinearState, *, query_map: FeatureMap, chunk_si
     return _run(maps, Tokens(q, keys, values, None, None, None, None), state, chunk_size)[0].out.to(q.dtype)
 
 
-def _run(maps: Maps, tokens: Tokens, state: LinearState, chunk_size: int | None) -> tuple[Trace, LinearState]:
+def _run(
+    maps: Maps, tokens: Tokens, state: LinearState, chunk_size: int | None, kernel: Kernel = "torch"
+) -> tuple[Trace, LinearState]:
     """Attend to a sequence from a state `(b, g, ...)`, and return its trace and the state after it."""
     b, geometry = state.sums.shape[0], choose_geometry(state.sums, block=chunk_size)
+    geometry = geometry._replace(triton=takes_triton(kernel, maps, tokens))
     before = LinearState(*(rearrange(x, "b g ... -> (g b) ...") for x in state))
     trace = run(maps, geometry, tokens, before)
     after = (trace.after, trace.exponents[-1])

@@ -34,7 +34,7 @@ def run(maps: Maps, geometry: Geometry, tokens: Tokens, state: LinearState) -> T
 
 @torch.library.custom_op("performer_lm::causal_linear_attention", mutates_args=())
 def _attend(
-    leaves: Sequence[Tensor], given: str, code: str, tile: int, block: int, one_scale: bool, keep: bool
+    leaves: Sequence[Tensor], given: str, code: str, tile: int, block: int, one_scale: bool, triton: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the fields of a `Trace`.
 
@@ -45,19 +45,24 @@ def _attend(
         tile: of the geometry, like block and one_scale.
         block: tokens worked on at once.
         one_scale: whether tiles share a scale.
+        triton: whether kernels do it.
         keep: all states, for a backward.
     """
     tokens, state, maps = _take_apart(leaves, given, code)
+    if triton:
+        from performer_lm.ops.linear.triton import launch
+
+        return launch.attend(maps, tokens, state, keep=keep)[:]
     with no_autocast(leaves[0].device):  # here, as compiled callers cannot set it
         return attend(maps, Geometry(tile, block, one_scale), tokens, state, keep=keep)[:]
 
 
 @_attend.register_fake
 def _(
-    leaves: Sequence[Tensor], given: str, code: str, tile: int, block: int, one_scale: bool, keep: bool
+    leaves: Sequence[Tensor], given: str, code: str, tile: int, block: int, one_scale: bool, triton: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens, (sums, exponent), _ = _take_apart(leaves, given, code)
-    rows, blocks = tokens.queries.shape[:3], len(list(cut(tokens.queries.shape[2], block, tile)))
+    rows, blocks = tokens.queries.shape[:3], 1 if triton else len(list(cut(tokens.queries.shape[2], block, tile)))
     return (
         sums.new_empty(*rows, tokens.values.shape[-1]),
         exponent.new_empty(rows),
@@ -78,14 +83,21 @@ def _pull(
     tile: int,
     block: int,
     one_scale: bool,
+    triton: bool,
     wanted: bool,
 ) -> list[Tensor]:
     """Return the gradients at those leaves that have one, in their order, contiguous: a compiler must know strides."""
     tokens, _, maps = _take_apart(leaves, given, code)
     rest = iter(grads)
     each = [next(rest) if mark == "x" else None for mark in pulled]
-    with no_autocast(leaves[0].device):
-        found, sums, totals = pull(maps, Geometry(tile, block, one_scale), tokens, Trace(*trace), each, wanted=wanted)
+    if triton:
+        from performer_lm.ops.linear.triton import launch
+
+        found, sums, totals = launch.pull(maps, tokens, Trace(*trace), each)
+    else:
+        with no_autocast(leaves[0].device):
+            geometry = Geometry(tile, block, one_scale)
+            found, sums, totals = pull(maps, geometry, tokens, Trace(*trace), each, wanted=wanted)
     return [x.contiguous() for x in (*found, sums, *totals) if x is not None]
 
 
@@ -124,7 +136,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     pulled = "".join("-" if grad is None else "x" for grad in each)
     settings = (ctx.given, pulled, ctx.code, *ctx.geometry, wanted)
     found = iter(_pull(leaves, trace, [grad for grad in each if grad is not None], *settings))
-    return [next(found) if has else None for has in _have_gradients(ctx.given, wanted)], *[None] * 6
+    return [next(found) if has else None for has in _have_gradients(ctx.given, wanted)], *[None] * 7
 
 
 _attend.register_autograd(_backward, setup_context=_keep)

@@ -197,7 +197,7 @@ class Walk:
 
     def _open(self, part: slice, state: LinearState) -> tuple[Tokens, Chunks] | list[slice]:
         """Return a block and its matrices, or the parts it has to be taken in, as its features lie too far apart."""
-        tile, _, one_scale = self.geometry
+        tile, _, one_scale, _ = self.geometry
         block = take_block(self.tokens, part, tile, self.scratch)
         chunks = open_chunks(self.maps, block, state, self.scratch, one_scale=one_scale)
         if chunks is not None:

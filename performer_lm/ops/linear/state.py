@@ -41,6 +41,8 @@ class Geometry(NamedTuple):
     one_scale: bool
     """Whether the tiles of a block share a scale, and join the sums in place; else each has its own, and all join at
     once."""
+    triton: bool = False
+    """Whether Triton's kernels do all of it, in tiles of their own."""
 
 
 def choose_geometry(sums: Tensor, *, block: int | None) -> Geometry:

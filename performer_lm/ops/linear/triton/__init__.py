@@ -1,0 +1,138 @@
+"""Linear attention by Triton's kernels on a GPU: the same numbers as `sequence.py` to rounding, in seven launches.
+
+They take what FAVOR+ is made of: fixed exponential features, the same for queries and keys. `auto` takes them for
+bfloat16, whose products are what a GPU is fast at, and only where a first use shows that they agree with PyTorch's.
+
+| file | holds |
+|---|---|
+| `launch.py` | a forward and a backward as launches |
+| `forward.py`, `backward.py` | the kernels |
+| `blocks.py` | what they share |
+"""
+
+import warnings
+from functools import cache
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from performer_lm.ops.linear.state import EMPTY, Geometry, LinearState
+from performer_lm.ops.linear.tokens import Tokens
+from performer_lm.ops.maps import Exponential, Maps
+
+Kernel = Literal["auto", "torch", "triton"]
+
+AGREEMENT = 0.05
+"""How far bfloat16 may lead kernels and PyTorch apart, as a share of the largest number."""
+
+
+def takes_triton(kernel: Kernel, maps: Maps, tokens: Tokens) -> bool:
+    """Return True if Triton's kernels are to attend to a sequence.
+
+    Raises:
+        ValueError: if `kernel` is `triton` and they cannot.
+    """
+    if kernel == "torch":
+        return False
+    q, k, v = tokens[:3]
+    if kernel == "triton":
+        refusal = _refusal(maps, tokens)
+        if refusal:
+            raise ValueError(f"kernel=triton {refusal}: take kernel=auto")
+        return True
+    if q.device.type != "cuda" or any(x.dtype != torch.bfloat16 for x in (q, k, v)) or _refusal(maps, tokens):
+        return False
+    weight, *bias = maps.key.tensors
+    given = tuple(x is not None for x in tokens)
+    return _agrees(q.device.index or 0, q.shape[1] // k.shape[1], *weight.shape[1:], v.shape[3], bool(bias), given)
+
+
+def _refusal(maps: Maps, tokens: Tokens) -> str | None:
+    """Return why the kernels cannot attend to a sequence."""
+    q, k, v = tokens[:3]
+    one, other = maps.query, maps.key
+    if not isinstance(one, Exponential) or not isinstance(other, Exponential) or one.norm or not one.writes_like(other):
+        return "needs exponential features, the same for queries and keys"
+    if any(x.requires_grad for x in maps.tensors):
+        return "needs features that are not trained"
+    if q.shape[2] != k.shape[2] or not q.shape[2]:
+        return f"needs as many queries as keys, got {q.shape[2]} and {k.shape[2]}"
+    if any(x.dtype == torch.float64 for x in (q, k, v)):
+        return "needs float32 at most, got float64"
+    if max(q.shape[3], v.shape[3]) > 128:
+        return f"needs heads of width 128 at most, got {max(q.shape[3], v.shape[3])}"
+    if find_spec("triton") is None:
+        return "needs the package triton (pip install 'performer-lm[gpu]')"
+    if q.device.type != "cuda" and not _interpreted():
+        return f"needs a CUDA device, got {q.device.type}"
+    return None
+
+
+def _interpreted() -> bool:
+    from performer_lm.ops.linear.triton.blocks import WIDEN
+
+    return bool(WIDEN.value)
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _agrees(
+    device: int, group: int, num_features: int, width: int, value_width: int, biased: bool, given: tuple[bool, ...]
+) -> bool:
+    """Return True if the kernels' output and gradients on drawn numbers are those of PyTorch; else say so, once."""
+    try:
+        apart = _measure(torch.device("cuda", device), group, num_features, width, value_width, biased, given)
+    except Exception as error:  # whatever a compiler or a driver may raise
+        reason = f"failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+    else:
+        if apart <= AGREEMENT:
+            return True
+        reason = f"differ from PyTorch by {apart:.2g} of the largest number"
+    warnings.warn(f"linear attention goes on without Triton's kernels, which {reason}", stacklevel=2)
+    return False
+
+
+@torch.no_grad()
+def _measure(
+    device: torch.device,
+    group: int,
+    num_features: int,
+    width: int,
+    value_width: int,
+    biased: bool,
+    given: tuple[bool, ...],
+) -> float:
+    """Return the largest difference of outputs and gradients on drawn numbers, as a share of the largest number."""
+    from performer_lm.ops.linear import sequence
+    from performer_lm.ops.linear.triton import launch
+
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, generator=generator)
+
+    n = 150
+    weight, bias = draw(1, num_features, width), (draw(1, num_features),) if biased else ()
+    scale = width**-0.25
+    one = Exponential((weight, *bias), scale=scale)
+    maps = Maps(query=one, key=Exponential(one.tensors, scale=scale, norm=0.5 * scale * scale), groups=1)
+    places = torch.arange(n, device=device)
+    drawn = (
+        *(x.bfloat16() for x in (draw(1, group, n, width), draw(1, 1, n, width), draw(1, 1, n, value_width))),
+        draw(1, 1, n),
+        -draw(1, 1, n).abs(),
+        (places % 5 > 0)[None],
+        (torch.arange(n + 1, device=device) // 100)[None],
+    )
+    tokens = Tokens(*(x if there else None for x, there in zip(drawn, given, strict=True)))  # type: ignore[arg-type]
+    sums = torch.zeros(1, num_features, value_width + 1, device=device)
+    state = LinearState(sums, torch.full_like(sums[..., 0], EMPTY, dtype=torch.float64))
+    geometry, grads = Geometry(64, 128, False), [draw(1, group, n, value_width), None, None]
+    trace = sequence.attend(maps, geometry, tokens, state, keep=True)
+    wanted = [trace.out, *sequence.pull(maps, geometry, tokens, trace, grads, wanted=False)[0]]
+    trace = launch.attend(maps, tokens, state, keep=True)
+    found = [trace.out, *launch.pull(maps, tokens, trace, grads)[0]]
+    pairs = [(x.float(), y.float()) for x, y in zip(found, wanted, strict=True) if x is not None and y is not None]
+    return max(float((x - y).abs().max() / y.abs().max()) for x, y in pairs)
