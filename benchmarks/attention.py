@@ -1,13 +1,15 @@
 """Measure FAVOR attention against the platform's flash kernel, performer-pytorch, the machine, and itself at length.
 
-    python benchmarks/attention.py
+    python benchmarks/attention.py [cuda]
 
 About ten minutes on two quiet cores. Writes results/attention.json and results/attention.png, and prints the tables.
+With `cuda`, writes results/attention_cuda.json: forward and backward in bfloat16 against the flash kernel.
 `pip install -e '.[bench]'` adds the peer; without it that row is left out, and said to be.
 """
 
 import math
 import statistics
+import sys
 import time
 import warnings
 from functools import partial
@@ -15,7 +17,17 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from measure import RESULTS, THREADS, Run, peak_memory, time_together, write_results
+from measure import (
+    CPU,
+    RESULTS,
+    THREADS,
+    Run,
+    peak_memory,
+    peak_memory_on_cuda,
+    take_device,
+    time_together,
+    write_results,
+)
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -25,16 +37,17 @@ from performer_lm.attention.feature_maps import SoftmaxFeatures
 HEADS = 8
 LARGE, SMALL = {"d": 64, "m": 266}, {"d": 32, "m": 64}
 LENGTHS = [1024, 2048, 4096, 8192, 16384]
+CUDA_SHAPE, CUDA_LENGTHS = {"batch": 8, "heads": 16, "d": 64, "m": 128}, [2048, 16384, 65536]
 LONG_LENGTHS = [4096, 8192, 16384, 32768, 65536]
 FLOPS_PER_TOKEN = 178_000  # per head at d = 64, m = 266 and tiles of 64, whatever the chunk
 
 
-def build(d: int, m: int) -> FavorAttention:
-    """Build FAVOR+ attention of eight heads."""
+def build(d: int, m: int, *, heads: int = HEADS) -> FavorAttention:
+    """Build FAVOR+ attention."""
     features = partial(SoftmaxFeatures, coupling="orthogonal", regularized=False, antithetic=False, learned=False)
     return FavorAttention(
-        heads=HEADS,
-        key_heads=HEADS,
+        heads=heads,
+        key_heads=heads,
         dim_head=d,
         dim_value=d,
         layer=0,
@@ -69,6 +82,37 @@ def train(length: int, name: str, d: int, m: int) -> Run:
             x.grad = None
 
     return run
+
+
+def train_on_cuda(length: int, name: str, *, batch: int, heads: int, d: int, m: int) -> Run:
+    """Return a run of the forward and the backward pass in bfloat16, causal."""
+    options: Any = {"device": "cuda", "dtype": torch.bfloat16}
+    inputs = [torch.randn(batch, heads, length, d, **options).requires_grad_() for _ in range(3)]
+    weight = torch.randn(batch, heads, length, d, **options)
+    favor = partial(build(d, m, heads=heads).cuda(), causal=True)
+    attend: Any = favor if name == "favor" else partial(scaled_dot_product_attention, is_causal=True)
+
+    def run() -> None:
+        torch.autograd.grad(attend(*inputs), inputs, weight)
+
+    return run
+
+
+def compare_on_cuda() -> list[dict[str, Any]]:
+    """Time and weigh forward and backward against the flash kernel."""
+    rows = []
+    for length in CUDA_LENGTHS:
+        runs = {name: train_on_cuda(length, name, **CUDA_SHAPE) for name in ("SDPA", "favor")}
+        seconds = time_together(runs, repeats=5 if length > 8192 else 20, device="cuda")
+        peaks = {name: peak_memory_on_cuda(run) / 2**30 for name, run in runs.items()}
+        speedup = seconds["SDPA"] / seconds["favor"]
+        rows.append({**CUDA_SHAPE, "length": length, "seconds": seconds, "speedup": speedup, "GiB": peaks})
+        print(
+            f"n={length:6} forward + backward: SDPA {1e3 * seconds['SDPA']:8.2f} ms, {peaks['SDPA']:5.2f} GiB, "
+            f"favor {1e3 * seconds['favor']:8.2f} ms, {peaks['favor']:5.2f} GiB, {speedup:.2f}x",
+            flush=True,
+        )
+    return rows
 
 
 def build_peer(d: int, m: int) -> Any:
@@ -155,7 +199,7 @@ def measure_decoding(contexts: tuple[int, ...] = (0, 1024, 16384)) -> dict[int, 
     attention = build(**LARGE)
     with torch.inference_mode():
         for context in contexts:
-            state = attention.init_state(1, max_len=1, device=torch.device("cpu"), dtype=torch.float32)
+            state = attention.init_state(1, max_len=1, device=CPU, dtype=torch.float32)
             if context:
                 _, state = attention.extend(*draw(context, LARGE["d"], grad=False), state)
             token, seconds = draw(1, LARGE["d"], grad=False), []
@@ -186,6 +230,9 @@ def plot(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Measure everything, write it down, draw it."""
+    device, _ = take_device(sys.argv[1:])
+    if device.type == "cuda":
+        return write_results("attention", {"flash": compare_on_cuda()}, device=device)
     torch.set_num_threads(THREADS)
     results = {
         "throughput": measure_throughput(),

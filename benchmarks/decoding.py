@@ -1,11 +1,11 @@
 """Milliseconds per decoded token of the default model, after a short and after a long context.
 
-    python benchmarks/decoding.py [attn ...]
+    python benchmarks/decoding.py [cuda] [attn ...]
 
-All contexts and backends are timed in turns within one process; medians. Writes results/decoding.json.
+All contexts and backends are timed in turns within one process; medians. Writes results/decoding.json, on CUDA
+decoding_cuda.
 """
 
-import json
 import statistics
 import sys
 import time
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
+from measure import take_device, write_results
 from omegaconf import OmegaConf
 
 from performer_lm import checkpoint
@@ -22,7 +23,7 @@ from performer_lm.model import PerformerLM
 from performer_lm.performer import PerformerState
 
 ROOT = Path(__file__).parents[1]
-CONTEXTS = (256, 8192)
+CONTEXTS = {"cpu": (256, 8192), "cuda": (128, 2048, 65536)}
 STEPS, ROUNDS = 16, 12
 
 
@@ -38,31 +39,36 @@ def build(attn: str) -> PerformerLM:
 @torch.inference_mode()
 def main() -> None:
     """Prefill once per backend and context, then decode in turns."""
-    names = sys.argv[1:] or ["favor", "flash", "local"]
-    models = {name: build(name) for name in names}
+    device, words = take_device(sys.argv[1:])
+    names = words or ["favor", "flash", "local"]
+    contexts, wait = CONTEXTS[device.type], torch.get_device_module(device).synchronize
+    models = {name: build(name).to(device) for name in names}
     states: dict[tuple[str, int], PerformerState] = {}
     for name, model in models.items():
-        for context in CONTEXTS:
-            tokens = torch.randint(0, 2048, (1, context))
+        for context in contexts:
+            tokens = torch.randint(0, 2048, (1, context), device=device)
             state = model.init_state(1, max_len=context + STEPS)
             _, states[name, context] = model.extend(tokens, state, last_only=True)
     times: dict[tuple[str, int], list[float]] = {key: [] for key in states}
-    token = torch.zeros(1, 1, dtype=torch.int64)
+    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
     for _ in range(ROUNDS):
         for (name, context), state in states.items():
             copy = fork(state)
+            wait()
             start = time.perf_counter()
             for _ in range(STEPS):
                 _, copy = models[name].extend(token, copy)
+            wait()
             times[name, context].append(1000 * (time.perf_counter() - start) / STEPS)
     results = {}
     for name in names:
-        short, long = (statistics.median(times[name, context]) for context in CONTEXTS)
-        results[name] = {"ms_at_256": round(short, 3), "ms_at_8192": round(long, 3), "ratio": round(long / short, 3)}
-        print(f"{name:8} {short:7.2f} ms at 256  {long:7.2f} ms at 8192  ratio {long / short:.2f}")
-    folder = ROOT / "benchmarks" / "results"
-    folder.mkdir(exist_ok=True)
-    (folder / "decoding.json").write_text(json.dumps(results, indent=2) + "\n")
+        found = {context: statistics.median(times[name, context]) for context in contexts}
+        ratio = found[contexts[-1]] / found[contexts[0]]
+        told = {f"ms_at_{context}": round(value, 3) for context, value in found.items()}
+        results[name] = {**told, "ratio": round(ratio, 3)}
+        listed = "  ".join(f"{value:7.2f} ms at {context}" for context, value in found.items())
+        print(f"{name:8} {listed}  ratio {ratio:.2f}")
+    write_results("decoding", results, device=device)
 
 
 if __name__ == "__main__":

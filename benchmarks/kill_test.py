@@ -3,6 +3,7 @@
     python benchmarks/kill_test.py      the whole matrix: 32 cases in each precision, 2 kills each; writes
                                         results/kill_test.json
     python benchmarks/kill_test.py --cases 2 --kills 1 --saves 5 --seed 7 --precision bf16-mixed
+    python benchmarks/kill_test.py --cases 2 --also trainer.deterministic=true      on a GPU
 
 Every run is the real train.py, in a process forked from one that has imported what it needs, ended by SIGKILL and
 started again with `ckpt=auto`. Compared are the losses and gradient norms of every step, every validation and sample,
@@ -192,12 +193,13 @@ def main() -> None:
     parser.add_argument("--saves", type=int, default=100, help="how many saves to kill")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--precision", nargs="+", default=PRECISIONS, help="of the runs, each through all cases")
+    parser.add_argument("--also", nargs="+", default=[], help="overrides of all runs")
     args = parser.parse_args()
     assert performer_lm.training.prepare is not None
     chance = random.Random(args.seed)
     results: list[dict[str, Any]] = []
     cases = itertools.product(args.precision, chance.sample(MATRIX, args.cases))
-    for options in ([f"trainer.precision={precision}", *case] for precision, case in cases):
+    for options in ([f"trainer.precision={precision}", *case, *args.also] for precision, case in cases):
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
             hit, differing = run_case(options, kills=args.kills, chance=chance)
         results.append({"options": options, "kills": hit, "survived": 0 if differing else hit})
@@ -207,7 +209,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         lost = kill_saves(args.saves, chance=chance)
     print(f"saves killed {args.saves} / checkpoints lost {lost}", flush=True)
-    if args.cases >= len(MATRIX) and args.precision == PRECISIONS:
+    if args.cases >= len(MATRIX) and args.precision == PRECISIONS and not args.also:
         counts = {"tried": tried, "survived": survived, "saves_killed": args.saves, "checkpoints_lost": lost}
         text = json.dumps({**counts, "cases": results}, indent=2) + "\n"
         (ROOT / "benchmarks" / "results" / "kill_test.json").write_text(text)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from measure import Run
+from measure import CPU, Run
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -22,7 +22,10 @@ VOCABULARY = 2048
 
 
 def prepare(
-    *overrides: str, updates: bool = True, forward: Callable[[], AbstractContextManager[None]] = nullcontext
+    *overrides: str,
+    updates: bool = True,
+    forward: Callable[[], AbstractContextManager[None]] = nullcontext,
+    device: torch.device = CPU,
 ) -> Run:
     """Return a step of the model, optimizer and batch that `python train.py` would take with these overrides.
 
@@ -30,14 +33,15 @@ def prepare(
         overrides: as for train.py.
         updates: whether the step updates the weights; else it is forward and backward alone.
         forward: a context such as autocast.
+        device: where the model and the batch lie.
     """
     with initialize_config_dir(CONFIGS, version_base="1.3"):
         cfg = compose("train", overrides=list(overrides))
     section: Any = OmegaConf.to_container(cfg.model, resolve=True)
     torch.manual_seed(0)
-    model = checkpoint.build({**section, "vocab_size": VOCABULARY})
+    model = checkpoint.build({**section, "vocab_size": VOCABULARY}).to(device)
     optimizer = instantiate(cfg.optimizer)(parameter_groups(model, head=model.head)) if updates else None
-    windows = torch.randint(0, VOCABULARY, (cfg.data.batch_size, cfg.data.context + 1))
+    windows = torch.randint(0, VOCABULARY, (cfg.data.batch_size, cfg.data.context + 1)).to(device)
     return partial(step, model, optimizer, NextToken(chunk_size=None), windows, forward=forward)
 
 
