@@ -134,7 +134,7 @@ def test_a_task_is_trained_scored_and_resumed(invoke: Invoke, text: None) -> Non
     assert "power" in err
 
 
-@pytest.mark.parametrize("name", ["recall", "copy", "selective_copy", "induction"])
+@pytest.mark.parametrize("name", ["recall", "recall_long", "copy", "selective_copy", "induction"])
 def test_every_experiment_on_a_task_trains(invoke: Invoke, name: str) -> None:
     short = ["trainer.max_steps=2", "trainer.val_every=2", "data.batch_size=4", "data.validation_bytes=256"]
     code, out, err = invoke(f"experiment={name}", *short)

@@ -28,7 +28,7 @@ TRAIN = {
 TASK = {"trainer.val_every": "2", "data.validation_bytes": "4096", "data.batch_size": "2"}
 EVALUATE = {"data": "files", "data.path": "my.txt", "data.context": "256"}
 GENERATE = {"max_new_tokens": "16"}
-TASKS = ("recall", "copy", "selective_copy", "induction")
+TASKS = ("recall", "recall_long", "copy", "selective_copy", "induction")
 GENERATED = {"data=synthetic", *(f"experiment={task}" for task in TASKS)}
 Invoke = Callable[..., tuple[int, str, str]]
 
