@@ -25,6 +25,11 @@ WARPS = {"states": 4, "outputs": 4, "pull_states": 4, "pull_queries": 4, "pull_k
 STAGES = {"states": 2, "outputs": 2, "pull_states": 2, "pull_queries": 2, "pull_keys": 2}
 
 
+def choose_options(kernel: str, wide: bool) -> dict[str, int]:
+    """Return how a kernel is compiled; `wide` for heads of more than 64 channels."""
+    return {"num_warps": 8 if wide else WARPS.get(kernel, 4), "num_stages": STAGES.get(kernel, 2)}
+
+
 class Launch:
     """One sequence's sizes, inputs and per-token numbers, as every kernel takes them.
 
@@ -96,21 +101,16 @@ class Launch:
             *self.v.stride()[:3],
             **self.numbers,
             **self.sizes,
-            **self.options(forward.states),
+            **choose_options("states", self.wide),
             TILES=self.places,
         )
-
-    def options(self, kernel: Any) -> dict[str, int]:
-        """Return how a kernel is compiled."""
-        name = kernel.__name__
-        return {"num_warps": 8 if self.wide else WARPS[name], "num_stages": STAGES[name]}
 
     def both(self, kernel: Any, heads: int, *given: Any, **more: Any) -> None:
         """Launch a kernel over all chunks that fit their scale, and over all that are done pair by pair."""
         for exact, size in ((False, CHUNK), (True, EXACT_CHUNK)):
             grid = (triton.cdiv(self.n, size), self.b * heads)
             kernel[grid](
-                *given, **self.numbers, **self.sizes, **self.options(kernel), **more,
+                *given, **self.numbers, **self.sizes, **choose_options(kernel.__name__, self.wide), **more,
                 R=self.h // self.g, TILES=self.places, EXACT=exact, BI=size,
             )  # fmt: skip
 
@@ -147,7 +147,7 @@ def pull(
     backward.pull_states[(x, run.tiles)](
         *(run.q, dout, delta, trace.mass, run.faded, run.documents, run.weight, run.bias, run.exponents, dafter),
         *(dstates, dmasses, dbefore), *run.q.stride()[:3], *dout.stride()[:3],
-        **run.numbers, **run.sizes, **run.options(backward.pull_states), R=run.h // run.g,
+        **run.numbers, **run.sizes, **choose_options("pull_states", run.wide), R=run.h // run.g,
     )  # fmt: skip
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (run.q, run.k, run.v))
     dgain = torch.empty_like(run.gain)
