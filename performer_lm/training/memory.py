@@ -21,6 +21,7 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "mps":
         return  # it keeps no peak
     if device.type != "cpu":
+        torch.empty(0, device=device)  # a device has no statistics before its first tensor
         torch.accelerator.reset_peak_memory_stats(device)
     elif _STATUS.exists():
         try:
