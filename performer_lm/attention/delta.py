@@ -78,7 +78,7 @@ class DeltaAttention(Attention[Tensor]):
         if not (isinstance(query_map, BlockMap) and isinstance(key_map, BlockMap)):
             name = type(self.features).__name__
             raise ValueError(
-                f"attn=delta takes no {name}: take attn/features=positive, hyperbolic, learned or identity"
+                f"attn=delta takes no {name}: take attn/features=positive, hyperbolic, learned, generalized or identity"
             )
         return query_map, key_map
 

@@ -24,13 +24,16 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_map(name: str, tensors: tuple[Tensor, ...]) -> BlockMap:
-    return Exponential(tensors, scale=0.7) if name == "exponential" else Generalized((), activation="identity")
+    if name == "exponential":
+        return Exponential(tensors, scale=0.7)
+    return Generalized(tensors, activation=name, epsilon=1e-3 if name == "relu" else 0.0)
 
 
 def draw(n: int, name: str = "exponential", *, std: float = 1.0, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     """Draw all that a call takes; identity features have as many as a head is wide."""
-    m = M if name == "exponential" else D
-    tensors = (torch.randn(G, M, D), torch.randn(G, M)) if name == "exponential" else ()
+    m = D if name == "identity" else M
+    weight, bias = torch.randn(G, M, D), torch.randn(G, M)
+    tensors = {"exponential": (weight, bias), "relu": (weight,)}.get(name, ())
     a_map = make_map(name, tuple(x.to(dtype) for x in tensors))
     return {
         "q": (std * torch.randn(B, H, n, D)).to(dtype),
@@ -73,7 +76,7 @@ def definition(call: dict[str, Any], **chosen: Any) -> tuple[Tensor, Tensor]:
     return naive.recurrent(queries, keys, wide["v"], wide["beta"], wide["memory"], **chosen)
 
 
-@pytest.mark.parametrize("name", ["exponential", "identity"])
+@pytest.mark.parametrize("name", ["exponential", "relu", "identity"])
 @pytest.mark.parametrize("names", [set(), {"mask"}, {"segments"}, {"log_decay"}, set(EVERY)])
 @pytest.mark.parametrize("n", [1, 3, 4, 13])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
