@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 from performer_lm.ops.linear.triton import backward, forward, launch
 
 WIDE = {"origin", "c", "lse", "exponent", "faded"}
-NARROW = {"q", "k", "v", "dq", "dk", "dv", "S", "dS"}
+NARROW = {"q", "k", "v", "dout", "dq", "dk", "dv", "S", "dS"}
 STRIDES = re.compile(r".*_[bhgn]$")
 
 

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from performer_lm.ops.linear.triton.blocks import (
     EMPTY,
+    LENGTHS,
     REACH,
     fade,
     find_middle,
@@ -34,7 +35,7 @@ def load_mass(lse, at, inside):
     return tl.where(sees, found, 0.0), sees
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def pull_states(
     q, dout, delta, lse, faded, documents, weight, bias, c, dafter,
     dS, dZ, dbefore,
@@ -99,7 +100,7 @@ def pull_states(
     tl.store(dbefore + first + features * (E + 1) + E, mass, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def pull_queries(
     q, k, v, dout, delta, lse, gain, origin, faded, documents, weight, bias, S, Z, c, span, dq,
     q_b, q_h, q_n, k_b, k_g, k_n, v_b, v_g, v_n, do_b, do_h, do_n, n, T, B, G,
@@ -202,7 +203,7 @@ def pull_queries(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def pull_keys(
     q, k, v, dout, delta, lse, gain, origin, faded, documents, weight, bias, dS, dZ, c, span, dk, dv, dgain,
     q_b, q_h, q_n, k_b, k_g, k_n, v_b, v_g, v_n, do_b, do_h, do_n, n, T, B, G,
@@ -338,7 +339,7 @@ def pull_keys(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def pull_decay(dgain, before, dlog_decay, n, T, B, G, C: tl.constexpr):
     """Write the gradient at log_decay: to fade at a token is to weaken all keys before it."""
     bg = tl.program_id(0).to(tl.int64)

@@ -19,6 +19,8 @@ SHIFT = tl.constexpr(40.0)
 REACH = tl.constexpr(120.0)
 """How many factors of 2 a feature's keys may span in a chunk, as in `chunks.py`."""
 LOG2_E = tl.constexpr(1.4426950408889634)
+LENGTHS = ["n", "T", "B", "G"]
+"""Arguments of which a kernel is not compiled anew for each value."""
 WIDEN = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 """Whether bfloat16 is rounded to but held in float32: the interpreter multiplies and sums bfloat16 wrongly."""
 

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from performer_lm.ops.linear.triton.blocks import (
     EMPTY,
+    LENGTHS,
     LOG2_E,
     REACH,
     SHIFT,
@@ -27,7 +28,7 @@ from performer_lm.ops.linear.triton.blocks import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def prepare(
     k, log_gain, log_decay, mask, gain, origin, faded,
     stride_b, stride_g, stride_n, n, T, G,
@@ -59,7 +60,7 @@ def prepare(
         tl.store(faded + at, tl.cumsum(decay, axis=0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def states(
     k, v, gain, origin, faded, documents, weight, bias, sums, exponent,
     S, Z, c, span, after,
@@ -131,7 +132,7 @@ def states(
     tl.store(after + first + features * (E + 1) + E, mass, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def outputs(
     q, k, v, gain, origin, faded, documents, weight, bias, S, Z, c, span, out, lse,
     q_b, q_h, q_n, k_b, k_g, k_n, v_b, v_g, v_n, n, T, B, G,

@@ -139,6 +139,9 @@ def pull(
     run = Launch(maps, tokens, LinearState(trace.sums[0], trace.exponents[0]))
     dout = torch.zeros_like(trace.out) if grads[0] is None else _rowwise(grads[0])
     delta = (dout * trace.out).sum(dim=-1)
+    dout = dout.to(
+        run.v.dtype
+    )  # which it was before the output was widened; loaded narrow, it may lie in shared memory
     delta = (delta if grads[1] is None else delta - LOG2_E * grads[1]).to(torch.float32).contiguous()
     dafter = torch.zeros_like(trace.after) if grads[2] is None else grads[2].contiguous()
     x, rest = run.g * run.b, (run.gain, run.origin, run.faded, run.documents, run.weight, run.bias)
