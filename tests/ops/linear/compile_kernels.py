@@ -44,7 +44,7 @@ def compile_kernel(kernel: Any, capability: int, width: int, *, exact: bool) -> 
             "HAS_MASK": True,
             "LOW": True,
         },
-        **{"EXACT": exact, "BI": launch.EXACT_CHUNK if exact else launch.CHUNK},
+        **{"EXACT": exact, "BI": launch.EXACT_ROWS if exact else launch.ROWS.get(kernel.__name__, 64)},
     }
     names = kernel.arg_names
     signature = {name: "constexpr" if name in chosen else kind(name) for name in names}

@@ -110,7 +110,7 @@ def pull_queries(
     HAS_BIAS: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, LOW: tl.constexpr,
     EXACT: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient at `BI` queries; BI = C unless `EXACT`."""
+    """Write the gradient at `BI` queries."""
     part, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     t = part * BI // C
     b, h = bh // (G * R), bh % (G * R)
@@ -149,8 +149,10 @@ def pull_queries(
         document_j = load_if(HAS_DOCUMENTS, documents + b * (n + 1) + 1, j, j < n)
         left = fade(i, j, faded_i, faded_j, present, document_i, document_j, HAS_DOCUMENTS)
         most = tl.max(left, axis=1)
-        most = tl.where(most > -float("inf"), most, 0.0)
-        pulled = (multiply(grads, tl.trans(values), LOW) - own[:, None]) * tl.exp2(left - most[:, None])
+        sees = sees & (most > -float("inf"))
+        most = tl.where(sees, most, 0.0)
+        left = tl.where(sees[:, None], tl.exp2(left - most[:, None]), 0.0)
+        pulled = (multiply(grads, tl.trans(values), LOW) - own[:, None]) * left
         to_near = to_own + most
     for start in range(0, M, BM):
         features = start + tl.arange(0, BM)
@@ -213,7 +215,7 @@ def pull_keys(
     HAS_BIAS: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, LOW: tl.constexpr,
     EXACT: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients at `BI` keys, their values and the logarithms of their weights; BI = C unless `EXACT`."""
+    """Write the gradients at `BI` keys, their values and the logarithms of their weights."""
     part, bg = tl.program_id(0), tl.program_id(1).to(tl.int64).to(tl.int64)
     t = part * BI // C
     b, g = bg // G, bg % G
@@ -293,20 +295,23 @@ def pull_keys(
                     shares = tl.exp2(one[:, None, :] + other[None, :, :] - pairs[:, :, None])
                     dkeys += multiply(tl.sum(dpairs[:, :, None] * shares, axis=0), rows, LOW)
         else:
-            i = j
+            i = t * C + tl.arange(0, C)
             inside = i < n
             at = bh * n + i
             queries = load_rows(q + b * q_b + h * q_h, i, inside, q_n, D, BD, LOW)
             grads = load_rows(dout + b * do_b + h * do_h, i, inside, do_n, E, BE, LOW)
             masses, sees = load_mass(lse, at, inside)
             own = tl.load(delta + at, mask=inside, other=0.0)
-            left = fade(i, j, faded_j, faded_j, present, document_j, document_j, HAS_DOCUMENTS)
+            faded_i = load_if(HAS_DECAY, faded + bg * n, i, inside)
+            document_i = load_if(HAS_DOCUMENTS, documents + b * (n + 1) + 1, i, inside)
+            left = fade(i, j, faded_i, faded_j, present, document_i, document_j, HAS_DOCUMENTS)
             most = tl.max(left, axis=1)
-            most = tl.where(most > -float("inf"), most, 0.0)
-            left = tl.exp2(left - most[:, None])
+            sees = sees & (most > -float("inf"))
+            most = tl.where(sees, most, 0.0)
+            left = tl.where(sees[:, None], tl.exp2(left - most[:, None]), 0.0)
             pulled = narrow((multiply(grads, tl.trans(values), LOW) - own[:, None]) * left, LOW)
             to_own = (base - masses).to(tl.float32) + most
-            scores = tl.zeros([BI, BI], tl.float32)
+            scores = tl.zeros([C, BI], tl.float32)
             for start in range(0, M, BM):
                 features = start + tl.arange(0, BM)
                 rows = load_projection(weight + g * M * D, features, M, D, BD)

@@ -18,8 +18,12 @@ from performer_lm.ops.linear.triton import backward, forward
 from performer_lm.ops.maps import Exponential, Maps
 from performer_lm.ops.precision import LOG2_E
 
-CHUNK, EXACT_CHUNK, FEATURES = 64, 16, 32
-"""Tokens of a chunk, queries or keys done at once pair by pair, features of a program."""
+CHUNK, FEATURES = 64, 32
+"""Tokens of a chunk, features of a program."""
+ROWS = {"outputs": 64, "pull_queries": 32, "pull_keys": 32}
+"""Queries or keys of a program. Backward has 32: with 64 an assembler gets Hopper's own matrix instructions wrong."""
+EXACT_ROWS = 16
+"""The same where weights are summed pair by pair."""
 WARPS = {"states": 4, "outputs": 4, "pull_states": 4, "pull_queries": 4, "pull_keys": 4}
 """Of each kernel, for heads up to 64 wide; 8 for wider ones."""
 STAGES = {"states": 2, "outputs": 2, "pull_states": 2, "pull_queries": 2, "pull_keys": 2}
@@ -107,7 +111,7 @@ class Launch:
 
     def both(self, kernel: Any, heads: int, *given: Any, **more: Any) -> None:
         """Launch a kernel over all chunks that fit their scale, and over all that are done pair by pair."""
-        for exact, size in ((False, CHUNK), (True, EXACT_CHUNK)):
+        for exact, size in ((False, ROWS[kernel.__name__]), (True, EXACT_ROWS)):
             grid = (triton.cdiv(self.n, size), self.b * heads)
             kernel[grid](
                 *given, **self.numbers, **self.sizes, **choose_options(kernel.__name__, self.wide), **more,
