@@ -17,13 +17,13 @@ from triton.compiler import ASTSource
 from performer_lm.ops.linear.triton import backward, forward, launch
 
 WIDE = {"origin", "c", "lse", "exponent", "faded"}
-NARROW = {"q", "k", "v", "dout", "dq", "dk", "dv", "S", "dS"}
+NARROW = {"weight", "rest", "q", "k", "v", "dout", "dq", "dk", "dv", "S", "dS"}
 STRIDES = re.compile(r".*_[bhgn]$")
 
 
 def kind(name: str) -> str:
     """Return the type of an argument."""
-    if name in ("n", "T", "B", "G") or STRIDES.match(name):
+    if name in ("n", "T", "B", "G", "H") or STRIDES.match(name):
         return "i32"
     return {"documents": "*i32", "mask": "*i8"}.get(
         name, "*fp64" if name in WIDE else "*bf16" if name in NARROW else "*fp32"
@@ -35,7 +35,7 @@ def compile_kernel(kernel: Any, capability: int, width: int, *, exact: bool) -> 
     m = 2 * width
     chosen = {
         **{"factor": 0.5, "scale": 0.35, "norm": 0.06, "M": m, "D": width, "E": width, "BD": width, "BE": width},
-        **{"C": launch.CHUNK, "BM": launch.FEATURES, "TILES": m // launch.FEATURES, "ALL": m, "R": 1},
+        **{"C": launch.CHUNK, "TILES": max(1, m // 32), "ALL": m, "R": 1, "HAS_MASS": True},
         **{
             "HAS_BIAS": False,
             "HAS_DECAY": True,
@@ -44,8 +44,12 @@ def compile_kernel(kernel: Any, capability: int, width: int, *, exact: bool) -> 
             "HAS_MASK": True,
             "LOW": True,
         },
-        **{"EXACT": exact, "BI": launch.EXACT_ROWS if exact else launch.ROWS.get(kernel.__name__, 64)},
+        **{"EXACT": exact, "BI": launch.EXACT_ROWS},
     }
+    if not exact and kernel.__name__ in launch.OPTIONS:
+        chosen["BI"] = launch.OPTIONS[kernel.__name__].rows
+    options = launch.choose_options(kernel.__name__, m, wide=width > 64)
+    chosen["BM"] = options.pop("BM")
     names = kernel.arg_names
     signature = {name: "constexpr" if name in chosen else kind(name) for name in names}
     constants = {name: chosen[name] for name in names if name in chosen}
@@ -53,7 +57,7 @@ def compile_kernel(kernel: Any, capability: int, width: int, *, exact: bool) -> 
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, {(place,): [["tt.divisibility", 16]] for place in aligned}),
         target=GPUTarget("cuda", capability, 32),
-        options=launch.choose_options(kernel.__name__, width > 64),
+        options=options,
     )
     code = compiled.asm["ptx"]
     architecture = code.split(".target ")[1].split()[0].strip(",")
@@ -69,7 +73,7 @@ def main() -> None:
     """Compile the kernels named, or all, in both forms where there are two."""
     capability, width, *names = sys.argv[1:]
     twice = (forward.outputs, backward.pull_queries, backward.pull_keys)
-    once = (forward.prepare, forward.states, backward.pull_states, backward.pull_decay)
+    once = (forward.prepare, forward.states, backward.pull_division, backward.pull_states, backward.pull_decay)
     forms = [(kernel, exact) for kernel in twice for exact in (False, True)] + [(kernel, False) for kernel in once]
     found = {
         kernel.__name__ + " exactly" * exact: compile_kernel(kernel, int(capability), int(width), exact=exact)

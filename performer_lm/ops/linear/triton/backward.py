@@ -14,6 +14,7 @@ import triton.language as tl
 from performer_lm.ops.linear.triton.blocks import (
     EMPTY,
     LENGTHS,
+    LOG2_E,
     REACH,
     fade,
     find_middle,
@@ -36,8 +37,26 @@ def load_mass(lse, at, inside):
 
 
 @triton.jit(do_not_specialize=LENGTHS)
+def pull_division(
+    out, dout, dmass, delta, do_b, do_h, do_n, n, H,
+    E: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, HAS_MASS: tl.constexpr,
+):  # fmt: skip
+    """Write out . dout less the gradient at log2 of the mass."""
+    t, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i, columns = t * C + tl.arange(0, C), tl.arange(0, BE)
+    inside, at = i < n, bh * n + i
+    where = inside[:, None] & (columns < E)[None, :]
+    grads = dout + bh // H * do_b + bh % H * do_h + i[:, None].to(tl.int64) * do_n + columns[None, :]
+    found = tl.load(out + at[:, None] * E + columns[None, :], mask=where, other=0.0)
+    found = tl.sum(found * tl.load(grads, mask=where, other=0.0).to(tl.float32), axis=1)
+    if HAS_MASS:
+        found -= tl.load(dmass + at, mask=inside, other=0.0).to(tl.float32) * LOG2_E
+    tl.store(delta + at, found, mask=inside)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
 def pull_states(
-    q, dout, delta, lse, faded, documents, weight, bias, c, dafter,
+    q, dout, delta, lse, faded, documents, weight, rest, bias, c, dafter,
     dS, dZ, dbefore,
     q_b, q_h, q_n, do_b, do_h, do_n, n, T, B, G,
     factor: tl.constexpr,
@@ -51,7 +70,7 @@ def pull_states(
     bg = b * G + g
     features, columns = tile * BM + tl.arange(0, BM), tl.arange(0, BE)
     real = features < M
-    rows = load_projection(weight + g * M * D, features, M, D, BD)
+    rows, low = load_projection(weight, rest, g, features, M, D, BD, LOW)
     held = real[:, None] & (columns < E)[None, :]
     first = x * M * (E + 1)
     cells = features[:, None] * (E + 1) + columns[None, :]
@@ -91,7 +110,7 @@ def pull_states(
             if HAS_DOCUMENTS:
                 sees = sees & (tl.load(document + 1 + i, mask=inside, other=-1) == before)
             own = tl.load(delta + at, mask=inside, other=0.0)
-            logs = project(queries, rows, bias + g * M, features, factor, M, HAS_BIAS, LOW) + raise_by[None, :]
+            logs = project(queries, rows, low, bias + g * M, features, factor, M, HAS_BIAS, LOW) + raise_by[None, :]
             logs += (top - masses + faded_i).to(tl.float32)[:, None]
             share = narrow(tl.where(sees[:, None], tl.exp2(logs), 0.0), LOW)
             total += multiply(tl.trans(share), grads, LOW)
@@ -102,7 +121,7 @@ def pull_states(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def pull_queries(
-    q, k, v, dout, delta, lse, gain, origin, faded, documents, weight, bias, S, Z, c, span, dq,
+    q, k, v, dout, delta, lse, gain, origin, faded, documents, weight, rest, bias, S, Z, c, span, dq,
     q_b, q_h, q_n, k_b, k_g, k_n, v_b, v_g, v_n, do_b, do_h, do_n, n, T, B, G,
     factor: tl.constexpr, scale: tl.constexpr,
     R: tl.constexpr, M: tl.constexpr, D: tl.constexpr, E: tl.constexpr, C: tl.constexpr,
@@ -157,8 +176,8 @@ def pull_queries(
     for start in range(0, M, BM):
         features = start + tl.arange(0, BM)
         real = features < M
-        rows = load_projection(weight + g * M * D, features, M, D, BD)
-        logs = project(queries, rows, bias + g * M, features, factor, M, HAS_BIAS, LOW)
+        rows, low = load_projection(weight, rest, g, features, M, D, BD, LOW)
+        logs = project(queries, rows, low, bias + g * M, features, factor, M, HAS_BIAS, LOW)
         raise_by = (tl.load(c + slot + features, mask=real, other=EMPTY) - top).to(tl.float32)
         share = tl.where(sees_past[:, None], tl.exp2(logs + raise_by[None, :] + to_past[:, None]), 0.0)
         held = tl.load(
@@ -169,7 +188,7 @@ def pull_queries(
         massed = tl.load(Z + slot + features, mask=real, other=0.0)
         dlogs = share * (multiply(grads, tl.trans(held), LOW) - own[:, None] * massed[None, :])
         if not EXACT:
-            key_logs = project(keys, rows, bias + g * M, features, factor, M, HAS_BIAS, LOW) + gains[:, None]
+            key_logs = project(keys, rows, low, bias + g * M, features, factor, M, HAS_BIAS, LOW) + gains[:, None]
             middle = find_middle(key_logs, present)
             share = tl.exp2(logs + middle[None, :] + to_near[:, None])
             share = tl.where(sees[:, None], share, 0.0)
@@ -179,7 +198,7 @@ def pull_queries(
         for first in range(t * C, (part + 1) * BI, BI):
             near = first + tl.arange(0, BI)
             pairs, there = pair_logs(
-                queries, k + b * k_b + g * k_g, gain + bg * n, near, k_n, n, weight + g * M * D, bias + g * M, factor,
+                queries, k + b * k_b + g * k_g, gain + bg * n, near, k_n, n, weight, rest, g, bias + g * M, factor,
                 M, D, BD, BI, HAS_BIAS, LOW,
             )  # fmt: skip
             near_values = load_rows(v + b * v_b + g * v_g, near, there, v_n, E, BE, LOW)
@@ -192,9 +211,12 @@ def pull_queries(
             near_keys = load_rows(k + b * k_b + g * k_g, near, there, k_n, D, BD, LOW)
             for start in range(0, M, 16):
                 few = start + tl.arange(0, 16)
-                few_rows = load_projection(weight + g * M * D, few, M, D, BD)
-                one = project(queries, few_rows, bias + g * M, few, factor, M, HAS_BIAS, LOW)
-                other = project(near_keys, few_rows, bias + g * M, few, factor, M, HAS_BIAS, LOW) + near_gains[:, None]
+                few_rows, few_low = load_projection(weight, rest, g, few, M, D, BD, LOW)
+                one = project(queries, few_rows, few_low, bias + g * M, few, factor, M, HAS_BIAS, LOW)
+                other = (
+                    project(near_keys, few_rows, few_low, bias + g * M, few, factor, M, HAS_BIAS, LOW)
+                    + near_gains[:, None]
+                )
                 shares = tl.exp2(one[:, None, :] + other[None, :, :] - pairs[:, :, None])
                 found += multiply(tl.sum(dpairs[:, :, None] * shares, axis=1), few_rows, LOW)
     wide = tl.arange(0, BD)
@@ -207,7 +229,7 @@ def pull_queries(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def pull_keys(
-    q, k, v, dout, delta, lse, gain, origin, faded, documents, weight, bias, dS, dZ, c, span, dk, dv, dgain,
+    q, k, v, dout, delta, lse, gain, origin, faded, documents, weight, rest, bias, dS, dZ, c, span, dk, dv, dgain,
     q_b, q_h, q_n, k_b, k_g, k_n, v_b, v_g, v_n, do_b, do_h, do_n, n, T, B, G,
     factor: tl.constexpr, scale: tl.constexpr, norm: tl.constexpr,
     R: tl.constexpr, M: tl.constexpr, D: tl.constexpr, E: tl.constexpr, C: tl.constexpr,
@@ -246,8 +268,8 @@ def pull_keys(
     for start in range(0, M, BM):
         features = start + tl.arange(0, BM)
         real = features < M
-        rows = load_projection(weight + g * M * D, features, M, D, BD)
-        logs = project(keys, rows, bias + g * M, features, factor, M, HAS_BIAS, LOW)
+        rows, low = load_projection(weight, rest, g, features, M, D, BD, LOW)
+        logs = project(keys, rows, low, bias + g * M, features, factor, M, HAS_BIAS, LOW)
         size = (tl.load(c + later + features, mask=real, other=EMPTY) - base).to(tl.float32)
         share = tl.exp2(logs + (gains + until)[:, None] - size[None, :])
         share = tl.where(stays[:, None], share, 0.0)
@@ -277,7 +299,7 @@ def pull_keys(
                 faded_i = load_if(HAS_DECAY, faded + bg * n, i, inside)
                 document_i = load_if(HAS_DOCUMENTS, documents + b * (n + 1) + 1, i, inside)
                 pairs, there = pair_logs(
-                    queries, k + b * k_b + g * k_g, gain + bg * n, j, k_n, n, weight + g * M * D, bias + g * M,
+                    queries, k + b * k_b + g * k_g, gain + bg * n, j, k_n, n, weight, rest, g, bias + g * M,
                     factor, M, D, BD, BI, HAS_BIAS, LOW,
                 )  # fmt: skip
                 left = fade(i, j, faded_i, faded_j, there, document_i, document_j, HAS_DOCUMENTS)
@@ -288,9 +310,9 @@ def pull_keys(
                 dlog += tl.sum(dpairs, axis=0)
                 for start in range(0, M, 16):
                     features = start + tl.arange(0, 16)
-                    rows = load_projection(weight + g * M * D, features, M, D, BD)
-                    one = project(queries, rows, bias + g * M, features, factor, M, HAS_BIAS, LOW)
-                    other = project(keys, rows, bias + g * M, features, factor, M, HAS_BIAS, LOW)
+                    rows, low = load_projection(weight, rest, g, features, M, D, BD, LOW)
+                    one = project(queries, rows, low, bias + g * M, features, factor, M, HAS_BIAS, LOW)
+                    other = project(keys, rows, low, bias + g * M, features, factor, M, HAS_BIAS, LOW)
                     other += tl.where(present, gains, 0.0)[:, None]
                     shares = tl.exp2(one[:, None, :] + other[None, :, :] - pairs[:, :, None])
                     dkeys += multiply(tl.sum(dpairs[:, :, None] * shares, axis=0), rows, LOW)
@@ -314,11 +336,11 @@ def pull_keys(
             scores = tl.zeros([C, BI], tl.float32)
             for start in range(0, M, BM):
                 features = start + tl.arange(0, BM)
-                rows = load_projection(weight + g * M * D, features, M, D, BD)
-                logs = project(keys, rows, bias + g * M, features, factor, M, HAS_BIAS, LOW) + gains[:, None]
+                rows, low = load_projection(weight, rest, g, features, M, D, BD, LOW)
+                logs = project(keys, rows, low, bias + g * M, features, factor, M, HAS_BIAS, LOW) + gains[:, None]
                 middle = find_middle(logs, present)
                 near = tl.exp2(logs - middle[None, :])
-                logs = project(queries, rows, bias + g * M, features, factor, M, HAS_BIAS, LOW)
+                logs = project(queries, rows, low, bias + g * M, features, factor, M, HAS_BIAS, LOW)
                 share = tl.exp2(logs + middle[None, :] + to_own[:, None])
                 share = narrow(tl.where(sees[:, None], share, 0.0), LOW)
                 scores += multiply(share, tl.trans(near), LOW)

@@ -55,24 +55,29 @@ def load_rows(pointer, places, there, stride, WIDTH: tl.constexpr, BWIDTH: tl.co
 
 
 @triton.jit
-def load_projection(pointer, features, M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
-    """Load the rows of a projection `(BM, BD)`, zeros past its end."""
+def load_projection(weight, rest, g, features, M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, LOW: tl.constexpr):
+    """Load the rows of a projection `(BM, BD)` and, if `LOW`, what their rounding left; zeros past the end."""
     columns = tl.arange(0, BD)
     there = (features < M)[:, None] & (columns < D)[None, :]
-    return tl.load(pointer + features[:, None] * D + columns[None, :], mask=there, other=0.0)
+    cells = g * M * D + features[:, None] * D + columns[None, :]
+    rows = tl.load(weight + cells, mask=there, other=0.0)
+    low = rows
+    if LOW:
+        rows = narrow(rows, LOW)
+        low = narrow(tl.load(rest + cells, mask=there, other=0.0), LOW)
+    return rows, low
 
 
 @triton.jit
-def project(x, weight, bias, features, factor, M: tl.constexpr, HAS_BIAS: tl.constexpr, LOW: tl.constexpr):
+def project(x, rows, low, bias, features, factor, M: tl.constexpr, HAS_BIAS: tl.constexpr, LOW: tl.constexpr):
     """Compute log features `(C, BM)`: factor W x + bias; -inf past the last feature.
 
     In bfloat16 the projection is two numbers, its rounding and what that left: x is exact, so features are float32.
     """
     if LOW:
-        high = narrow(weight, LOW)
-        logs = tl.dot(x, tl.trans(high)) + tl.dot(x, tl.trans(narrow(weight - high.to(tl.float32), LOW)))
+        logs = tl.dot(x, tl.trans(rows)) + tl.dot(x, tl.trans(low))
     else:
-        logs = tl.dot(x, tl.trans(weight), input_precision="tf32x3")
+        logs = tl.dot(x, tl.trans(rows), input_precision="tf32x3")
     logs = logs * factor
     if HAS_BIAS:
         logs += tl.load(bias + features, mask=features < M, other=0.0)[None, :] * LOG2_E

@@ -62,7 +62,7 @@ def prepare(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def states(
-    k, v, gain, origin, faded, documents, weight, bias, sums, exponent,
+    k, v, gain, origin, faded, documents, weight, rest, bias, sums, exponent,
     S, Z, c, span, after,
     k_b, k_g, k_n, v_b, v_g, v_n, n, T, B, G,
     factor: tl.constexpr,
@@ -76,7 +76,7 @@ def states(
     bg = b * G + g
     features, columns = tile * BM + tl.arange(0, BM), tl.arange(0, BE)
     real = features < M
-    rows = load_projection(weight + g * M * D, features, M, D, BD)
+    rows, low = load_projection(weight, rest, g, features, M, D, BD, LOW)
     cells = features[:, None] * (E + 1) + columns[None, :]
     held = real[:, None] & (columns < E)[None, :]
     first = x * M * (E + 1)
@@ -98,10 +98,10 @@ def states(
         base = tl.load(origin + bg * T + t)
         keys = load_rows(k + b * k_b + g * k_g, places, present, k_n, D, BD, LOW)
         values = load_rows(v + b * v_b + g * v_g, places, present, v_n, E, BE, LOW)
-        logs = project(keys, rows, bias + g * M, features, factor, M, HAS_BIAS, LOW) + gains[:, None]
+        logs = project(keys, rows, low, bias + g * M, features, factor, M, HAS_BIAS, LOW) + gains[:, None]
         high = tl.max(logs, axis=0)
-        low = tl.min(tl.where(present[:, None], logs, float("inf")), axis=0)
-        reach = tl.max(tl.where(real & (high > -float("inf")), high - low, 0.0), axis=0)
+        least = tl.min(tl.where(present[:, None], logs, float("inf")), axis=0)
+        reach = tl.max(tl.where(real & (high > -float("inf")), high - least, 0.0), axis=0)
         tl.store(span + (x * T + t) * TILES + tile, reach)
         last = tl.minimum((t + 1) * C, n) - 1
         past, kept = size, True
@@ -134,7 +134,7 @@ def states(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def outputs(
-    q, k, v, gain, origin, faded, documents, weight, bias, S, Z, c, span, out, lse,
+    q, k, v, gain, origin, faded, documents, weight, rest, bias, S, Z, c, span, out, lse,
     q_b, q_h, q_n, k_b, k_g, k_n, v_b, v_g, v_n, n, T, B, G,
     factor: tl.constexpr,
     R: tl.constexpr, M: tl.constexpr, D: tl.constexpr, E: tl.constexpr, C: tl.constexpr,
@@ -174,8 +174,8 @@ def outputs(
     for start in range(0, M, BM):
         features = start + tl.arange(0, BM)
         real = features < M
-        rows = load_projection(weight + g * M * D, features, M, D, BD)
-        logs = project(queries, rows, bias + g * M, features, factor, M, HAS_BIAS, LOW)
+        rows, low = load_projection(weight, rest, g, features, M, D, BD, LOW)
+        logs = project(queries, rows, low, bias + g * M, features, factor, M, HAS_BIAS, LOW)
         raised = logs + (tl.load(c + slot + features, mask=real, other=EMPTY) - top).to(tl.float32)[None, :]
         new = tl.maximum(largest, tl.max(raised, axis=1))
         share, remains = narrow(tl.exp2(raised - new[:, None]), LOW), tl.exp2(largest - new)
@@ -189,7 +189,7 @@ def outputs(
         mass = mass * remains + tl.sum(share.to(tl.float32) * masses[None, :], axis=1)
         largest = new
         if not EXACT:
-            own = project(keys, rows, bias + g * M, features, factor, M, HAS_BIAS, LOW) + gains[:, None]
+            own = project(keys, rows, low, bias + g * M, features, factor, M, HAS_BIAS, LOW) + gains[:, None]
             middle = find_middle(own, present)
             raised = logs + middle[None, :]
             new = tl.maximum(peak, tl.max(raised, axis=1))
@@ -210,7 +210,7 @@ def outputs(
         for first in range(t * C, (part + 1) * BI, BI):
             near = first + tl.arange(0, BI)
             logs, there = pair_logs(
-                queries, k + b * k_b + g * k_g, gain + bg * n, near, k_n, n, weight + g * M * D, bias + g * M, factor,
+                queries, k + b * k_b + g * k_g, gain + bg * n, near, k_n, n, weight, rest, g, bias + g * M, factor,
                 M, D, BD, BI, HAS_BIAS, LOW,
             )  # fmt: skip
             faded_near = load_if(HAS_DECAY, faded + bg * n, near, near < n)
@@ -250,7 +250,7 @@ def outputs(
 
 @triton.jit
 def pair_logs(
-    queries, k, gain, j, k_n, n, weight, bias,
+    queries, k, gain, j, k_n, n, weight, rest, g, bias,
     factor: tl.constexpr, M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BI: tl.constexpr,
     HAS_BIAS: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
@@ -261,9 +261,9 @@ def pair_logs(
     peak, total = tl.zeros([BI, BI], tl.float32) - float("inf"), tl.zeros([BI, BI], tl.float32)
     for start in range(0, M, 16):
         features = start + tl.arange(0, 16)
-        rows = load_projection(weight, features, M, D, BD)
-        one = project(queries, rows, bias, features, factor, M, HAS_BIAS, LOW)
-        other = project(keys, rows, bias, features, factor, M, HAS_BIAS, LOW)
+        rows, low = load_projection(weight, rest, g, features, M, D, BD, LOW)
+        one = project(queries, rows, low, bias, features, factor, M, HAS_BIAS, LOW)
+        other = project(keys, rows, low, bias, features, factor, M, HAS_BIAS, LOW)
         logs = one[:, None, :] + other[None, :, :]
         new = tl.maximum(peak, tl.max(logs, axis=2))
         total = total * tl.exp2(peak - new) + tl.sum(tl.exp2(logs - new[:, :, None]), axis=2)

@@ -5,7 +5,7 @@ features.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,20 +18,38 @@ from performer_lm.ops.linear.triton import backward, forward
 from performer_lm.ops.maps import Exponential, Maps
 from performer_lm.ops.precision import LOG2_E
 
-CHUNK, FEATURES = 64, 32
-"""Tokens of a chunk, features of a program."""
-ROWS = {"outputs": 64, "pull_queries": 32, "pull_keys": 32}
-"""Queries or keys of a program. Backward has 32: with 64 an assembler gets Hopper's own matrix instructions wrong."""
+CHUNK = 64
+"""Tokens that see each other through a matrix of weights."""
 EXACT_ROWS = 16
-"""The same where weights are summed pair by pair."""
-WARPS = {"states": 4, "outputs": 4, "pull_states": 4, "pull_queries": 4, "pull_keys": 4}
-"""Of each kernel, for heads up to 64 wide; 8 for wider ones."""
-STAGES = {"states": 2, "outputs": 2, "pull_states": 2, "pull_queries": 2, "pull_keys": 2}
+"""Queries or keys of a program where weights are summed pair by pair."""
 
 
-def choose_options(kernel: str, wide: bool) -> dict[str, int]:
+class Options(NamedTuple):
+    """How a kernel is cut and compiled."""
+
+    rows: int
+    """Queries or keys of a program."""
+    features: int
+    """Features of a step, or of a program."""
+    warps: int
+    stages: int
+
+
+OPTIONS = {
+    "states": Options(CHUNK, 32, 4, 2),
+    "outputs": Options(CHUNK, 32, 4, 2),
+    "pull_states": Options(CHUNK, 32, 4, 2),
+    "pull_queries": Options(32, 32, 4, 2),
+    "pull_keys": Options(32, 32, 4, 2),
+}
+"""Backward has 32 rows a program: with 64 ptxas gets Hopper's own matrix instructions wrong (triton 3.6)."""
+
+
+def choose_options(kernel: str, num_features: int, *, wide: bool) -> dict[str, int]:
     """Return how a kernel is compiled; `wide` for heads of more than 64 channels."""
-    return {"num_warps": 8 if wide else WARPS.get(kernel, 4), "num_stages": STAGES.get(kernel, 2)}
+    _, features, warps, stages = OPTIONS.get(kernel, Options(CHUNK, 32, 4, 2))
+    tile = min(features, max(16, triton.next_power_of_2(num_features)))
+    return {"BM": tile, "num_warps": 8 if wide else warps, "num_stages": stages}
 
 
 class Launch:
@@ -50,18 +68,19 @@ class Launch:
         (self.b, self.h, self.n, self.d), (self.g, self.e) = self.q.shape, self.v.shape[1::2]
         self.m, self.chunks = state.sums.shape[1], triton.cdiv(self.n, CHUNK)
         weight, *bias = (x.contiguous() for x in maps.key.tensors)
-        self.weight, self.bias = weight, bias[0] if bias else weight
         self.scale, self.norm = maps.key.scale, maps.key.norm
-        tile = min(FEATURES, max(16, triton.next_power_of_2(self.m)))
-        self.tiles = triton.cdiv(self.m, tile)
         width, value_width = (max(16, triton.next_power_of_2(size)) for size in (self.d, self.e))
-        self.wide = max(width, value_width) > 64
+        self.options = {name: choose_options(name, self.m, wide=max(width, value_width) > 64) for name in OPTIONS}
         self.low = all(x.dtype == torch.bfloat16 for x in (self.q, self.k, self.v))
-        self.documents = self.weight if tokens.documents is None else tokens.documents.int().contiguous()
+        self.weight, self.bias, self.rest = weight, bias[0] if bias else weight, weight
+        if self.low:
+            self.weight = weight.to(torch.bfloat16)
+            self.rest = (weight - self.weight).to(torch.bfloat16)
+        self.documents = weight if tokens.documents is None else tokens.documents.int().contiguous()
         self.numbers = {"n": self.n, "T": self.chunks, "B": self.b, "G": self.g}
         self.sizes: dict[str, Any] = {
             "factor": LOG2_E * self.scale,
-            **{"M": self.m, "D": self.d, "E": self.e, "C": CHUNK, "BM": tile, "BD": width, "BE": value_width},
+            **{"M": self.m, "D": self.d, "E": self.e, "C": CHUNK, "BD": width, "BE": value_width},
             **{"HAS_BIAS": bool(bias), "HAS_DECAY": tokens.log_decay is not None},
             **{"HAS_DOCUMENTS": tokens.documents is not None, "LOW": self.low},
         }
@@ -71,8 +90,8 @@ class Launch:
     def _prepare(self, width: int) -> None:
         b, g, n = self.b, self.g, self.n
         log_gain, log_decay, mask = (None if x is None else x.contiguous() for x in self.tokens[3:6])
-        self.gain = self.weight.new_empty(b, g, n, dtype=torch.float32)
-        self.origin = self.weight.new_empty(b, g, self.chunks, dtype=torch.float64)
+        self.gain = self.state.sums.new_empty(b, g, n)
+        self.origin = self.state.exponent.new_empty(b, g, self.chunks)
         self.faded = self.gain if log_decay is None else torch.empty_like(self.gain, dtype=torch.float64)
         given = (log_gain, log_decay, None if mask is None else mask.to(torch.int8))
         forward.prepare[(self.chunks, b * g)](
@@ -91,30 +110,31 @@ class Launch:
         """Compute the sums before each chunk."""
         x, m, e = self.g * self.b, self.m, self.e
         held = torch.bfloat16 if self.low else torch.float32
-        self.sums = self.weight.new_empty(x, self.chunks + 1, m, e, dtype=held)
-        self.masses = self.weight.new_empty(x, self.chunks + 1, m)
+        self.sums = self.gain.new_empty(x, self.chunks + 1, m, e, dtype=held)
+        self.masses = self.gain.new_empty(x, self.chunks + 1, m)
         self.exponents = self.origin.new_empty(x, self.chunks + 1, m)
-        self.places = triton.next_power_of_2(self.tiles)
-        self.spans = self.weight.new_zeros(x, self.chunks, self.places)
+        tiles = triton.cdiv(m, self.options["states"]["BM"])
+        self.places = triton.next_power_of_2(tiles)
+        self.spans = self.gain.new_zeros(x, self.chunks, self.places)
         self.after = torch.empty_like(self.state.sums)
-        forward.states[(x, self.tiles)](
-            *(self.k, self.v, self.gain, self.origin, self.faded, self.documents, self.weight, self.bias),
+        forward.states[(x, tiles)](
+            *(self.k, self.v, self.gain, self.origin, self.faded, self.documents, self.weight, self.rest, self.bias),
             *(self.state.sums.contiguous(), self.state.exponent.contiguous()),
             *(self.sums, self.masses, self.exponents, self.spans, self.after),
             *self.k.stride()[:3],
             *self.v.stride()[:3],
             **self.numbers,
             **self.sizes,
-            **choose_options("states", self.wide),
+            **self.options["states"],
             TILES=self.places,
         )
 
     def both(self, kernel: Any, heads: int, *given: Any, **more: Any) -> None:
         """Launch a kernel over all chunks that fit their scale, and over all that are done pair by pair."""
-        for exact, size in ((False, ROWS[kernel.__name__]), (True, EXACT_ROWS)):
+        for exact, size in ((False, OPTIONS[kernel.__name__].rows), (True, EXACT_ROWS)):
             grid = (triton.cdiv(self.n, size), self.b * heads)
             kernel[grid](
-                *given, **self.numbers, **self.sizes, **choose_options(kernel.__name__, self.wide), **more,
+                *given, **self.numbers, **self.sizes, **self.options[kernel.__name__], **more,
                 R=self.h // self.g, TILES=self.places, EXACT=exact, BI=size,
             )  # fmt: skip
 
@@ -122,11 +142,11 @@ class Launch:
 def attend(maps: Maps, tokens: Tokens, state: LinearState, *, keep: bool) -> Trace:
     """Attend to a sequence, as `sequence.attend` does; `keep` keeps the state before it alone."""
     run = Launch(maps, tokens, state)
-    out = run.weight.new_empty(run.b, run.h, run.n, run.e)
+    out = run.gain.new_empty(run.b, run.h, run.n, run.e)
     lse = run.origin.new_empty(run.b, run.h, run.n)
     run.both(
         forward.outputs, run.h,
-        *(run.q, run.k, run.v, run.gain, run.origin, run.faded, run.documents, run.weight, run.bias),
+        *(run.q, run.k, run.v, run.gain, run.origin, run.faded, run.documents, run.weight, run.rest, run.bias),
         *(run.sums, run.masses, run.exponents, run.spans, out, lse),
         *run.q.stride()[:3], *run.k.stride()[:3], *run.v.stride()[:3],
         ALL=triton.next_power_of_2(run.m),
@@ -142,19 +162,21 @@ def pull(
     """Return the gradients at tokens, the state's sums and the maps' tensors, as `sequence.pull` does; maps stay."""
     run = Launch(maps, tokens, LinearState(trace.sums[0], trace.exponents[0]))
     dout = torch.zeros_like(trace.out) if grads[0] is None else _rowwise(grads[0])
-    delta = (dout * trace.out).sum(dim=-1)
-    dout = dout.to(
-        run.v.dtype
-    )  # which it was before the output was widened; loaded narrow, it may lie in shared memory
-    delta = (delta if grads[1] is None else delta - LOG2_E * grads[1]).to(torch.float32).contiguous()
+    delta = torch.empty_like(trace.mass, dtype=torch.float32)
+    dmass = delta if grads[1] is None else grads[1].contiguous()
+    backward.pull_division[(run.chunks, run.b * run.h)](
+        *(trace.out, dout, dmass, delta), *dout.stride()[:3], run.n, run.h,
+        E=run.e, BE=run.sizes["BE"], C=CHUNK, HAS_MASS=grads[1] is not None,
+    )  # fmt: skip
+    dout = dout.to(run.v.dtype)  # as it came; loaded as it is multiplied, it lies in shared memory
     dafter = torch.zeros_like(trace.after) if grads[2] is None else grads[2].contiguous()
-    x, rest = run.g * run.b, (run.gain, run.origin, run.faded, run.documents, run.weight, run.bias)
+    x, rest = run.g * run.b, (run.gain, run.origin, run.faded, run.documents, run.weight, run.rest, run.bias)
     dstates = run.sums.new_empty(x, run.chunks, run.m, run.e)
     dmasses, dbefore = run.masses.new_empty(x, run.chunks, run.m), torch.empty_like(trace.after)
-    backward.pull_states[(x, run.tiles)](
-        *(run.q, dout, delta, trace.mass, run.faded, run.documents, run.weight, run.bias, run.exponents, dafter),
-        *(dstates, dmasses, dbefore), *run.q.stride()[:3], *dout.stride()[:3],
-        **run.numbers, **run.sizes, **choose_options("pull_states", run.wide), R=run.h // run.g,
+    backward.pull_states[(x, triton.cdiv(run.m, run.options["pull_states"]["BM"]))](
+        *(run.q, dout, delta, trace.mass, run.faded, run.documents, run.weight, run.rest, run.bias, run.exponents),
+        *(dafter, dstates, dmasses, dbefore), *run.q.stride()[:3], *dout.stride()[:3],
+        **run.numbers, **run.sizes, **run.options["pull_states"], R=run.h // run.g,
     )  # fmt: skip
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (run.q, run.k, run.v))
     dgain = torch.empty_like(run.gain)
