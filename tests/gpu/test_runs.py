@@ -46,7 +46,7 @@ def test_steps_do_not_wait_for_the_device_but_for_a_flag_of_favors_blocks(
             train(f"attn={attn}", *options)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = Counter(f"{told.filename}:{told.lineno}" for told in seen if "synchroniz" in str(told.message))
+    waits = Counter(f"{told.filename}:{told.lineno}" for told in seen if "called a synchronizing" in str(told.message))
     assert waits.total() <= 20 * looks, waits
 
 

@@ -36,19 +36,20 @@ class Options(NamedTuple):
 
 
 OPTIONS = {
-    "states": Options(CHUNK, 32, 4, 2),
-    "outputs": Options(CHUNK, 32, 4, 2),
-    "pull_states": Options(CHUNK, 32, 4, 2),
-    "pull_queries": Options(32, 32, 4, 2),
-    "pull_keys": Options(32, 32, 4, 2),
+    "states": Options(CHUNK, 32, 2, 2),
+    "outputs": Options(CHUNK, 64, 4, 2),
+    "pull_states": Options(CHUNK, 32, 2, 3),
+    "pull_queries": Options(CHUNK, 32, 2, 2),
+    "pull_keys": Options(CHUNK, 32, 4, 2),
 }
-"""Backward has 32 rows a program: with 64 ptxas gets Hopper's own matrix instructions wrong (triton 3.6)."""
+"""The fastest of sixteen tried on an H200 (docs/log.md) among those that were right: with projections in float32, ptxas
+got Hopper's own matrix instructions wrong in both `pull_` kernels, which is why `auto` looks before it trusts."""
 
 
 def choose_options(kernel: str, num_features: int, *, wide: bool) -> dict[str, int]:
     """Return how a kernel is compiled; `wide` for heads of more than 64 channels."""
     _, features, warps, stages = OPTIONS.get(kernel, Options(CHUNK, 32, 4, 2))
-    tile = min(features, max(16, triton.next_power_of_2(num_features)))
+    tile = min(32 if wide else features, max(16, triton.next_power_of_2(num_features)))
     return {"BM": tile, "num_warps": 8 if wide else warps, "num_stages": stages}
 
 
