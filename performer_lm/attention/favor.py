@@ -264,4 +264,5 @@ def favor(*, num_features: int | None, seed: int) -> partial[FavorAttention]:
         redraw_interval=None,
         redraw_until=None,
         chunk_size=None,
+        kernel="auto",
     )

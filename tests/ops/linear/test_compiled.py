@@ -9,6 +9,7 @@ from torch import Tensor
 
 from performer_lm.ops.linear import LinearState, causal_linear_attention, empty_state
 from performer_lm.ops.linear.operator import _attend, _pull
+from performer_lm.ops.linear.state import Geometry
 from performer_lm.ops.maps import BlockMap, Exponential, Generalized, Maps
 
 compiled = partial(torch.compile, backend="aot_eager", fullgraph=True)  # a graph break is an error
@@ -83,13 +84,17 @@ def test_compiled_steps_are_the_eager_ones() -> None:
         assert torch.allclose(out, expected, atol=1e-10)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in Triton's interpreter
 @pytest.mark.parametrize("keep", [False, True])
-def test_operators_keep_what_they_promise(keep: bool) -> None:
-    query_map, key_map = maps("softmax", wanted=True)
+@pytest.mark.parametrize("geometry", [Geometry(2, 4, True), Geometry(2, 4, False, triton=True)])
+def test_operators_keep_what_they_promise(geometry: Geometry, keep: bool) -> None:
+    query_map, key_map = maps("softmax", wanted=not geometry.triton)
     pair = Maps(query=query_map, key=key_map, groups=2)
     before = LinearState(*(x.transpose(0, 1).flatten(0, 1) for x in start()))
     leaves = [*inputs(7), *before, *pair.tensors]
-    arguments: tuple[Any, ...] = (leaves, "xxx----xxxx", pair.code, 2, 4, True, keep)
+    if geometry.triton:
+        leaves = [x if x is before.exponent else x.detach().float().requires_grad_() for x in leaves]
+    arguments: tuple[Any, ...] = (leaves, "xxx----xxxx", pair.code, *geometry, keep)
     torch.library.opcheck(_attend, arguments, test_utils=("test_schema", "test_faketensor"))
     if keep:
         trace = [x.detach() for x in _attend(*arguments)]
@@ -97,6 +102,6 @@ def test_operators_keep_what_they_promise(keep: bool) -> None:
         plain = [x.detach() for x in leaves]
         torch.library.opcheck(
             _pull,
-            (plain, trace, grads, arguments[1], "xxx", *arguments[2:6], True),
+            (plain, trace, grads, arguments[1], "xxx", *arguments[2:7], not geometry.triton),
             test_utils=("test_schema", "test_faketensor"),
         )

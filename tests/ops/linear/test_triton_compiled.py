@@ -14,8 +14,7 @@ import pytest
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 """The bytes of shared memory that a program may have, by compute capability."""
 SPILLED = 1024
-"""The bytes of registers that may spill: two warps of `pull_queries` spill 872, and are faster than four that spill none
-(docs/log.md)."""
+"""The bytes of registers that may spill: two warps of `pull_queries` spill 872, and beat four, which spill none."""
 
 
 def compile_kernels(capability: int, width: int, *names: str) -> dict[str, dict[str, object]]:

@@ -63,17 +63,20 @@ def _refusal(maps: Maps, tokens: Tokens) -> str | None:
         return "needs float32 at most, got float64"
     if max(q.shape[3], v.shape[3]) > 128:
         return f"needs heads of width 128 at most, got {max(q.shape[3], v.shape[3])}"
-    if find_spec("triton") is None:
-        return "needs the package triton (pip install 'performer-lm[gpu]')"
-    if q.device.type != "cuda" and not _interpreted():
-        return f"needs a CUDA device, got {q.device.type}"
+    if not _runs(q.device.type):
+        return f"needs a CUDA device, got {q.device.type}, and the package triton (pip install 'performer-lm[gpu]')"
     return None
 
 
-def _interpreted() -> bool:
+@torch.compiler.assume_constant_result
+@cache
+def _runs(device: str) -> bool:
+    """Return True if kernels run on a kind of device: on CUDA, or wherever Triton's interpreter does."""
+    if find_spec("triton") is None:
+        return False
     from performer_lm.ops.linear.triton.blocks import WIDEN
 
-    return bool(WIDEN.value)
+    return device == "cuda" or bool(WIDEN.value)
 
 
 @torch.compiler.assume_constant_result
