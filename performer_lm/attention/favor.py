@@ -23,7 +23,7 @@ from performer_lm.ops.linear import (
     read_state,
 )
 from performer_lm.ops.linear.state import CPU_TILE
-from performer_lm.ops.linear.triton import Kernel
+from performer_lm.ops.linear.triton import Kernel, refuse_device, refuse_features, runs_on
 from performer_lm.ops.maps import BlockMap
 from performer_lm.ranges import Count, Whole, ranged
 
@@ -43,7 +43,8 @@ class FavorAttention(Attention[LinearState]):
         redraw_interval: optimizer steps between new projections; None never redraws.
         redraw_until: last step at which they may be redrawn; None sets no end.
         chunk_size: tokens per block, which trades speed and memory, never the result; None for as many as caches hold.
-        kernel: `torch`, `triton`, or `auto`, which takes Triton's on CUDA where they agree with torch's.
+        kernel: `torch`, `triton`, or `auto`, which takes Triton's on CUDA where they agree with torch's. A model of
+            `triton` opened on another device runs there as one of `auto`.
         sizes: those of `Attention`; the projections of two layers differ.
     """
 
@@ -70,6 +71,10 @@ class FavorAttention(Attention[LinearState]):
             layer=self.layer,
             seed=seed,
         )
+        if kernel == "triton":
+            refusal = refuse_features(*self.features.maps(), max(self.dim_head, self.dim_value))
+            if refusal:
+                raise ValueError(f"kernel=triton {refusal}: take kernel=auto")
         if redraw_interval is not None and not self.features.redrawn:
             name = type(self.features).__name__
             raise ValueError(
@@ -114,7 +119,7 @@ class FavorAttention(Attention[LinearState]):
                 chunk_size=self.chunk_size,
                 mask=mask,
                 log_gain=log_gain,
-                kernel=self.kernel,
+                kernel=self._kernel_for(q),
             )
         query_map, key_map = self.features.maps()
         state = absorb_keys(k, v, state, key_map=key_map, chunk_size=self.chunk_size, mask=mask, log_gain=log_gain)
@@ -144,9 +149,22 @@ class FavorAttention(Attention[LinearState]):
             segments=segments,
             log_decay=log_decay,
             log_gain=log_gain,
-            kernel=self.kernel,
+            kernel=self._kernel_for(q),
             consume=True,  # forward made the state itself, and extend may use it up
         )
+
+    def check_kernel(self, device: torch.device) -> None:
+        """Refuse kernels that were asked for and do not run on a device.
+
+        Raises:
+            ValueError: naming the device, and what it needs.
+        """
+        if self.kernel == "triton" and not runs_on(device.type):
+            raise ValueError(f"kernel=triton {refuse_device(device.type)}: take kernel=auto")
+
+    def _kernel_for(self, x: Tensor) -> Kernel:
+        """Return the kernel asked for, where it runs."""
+        return self.kernel if runs_on(x.device.type) else "auto"
 
     def check(self, *, causal: bool, packed: bool) -> None:
         """Refuse signed features for causal use and packed documents."""

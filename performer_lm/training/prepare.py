@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import nn
 
 from performer_lm import checkpoint
+from performer_lm.attention.favor import FavorAttention
 from performer_lm.attention.local import LocalAttention
 from performer_lm.building import build, build_model, escape
 from performer_lm.checkpoint import Checkpoint
@@ -92,7 +93,7 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
     sketch = _sketch_model(model_section, context=cfg.data.context)
     data = _build_data(cfg, given, overrides)
     objective.check(sketch, packed=data.is_packed, answers=data.has_answers)
-    _check_backends(sketch, packed=data.is_packed)
+    _check_backends(sketch, packed=data.is_packed, device=trainer.strategy.root_device)
     data.share(trainer)
 
     data.prepare()
@@ -279,8 +280,10 @@ def _sketch_model(section: dict[str, Any], *, context: int) -> LanguageModel:
     return model
 
 
-def _check_backends(sketch: LanguageModel, *, packed: bool) -> None:
+def _check_backends(sketch: LanguageModel, *, packed: bool, device: torch.device) -> None:
     """Refuse options that a layer's attention cannot keep, before any data is read."""
     for module in sketch.modules():
         if isinstance(module, MultiHeadAttention):
             module.backend.check(causal=module.causal, packed=packed)
+        if isinstance(module, FavorAttention):
+            module.check_kernel(device)

@@ -11,6 +11,7 @@ import torch.distributed
 import torch.multiprocessing
 from torch import Tensor
 
+from performer_lm.attention import favor as favor_module
 from performer_lm.attention.base import fork
 from performer_lm.attention.favor import FavorAttention, favor
 from performer_lm.attention.feature_maps import SoftmaxFeatures
@@ -185,3 +186,33 @@ def test_what_it_cannot_do_is_said() -> None:
         build(chunk_size=0)
     with pytest.raises(ValueError, match="num_features must be at least 1, got 0"):
         build(num_features=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"features": positive(learned=True)}, "needs features that are not trained"),
+        ({"dim_head": 256}, "needs heads of width 128 at most, got 256"),
+    ],
+)
+def test_kernels_are_refused_when_a_model_is_built(options: dict[str, Any], wanted: str) -> None:
+    with pytest.raises(ValueError, match=f"kernel=triton {wanted}: take kernel=auto"):
+        build(kernel="triton", **options)
+
+
+def test_a_run_refuses_kernels_that_its_device_has_not(
+    invoke: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(favor_module, "runs_on", lambda device: False)  # as without an interpreter
+    code, out, err = invoke("debug=fast", "attn.kernel=triton", "run_dir=run")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: kernel=triton needs a CUDA device, got cpu")
+    assert err.count("\n") == 1
+    assert not Path("run").exists()
+
+
+def test_a_model_of_kernels_opens_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(favor_module, "runs_on", lambda device: False)
+    q, k, v = inputs(9)
+    expected = build()(q, k, v, causal=True)
+    assert torch.equal(build(kernel="triton")(q, k, v, causal=True), expected)

@@ -20,10 +20,12 @@ from torch import Tensor
 
 from performer_lm.ops.linear.state import EMPTY, Geometry, LinearState
 from performer_lm.ops.linear.tokens import Tokens
-from performer_lm.ops.maps import Exponential, Maps
+from performer_lm.ops.maps import Exponential, FeatureMap, Maps
 
 Kernel = Literal["auto", "torch", "triton"]
 
+WIDEST = 128
+"""The widest heads and values that registers and shared memory hold."""
 AGREEMENT = 0.05
 """How far bfloat16 may lead kernels and PyTorch apart, as a share of the largest number."""
 
@@ -37,40 +39,51 @@ def takes_triton(kernel: Kernel, maps: Maps, tokens: Tokens) -> bool:
     if kernel == "torch":
         return False
     q, k, v = tokens[:3]
+    narrow = all(x.dtype == torch.bfloat16 for x in (q, k, v))
+    if kernel == "auto" and not (q.device.type == "cuda" and narrow):
+        return False
+    refusal = refuse_features(maps.query, maps.key, max(q.shape[3], v.shape[3])) or _refuse_tokens(q, k, v)
     if kernel == "triton":
-        refusal = _refusal(maps, tokens)
         if refusal:
             raise ValueError(f"kernel=triton {refusal}: take kernel=auto")
         return True
-    if q.device.type != "cuda" or any(x.dtype != torch.bfloat16 for x in (q, k, v)) or _refusal(maps, tokens):
+    if refusal:
         return False
     weight, *bias = maps.key.tensors
     given = tuple(x is not None for x in tokens)
     return _agrees(q.device.index or 0, q.shape[1] // k.shape[1], *weight.shape[1:], v.shape[3], bool(bias), given)
 
 
-def _refusal(maps: Maps, tokens: Tokens) -> str | None:
-    """Return why the kernels cannot attend to a sequence."""
-    q, k, v = tokens[:3]
-    one, other = maps.query, maps.key
-    if not isinstance(one, Exponential) or not isinstance(other, Exponential) or one.norm or not one.writes_like(other):
-        return "needs exponential features, the same for queries and keys"
-    if any(x.requires_grad for x in maps.tensors):
+def refuse_features(queries: FeatureMap, keys: FeatureMap, width: int) -> str | None:
+    """Return why the kernels cannot work with maps and a width of heads."""
+    if not isinstance(queries, Exponential) or not isinstance(keys, Exponential):
+        return "needs exponential features"
+    if queries.norm or not queries.writes_like(keys):
+        return "needs the same features for queries and keys"
+    if any(x.requires_grad for x in keys.tensors):
         return "needs features that are not trained"
+    if width > WIDEST:
+        return f"needs heads of width {WIDEST} at most, got {width}"
+    return None
+
+
+def _refuse_tokens(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Return why the kernels cannot take tokens."""
     if q.shape[2] != k.shape[2] or not q.shape[2]:
         return f"needs as many queries as keys, got {q.shape[2]} and {k.shape[2]}"
     if any(x.dtype == torch.float64 for x in (q, k, v)):
         return "needs float32 at most, got float64"
-    if max(q.shape[3], v.shape[3]) > 128:
-        return f"needs heads of width 128 at most, got {max(q.shape[3], v.shape[3])}"
-    if not _runs(q.device.type):
-        return f"needs a CUDA device, got {q.device.type}, and the package triton (pip install 'performer-lm[gpu]')"
-    return None
+    return None if runs_on(q.device.type) else refuse_device(q.device.type)
+
+
+def refuse_device(kind: str) -> str:
+    """Return that a kind of device does not run the kernels."""
+    return f"needs a CUDA device, got {kind}, and the package triton (pip install 'performer-lm[gpu]')"
 
 
 @torch.compiler.assume_constant_result
 @cache
-def _runs(device: str) -> bool:
+def runs_on(device: str) -> bool:
     """Return True if kernels run on a kind of device: on CUDA, or wherever Triton's interpreter does."""
     if find_spec("triton") is None:
         return False
