@@ -26,7 +26,7 @@ from measure import (
 )
 from steps import prepare
 
-from performer_lm.training.trainer import multiplies_bfloat16
+from performer_lm.ops.precision import multiplies_bfloat16
 
 ARMS = {
     "favor": ["attn=favor"],

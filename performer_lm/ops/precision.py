@@ -47,3 +47,10 @@ def high_low(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Split float64 into two parts of `dtype`, so that differences of near numbers lose nothing."""
     high = wide.to(dtype)
     return high, (wide - high).to(dtype)
+
+
+def multiplies_bfloat16(kind: str) -> bool:
+    """Return True if the CPU or the accelerator has instructions for products of bfloat16; emulation costs too much."""
+    if kind == "cpu":
+        return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from performer_lm import checkpoint
 from performer_lm.checkpoint import Checkpoint
+from performer_lm.ops.precision import multiplies_bfloat16
 from performer_lm.ranges import Count, NotNegative, Positive, ranged
 from performer_lm.training.processes import make_strategy
 
@@ -132,13 +133,6 @@ def choose_precision(precision: str, *, accelerator: str) -> str:
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     kind = "cpu" if accelerator == "cpu" or (accelerator == "auto" and found is None) else "accelerator"
     return "bf16-mixed" if multiplies_bfloat16(kind) else "32-true"
-
-
-def multiplies_bfloat16(kind: str) -> bool:
-    """Return True if the CPU or the accelerator has instructions for products of bfloat16; emulation costs too much."""
-    if kind == "cpu":
-        return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
-    return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _quiet() -> None:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from performer_lm.model import PerformerLM
-from performer_lm.training.optim import adamw, check_scaling, muon, parameter_groups
+from performer_lm.training import optim
+from performer_lm.training.optim import HostMuon, adamw, check_scaling, muon, orthogonalize, parameter_groups
 
 ADAMW: dict[str, Any] = {"lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "fused": False}
 MUON: dict[str, Any] = {**ADAMW, "matrix_lr": 0.02, "momentum": 0.95}
@@ -141,3 +142,34 @@ def test_fused_adamw_does_not_go_with_scaled_losses() -> None:
         check_scaling(fused, precision="16-mixed")
     for optimizer, precision in ((fused, "bf16-mixed"), (plain, "16-mixed"), (together, "16-mixed")):
         check_scaling(optimizer, precision=precision)
+
+
+def step_muon(monkeypatch: pytest.MonkeyPatch, *, emulated: bool) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    """Take two steps of Muon on a CPU that emulates products of bfloat16, or does not."""
+    monkeypatch.setattr(optim, "multiplies_bfloat16", lambda kind: not emulated)
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(shape)) for shape in ((6, 4), (4, 6), (5, 5))]
+    optimizer = HostMuon(parameters, lr=0.1, momentum=0.9, weight_decay=0.1)
+    for _ in range(2):
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape)
+        optimizer.step()
+    return [parameter.detach() for parameter in parameters], optimizer.state_dict()
+
+
+def test_muon_on_a_cpu_without_bfloat16_is_torchs_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow, torchs = step_muon(monkeypatch, emulated=False)
+    wide, ours = step_muon(monkeypatch, emulated=True)
+    for one, other in zip(wide, narrow, strict=True):
+        assert not torch.equal(one, other)
+        torch.testing.assert_close(one, other, rtol=0, atol=0.2 * 2**-5)  # two updates of 0.1, by five iterations of 8 bits
+    torch.testing.assert_close(ours, torchs, rtol=0, atol=0)  # the state knows gradients only
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (8, 3), (4, 4)])
+def test_orthogonalized_matrices_have_singular_values_near_one(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    group = HostMuon([nn.Parameter(torch.zeros(shape))]).param_groups[0]
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(shape), group))
+    assert values.amin() > 0.5
+    assert values.amax() < 1.3
