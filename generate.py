@@ -11,20 +11,31 @@ from performer_lm.cli.opening import open_from
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+SAMPLING = {
+    "temperature": float,
+    "top_k": int | None,
+    "top_p": float | None,
+    "min_p": float | None,
+    "typical_p": float | None,
+    "repetition_penalty": float,
+    "frequency_penalty": float,
+    "presence_penalty": float,
+    "repetition_window": int,
+    "no_repeat_ngram_size": int | None,
+    "banned_tokens": list[int] | None,
+    "logit_bias": dict[int, float] | None,
+}
+
 
 def run(cfg: "DictConfig") -> None:
     """Print the prompt, then its continuation, piece by piece as it is made; notes go to stderr."""
-    from performer_lm.generation.decode import stream_text
+    from omegaconf import OmegaConf
+
     from performer_lm.generation.sampling import Sampler
+    from performer_lm.generation.session import stream_text
 
     with usage_errors():
-        sampler = Sampler(
-            temperature=cfg.temperature,
-            top_k=cfg.top_k,
-            top_p=cfg.top_p,
-            repetition_penalty=cfg.repetition_penalty,
-            repetition_window=cfg.repetition_window,
-        )
+        sampler = Sampler(**{name: OmegaConf.to_container(cfg)[name] for name in SAMPLING})
         with redirect_stdout(sys.stderr):
             model, tokenizer, _ = open_from(cfg)
         prompt = sys.stdin.read() if cfg.prompt == "-" else cfg.prompt
@@ -46,12 +57,8 @@ if __name__ == "__main__":
             "ckpt": str,
             "prompt": str,
             "max_new_tokens": int,
-            "temperature": float,
-            "top_k": int | None,
-            "top_p": float | None,
-            "repetition_penalty": float,
-            "repetition_window": int,
             "seed": int,
             "device": str,
+            **SAMPLING,
         },
     )

@@ -6,8 +6,9 @@ import torch
 
 from performer_lm import checkpoint
 from performer_lm.data.tokenizer import ByteTokenizer
-from performer_lm.generation.decode import decode, stream_text
+from performer_lm.generation.decode import decode
 from performer_lm.generation.sampling import Sampler
+from performer_lm.generation.session import stream_text
 from performer_lm.model import PerformerLM
 from performer_lm.performer import PerformerState
 

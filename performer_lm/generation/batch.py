@@ -1,0 +1,107 @@
+"""Many prompts continued at once, each as it would be alone.
+
+Letters: `b` batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+import torch
+
+from performer_lm.attention.base import select_rows
+from performer_lm.data.tokenizer import Tokenizer
+from performer_lm.generation.decode import Prefix, check_room, pad_left, read
+from performer_lm.generation.sampling import Sampler
+from performer_lm.generation.text import Row, write
+from performer_lm.language_model import LanguageModel
+from performer_lm.ranges import Count, ranged
+
+
+@ranged
+def complete(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: Count,
+    sampler: Sampler,
+    seed: int = 0,
+    num_samples: Count = 1,
+    best_of: Count | None = None,
+    stop: Sequence[str] = (),
+    batch_size: Count = 8,
+    after: Prefix | None = None,
+) -> Iterator[list[Row]]:
+    """Return the continuations of each prompt in order, `num_samples` rows each; a prompt is read once.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: the model's.
+        prompts: texts; an empty one begins a new document.
+        max_new_tokens: how many a row has at most.
+        sampler: how a token is chosen.
+        seed: of the first sample of each prompt, whose others have those that follow.
+        num_samples: rows of a prompt.
+        best_of: draw so many rows, and return the likeliest, by their mean log-probability, first.
+        stop: strings that end a row, see `Row`.
+        batch_size: prompts continued at once, each with all its rows.
+        after: one row that every prompt continues; it stays.
+
+    Raises:
+        ValueError: at once, for the first prompt that the tokenizer cannot write, by its number, and as `Session` does.
+    """
+    drawn = num_samples if best_of is None else best_of
+    if drawn < num_samples:
+        raise ValueError(f"best_of ({drawn}) must be at least num_samples ({num_samples})")
+    sampler.check(tokenizer.vocab_size)
+    Row(tokenizer, stop=stop)
+    begun = 0 if after is None else after.tokens.shape[1]
+    ids = encode_prompts(tokenizer, prompts, may_be_empty=after is not None)
+    for row in ids or [[]]:
+        check_room(model, begun + len(row), max_new_tokens)
+
+    def rows() -> Iterator[list[Row]]:
+        for group in _batches(ids, batch_size, alike=after is not None):
+            tokens, mask = pad_left(group, device=model.head.weight.device)
+            own = None if after is None else select_rows(after, tokens.new_zeros(len(group)))
+            prefix = read(model, tokens, mask=mask, after=own, max_new_tokens=max_new_tokens)
+            if drawn > 1:
+                prefix = select_rows(prefix, torch.arange(len(group), device=tokens.device).repeat_interleave(drawn))
+            made = [Row(tokenizer, stop=stop) for _ in range(len(group) * drawn)]
+            generator = [
+                torch.Generator(tokens.device).manual_seed(seed + sample) for _ in group for sample in range(drawn)
+            ]
+            for _ in write(
+                model, tokenizer, prefix, made, max_new_tokens=max_new_tokens, sampler=sampler, generator=generator
+            ):
+                pass
+            for first in range(0, len(made), drawn):
+                own_rows = made[first : first + drawn]
+                if best_of is not None:
+                    own_rows = sorted(own_rows, key=lambda row: -row.likelihood)[:num_samples]
+                yield own_rows
+
+    return rows()
+
+
+def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], *, may_be_empty: bool) -> list[list[int]]:
+    """Return the ids of each prompt; an empty one begins a document, unless it may be empty.
+
+    Raises:
+        ValueError: for the first prompt that the tokenizer cannot write, by its number.
+    """
+    found = []
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            ids = tokenizer.encode(prompt).tolist()
+        except ValueError as error:
+            raise ValueError(f"prompt {number}: {error}" if len(prompts) > 1 else str(error)) from error
+        found.append(ids or ([] if may_be_empty else [tokenizer.end_id]))
+    return found
+
+
+def _batches(rows: list[list[int]], size: int, *, alike: bool) -> Iterator[list[list[int]]]:
+    """Yield rows in order, up to `size` at once; `alike`, of one length each, for padding may not follow text."""
+    for start in range(0, len(rows), size):
+        for _, group in groupby(rows[start : start + size], key=len if alike else lambda row: 0):
+            yield list(group)
