@@ -1,12 +1,9 @@
 """Continue a prompt with a trained model: `python generate.py ckpt=runs/latest prompt="def main("`."""
 
-import sys
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from performer_lm.cli import main, usage_errors
-from performer_lm.cli.opening import open_from
+from performer_lm.cli import main
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -28,24 +25,10 @@ SAMPLING = {
 
 
 def run(cfg: "DictConfig") -> None:
-    """Print the prompt, then its continuation, piece by piece as it is made; notes go to stderr."""
-    from omegaconf import OmegaConf
+    """Print the prompt and its continuation, or continuations as jsonl."""
+    from performer_lm.cli.generating import generate
 
-    from performer_lm.generation.sampling import Sampler
-    from performer_lm.generation.session import stream_text
-
-    with usage_errors():
-        sampler = Sampler(**{name: OmegaConf.to_container(cfg)[name] for name in SAMPLING})
-        with redirect_stdout(sys.stderr):
-            model, tokenizer, _ = open_from(cfg)
-        prompt = sys.stdin.read() if cfg.prompt == "-" else cfg.prompt
-        pieces = stream_text(
-            model, tokenizer, prompt, max_new_tokens=cfg.max_new_tokens, sampler=sampler, seed=cfg.seed
-        )
-    print(prompt, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+    generate(cfg)
 
 
 if __name__ == "__main__":
@@ -56,7 +39,15 @@ if __name__ == "__main__":
         keys={
             "ckpt": str,
             "prompt": str,
+            "prompts": str | None,
+            "out": str | None,
             "max_new_tokens": int,
+            "stop": str | None,
+            "num_samples": int,
+            "best_of": int | None,
+            "batch_size": int,
+            "state": str | None,
+            "save_state": str | None,
             "seed": int,
             "device": str,
             **SAMPLING,

@@ -1,9 +1,12 @@
 """`generate.py` as it is typed, on a checkpoint of a tiny model in which every weight does something."""
 
 import dataclasses
+import json
 import runpy
+import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,3 +74,114 @@ def test_options_typed_reach_the_draw(generate: Generate) -> None:
 )
 def test_a_mistake_is_one_line(generate: Generate, word: str, message: str) -> None:
     assert generate(word) == (2, "", f"error: {message}\n")
+
+
+def lines_of(text: str) -> list[dict[str, Any]]:
+    """Return the records of jsonl without their times."""
+    records = [json.loads(line) for line in text.splitlines()]
+    assert all(record.pop("seconds") >= 0 for record in records)
+    return records
+
+
+def test_prompts_of_a_file_come_out_as_jsonl_each_as_alone(generate: Generate) -> None:
+    Path("my prompts.txt").write_text("line 1\nlonger line 2\né\n")
+    Path("same.jsonl").write_text('{"text": "line 1", "id": 7}\n{"text": "longer line 2"}\n{"text": "\\u00e9"}\n')
+    code, out, err = generate("prompts=my prompts.txt", "num_samples=2", "seed=3", "batch_size=2")
+    assert (code, err) == (0, "")
+    records = lines_of(out)
+    assert [record["prompt"] for record in records] == ["line 1"] * 2 + ["longer line 2"] * 2 + ["é"] * 2
+    assert all(len(record["tokens"]) == len(record["log_probs"]) == 8 for record in records)
+    assert {record["ending"] for record in records} == {"length"}
+    for index, record in enumerate(records):
+        code, out, err = generate(f"prompt={record['prompt']}", f"seed={3 + index % 2}")
+        assert out == f"{record['prompt']}{record['text']}\n"
+    code, out, err = generate("prompts=same.jsonl", "num_samples=2", "seed=3", "out=a folder.jsonl")
+    assert (code, out, err) == (0, "", "")
+    for record, other in zip(records, lines_of(Path("a folder.jsonl").read_text()), strict=True):
+        assert record.pop("log_probs") == pytest.approx(other.pop("log_probs"), abs=1e-4)
+        assert record == other
+
+
+def test_the_best_of_some_and_stop_strings_come_out(generate: Generate) -> None:
+    drawn = lines_of(generate("prompt=x", "num_samples=4", "banned_tokens=null")[1])
+    [best] = lines_of(generate("prompt=x", "best_of=4")[1])
+    assert best == max(drawn, key=lambda record: statistics.fmean(record["log_probs"]))
+    ascii_only = f"banned_tokens={[*range(128, 256)]}".replace(" ", "")
+    [whole] = lines_of(generate("prompt=x", ascii_only, "out=a.jsonl")[1] or Path("a.jsonl").read_text())
+    code, out, _ = generate("prompt=x", ascii_only, f"stop={whole['text'][3:5]}")
+    assert (code, out) == (0, f"x{whole['text'].partition(whole['text'][3:5])[0]}\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "a"}\n{"txt": "b"}\n', """line 2 has no text, as {"text": "..."} has: '{"txt": "b"}'"""),
+        ('{"text": 3}\n', """line 1 has no text, as {"text": "..."} has: '{"text": 3}'"""),
+        ('{"text": "a"}\n\n', "line 2 is not JSON: ''"),
+        ('["a"]', """line 1 has no text, as {"text": "..."} has: '["a"]'"""),
+        ('{"text": "a"}\n{"text": \n', """line 2 is not JSON: '{"text": '"""),
+        ("[" * 100_000, "line 1 is not JSON: '" + "[" * 28 + "..." + "[" * 28 + "'"),
+        (b'{"text": "a"}\n{"text": "\xff"}\n', "line 2 is not UTF-8: byte 0xff"),
+    ],
+)
+@pytest.mark.parametrize("out", [[], ["out=b.jsonl"]])
+def test_a_line_without_text_is_told_by_its_number_and_nothing_is_written(
+    generate: Generate, content: str | bytes, message: str, out: list[str]
+) -> None:
+    Path("a.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    before = set(Path().iterdir())
+    code, said, err = generate("prompts=a.jsonl", *out)
+    assert (code, said) == (2, "")
+    assert err.startswith(f"error: a.jsonl: {message}"[:90])
+    assert len(err.splitlines()) == 1
+    assert set(Path().iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["prompts=none.txt"], "none.txt: no such file or directory"),
+        (["prompts=empty.txt"], "empty.txt holds no prompts"),
+        (["prompts=gap.txt"], """gap.txt: line 2 is empty; in a .jsonl file {"text": ""} begins a document"""),
+        (["prompts=odd.jsonl"], "prompt 2: text cannot be written as UTF-8: '\\ud800' at character 0"),
+        (["prompts=gap.txt", "prompt=a"], "prompts and prompt both say what to continue: give one of them"),
+        (["stop="], "stop must not be empty: an empty string stands before every text"),
+        (["num_samples=0"], "num_samples must be at least 1, got 0"),
+        (["best_of=2", "num_samples=3"], "best_of (2) must be at least num_samples (3)"),
+        (["out=none/b.jsonl"], "none/b.jsonl: cannot be written (no such file or directory)"),
+        (["save_state=none/b.state"], "none/b.state: cannot be written (no such file or directory)"),
+        (["state=none.state"], "none.state: no such file or directory"),
+        (["state=a.ckpt"], "a.ckpt is no state of performer_lm, or is cut short (Error while deserializing header"),
+        (
+            ["save_state=a.state", "num_samples=2"],
+            "save_state is of one prompt, so it goes with none of prompts, out, num_samples and best_of",
+        ),
+    ],
+)
+def test_mistakes_with_files_are_one_line_and_leave_nothing(generate: Generate, words: list[str], message: str) -> None:
+    Path("empty.txt").touch()
+    Path("gap.txt").write_text("a\n\nb\n")
+    Path("odd.jsonl").write_text('{"text": "a"}\n{"text": "\\ud800"}\n')
+    before = set(Path().iterdir())
+    code, out, err = generate(*words)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {message}")
+    assert len(err.splitlines()) == 1
+    assert set(Path().iterdir()) == before
+
+
+def test_a_saved_state_goes_on_as_the_text_does_and_not_in_another_model(generate: Generate) -> None:
+    rules = ["temperature=0", "repetition_penalty=1.5", "no_repeat_ngram_size=2"]
+    code, _, err = generate("prompt=the beginning", "save_state=my state", *rules)
+    assert (code, err) == (0, "")
+    for prompt in ("", " of it"):
+        code, out, err = generate("state=my state", f"prompt={prompt}", *rules)
+        assert (code, err) == (0, "")
+        assert f"the beginning{out}" == generate(f"prompt=the beginning{prompt}", *rules)[1]
+    Path("ends.txt").write_text(" of it\n of all\n")
+    forked = lines_of(generate("state=my state", "prompts=ends.txt", *rules)[1])
+    for record in forked:
+        assert generate(f"prompt=the beginning{record['prompt']}", *rules)[1].endswith(record["text"] + "\n")
+    code, out, err = generate("state=my state", "ckpt=b.ckpt")
+    assert (code, out) == (2, "")
+    assert err == "error: my state is a state of another model: its attention backend differs\n"
