@@ -45,6 +45,7 @@ if __name__ == "__main__":
             "stop": str | None,
             "num_samples": int,
             "best_of": int | None,
+            "beams": int | None,
             "batch_size": int,
             "state": str | None,
             "save_state": str | None,

@@ -148,13 +148,15 @@ def test_a_line_without_text_is_told_by_its_number_and_nothing_is_written(
         (["stop="], "stop must not be empty: an empty string stands before every text"),
         (["num_samples=0"], "num_samples must be at least 1, got 0"),
         (["best_of=2", "num_samples=3"], "best_of (2) must be at least num_samples (3)"),
+        (["beams=2", "num_samples=3"], "beams (2) must be at least num_samples (3)"),
+        (["beams=2", "best_of=3"], "beams are searched for and best_of are drawn: give one of them"),
         (["out=none/b.jsonl"], "none/b.jsonl: cannot be written (no such file or directory)"),
         (["save_state=none/b.state"], "none/b.state: cannot be written (no such file or directory)"),
         (["state=none.state"], "none.state: no such file or directory"),
         (["state=a.ckpt"], "a.ckpt is no state of performer_lm, or is cut short (Error while deserializing header"),
         (
             ["save_state=a.state", "num_samples=2"],
-            "save_state is of one prompt, so it goes with none of prompts, out, num_samples and best_of",
+            "save_state is of one prompt: it goes with none of prompts, out, num_samples, best_of, beams",
         ),
     ],
 )

@@ -50,11 +50,11 @@ def _check_together(cfg: DictConfig) -> None:
     if cfg.prompts and cfg.prompt:
         raise ValueError("prompts and prompt both say what to continue: give one of them")
     if cfg.save_state and _makes_lines(cfg):
-        raise ValueError("save_state is of one prompt, so it goes with none of prompts, out, num_samples and best_of")
+        raise ValueError("save_state is of one prompt: it goes with none of prompts, out, num_samples, best_of, beams")
 
 
 def _makes_lines(cfg: DictConfig) -> bool:
-    return bool(cfg.prompts or cfg.out or cfg.num_samples != 1 or cfg.best_of is not None)
+    return bool(cfg.prompts or cfg.out) or (cfg.num_samples, cfg.best_of, cfg.beams) != (1, None, None)
 
 
 def _options(cfg: DictConfig) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def _prompt(cfg: DictConfig) -> str:
 def _write_lines(cfg: DictConfig, opened: Opened, after: Prefix | None, options: dict[str, Any]) -> None:
     """Write continuations as jsonl: to standard output as they are made, to a file all or none."""
     prompts = read_prompts(Path(cfg.prompts)) if cfg.prompts else [_prompt(cfg)]
-    counts = {name: cfg[name] for name in ("num_samples", "best_of", "batch_size")}
+    counts = {name: cfg[name] for name in ("num_samples", "best_of", "beams", "batch_size")}
     made = complete(opened.model, opened.tokenizer, prompts, after=after, **counts, **options)
     if cfg.out is None:
         for line in told(prompts, made):

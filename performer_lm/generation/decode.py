@@ -107,7 +107,7 @@ def draw_tokens(
     """
     logits, state = prefix.logits, prefix.state
     ended = torch.zeros_like(prefix.tokens[:, 0], dtype=torch.bool)
-    seen, kept = _last_tokens(prefix, sampler.reach)
+    seen, kept = last_tokens(prefix, sampler.reach)
     for index in range(max_new_tokens):
         ids = sampler(logits, generator, seen=seen, mask=kept)
         if end_id is not None:
@@ -123,7 +123,7 @@ def draw_tokens(
         logits = logits[:, -1]
 
 
-def _last_tokens(prefix: Prefix, count: int) -> tuple[Tensor, Tensor]:
+def last_tokens(prefix: Prefix, count: int) -> tuple[Tensor, Tensor]:
     """Return the last `count` tokens of every row, padding between tokens moved to the left, and their mask."""
     if not count:
         return prefix.tokens[:, :0], prefix.mask[:, :0]
