@@ -49,6 +49,7 @@ if __name__ == "__main__":
             "batch_size": int,
             "state": str | None,
             "save_state": str | None,
+            "interactive": bool,
             "seed": int,
             "device": str,
             **SAMPLING,

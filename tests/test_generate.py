@@ -148,6 +148,11 @@ def test_a_line_without_text_is_told_by_its_number_and_nothing_is_written(
         (["stop="], "stop must not be empty: an empty string stands before every text"),
         (["num_samples=0"], "num_samples must be at least 1, got 0"),
         (["best_of=2", "num_samples=3"], "best_of (2) must be at least num_samples (3)"),
+        (
+            ["interactive=true", "beams=2"],
+            "interactive is of one text: it goes with none of prompts, out, num_samples, best_of, beams",
+        ),
+        (["interactive=true", "prompt=-"], "interactive reads turns from standard input, which prompt=- reads to"),
         (["beams=2", "num_samples=3"], "beams (2) must be at least num_samples (3)"),
         (["beams=2", "best_of=3"], "beams are searched for and best_of are drawn: give one of them"),
         (["out=none/b.jsonl"], "none/b.jsonl: cannot be written (no such file or directory)"),
@@ -156,7 +161,7 @@ def test_a_line_without_text_is_told_by_its_number_and_nothing_is_written(
         (["state=a.ckpt"], "a.ckpt is no state of performer_lm, or is cut short (Error while deserializing header"),
         (
             ["save_state=a.state", "num_samples=2"],
-            "save_state is of one prompt: it goes with none of prompts, out, num_samples, best_of, beams",
+            "save_state is of one text: it goes with none of prompts, out, num_samples, best_of, beams",
         ),
     ],
 )

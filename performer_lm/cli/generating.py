@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 
 from performer_lm.cli.errors import usage_errors
+from performer_lm.cli.interactive import interact
 from performer_lm.cli.opening import Opened, open_from
 from performer_lm.generation.batch import complete
 from performer_lm.generation.decode import Prefix
@@ -36,9 +38,12 @@ def generate(cfg: DictConfig) -> None:
         session = Session(opened.model, opened.tokenizer, **options)
         session.resume(after)
         prompt = _prompt(cfg)
-        prefix = session.read(prompt)
+        if prompt or not cfg.interactive:
+            session.read(prompt)
         if cfg.save_state:
-            save_state(Path(cfg.save_state), prefix, opened.model, opened.tokenizer)
+            save_state(Path(cfg.save_state), session.read(), opened.model, opened.tokenizer)
+    if cfg.interactive:
+        return interact(session, Console())
     print(prompt, end="", flush=True)
     for piece in session.write():
         print(piece, end="", flush=True)
@@ -49,8 +54,11 @@ def generate(cfg: DictConfig) -> None:
 def _check_together(cfg: DictConfig) -> None:
     if cfg.prompts and cfg.prompt:
         raise ValueError("prompts and prompt both say what to continue: give one of them")
-    if cfg.save_state and _makes_lines(cfg):
-        raise ValueError("save_state is of one prompt: it goes with none of prompts, out, num_samples, best_of, beams")
+    if cfg.interactive and cfg.prompt == "-":
+        raise ValueError("interactive reads turns from standard input, which prompt=- reads to its end")
+    for key in ("save_state", "interactive"):
+        if cfg[key] and _makes_lines(cfg):
+            raise ValueError(f"{key} is of one text: it goes with none of prompts, out, num_samples, best_of, beams")
 
 
 def _makes_lines(cfg: DictConfig) -> bool:

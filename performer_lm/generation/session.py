@@ -1,6 +1,6 @@
 """One text that is read and written by turns, each token read once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import torch
 
@@ -62,7 +62,7 @@ class Session:
         self._unread = []
         return self.prefix
 
-    def write(self) -> Iterator[str]:
+    def write(self) -> Generator[str, None, None]:
         """Yield the continuation of what was read, piece by piece; a turn may be broken off between two pieces."""
         prefix, row = self.prefix or self.read(), Row(self.tokenizer, stop=self.stop)
         drawn = None
@@ -83,6 +83,12 @@ class Session:
                 tokens = torch.cat((prefix.tokens[0], prefix.tokens.new_tensor(row.tokens[:-1])))[None]
                 mask = torch.ones_like(tokens, dtype=torch.bool)
                 self.prefix, self._unread = Prefix(tokens, mask, drawn.logits, drawn.state), row.tokens[-1:]
+
+    @property
+    def text(self) -> str:
+        """Return the text so far, read and written."""
+        read = [] if self.prefix is None else self.prefix.tokens[self.prefix.mask].tolist()
+        return self.tokenizer.decode([*read, *self._unread])
 
     def resume(self, prefix: Prefix | None) -> None:
         """Go on after another text, or with None begin anew.
