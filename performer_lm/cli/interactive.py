@@ -32,10 +32,10 @@ def interact(session: Session, console: Console) -> None:
     """
     with suppress(ImportError):  # no such library on Windows: then lines have no history to go back to
         importlib.import_module("readline")
-    console.print("[dim]type text to continue, /help for commands, Ctrl-D to leave[/dim]")
+    console.print("[dim]type text to continue, /help for commands, Ctrl-D to leave[/dim]", highlight=False)
     while True:
         try:
-            line = console.input("[bold]> [/bold]")
+            line = input("> ")  # not the console's, whose prompt is lost where a line is edited
         except EOFError:
             return
         if line.strip() == "/quit":

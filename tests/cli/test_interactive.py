@@ -28,13 +28,13 @@ def talk(lively_model: Callable[..., PerformerLM], tmp_path: Path, monkeypatch: 
     def run(*lines: str, model: PerformerLM = model) -> str:
         typed: Iterator[str] = iter(lines)
 
-        def read_line(console: Console, prompt: str) -> str:
+        def read_line(prompt: str) -> str:
             try:
                 return next(typed)
             except StopIteration:
                 raise EOFError from None
 
-        monkeypatch.setattr(Console, "input", read_line)
+        monkeypatch.setattr("builtins.input", read_line)
         screen = io.StringIO()
         interact(Session(model, ByteTokenizer(), seed=0, **ASCII), Console(file=screen, width=80))  # type: ignore[arg-type]
         return screen.getvalue().partition("\n")[2]
