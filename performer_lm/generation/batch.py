@@ -69,10 +69,10 @@ def complete(
 
     def rows() -> Iterator[list[Row]]:
         for group in _batches(ids, batch_size, alike=after is not None):
+            made = [[Row(tokenizer, stop=stop) for _ in range(best_of or num_samples)] for _ in group]
             tokens, mask = pad_left(group, device=model.head.weight.device)
             own = None if after is None else select_rows(after, tokens.new_zeros(len(group)))
             prefix = read(model, tokens, mask=mask, after=own, max_new_tokens=max_new_tokens)
-            made = [[Row(tokenizer, stop=stop) for _ in range(best_of or num_samples)] for _ in group]
             if beams is None:
                 _draw(model, tokenizer, prefix, made, seed=seed, **options)
             else:

@@ -64,7 +64,8 @@ class Session:
 
     def write(self) -> Generator[str, None, None]:
         """Yield the continuation of what was read, piece by piece; a turn may be broken off between two pieces."""
-        prefix, row = self.prefix or self.read(), Row(self.tokenizer, stop=self.stop)
+        prefix = self.read() if self.prefix is None else self.prefix
+        row = Row(self.tokenizer, stop=self.stop)
         drawn = None
         try:
             for turn in write(
@@ -80,15 +81,15 @@ class Session:
                 yield piece
         finally:
             if drawn is not None:
-                tokens = torch.cat((prefix.tokens[0], prefix.tokens.new_tensor(row.tokens[:-1])))[None]
-                mask = torch.ones_like(tokens, dtype=torch.bool)
+                made = prefix.tokens.new_tensor([row.tokens[:-1]])
+                tokens, mask = torch.cat((prefix.tokens, made), 1), torch.cat((prefix.mask, made >= 0), 1)
                 self.prefix, self._unread = Prefix(tokens, mask, drawn.logits, drawn.state), row.tokens[-1:]
 
     @property
     def text(self) -> str:
         """Return the text so far, read and written."""
-        read = [] if self.prefix is None else self.prefix.tokens[self.prefix.mask].tolist()
-        return self.tokenizer.decode([*read, *self._unread])
+        ids = [] if self.prefix is None else self.prefix.tokens[self.prefix.mask].tolist()
+        return self.tokenizer.decode([*ids, *self._unread])
 
     def resume(self, prefix: Prefix | None) -> None:
         """Go on after another text, or with None begin anew.

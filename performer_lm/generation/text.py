@@ -30,7 +30,7 @@ class Row:
         self.tokens: Final[list[int]] = []
         self.log_probs: Final[list[float]] = []
         self.ending: Literal["end", "stop", "length"] | None = None
-        self.seconds = 0.0
+        self.seconds = 0.0  # from here to the end
         self._started = time.perf_counter()
         self._tokenizer = tokenizer
         self._stop = [as_bytes(text) for text in stop]

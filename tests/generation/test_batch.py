@@ -3,10 +3,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from performer_lm.attention.base import fork
+from performer_lm.attention.base import fork, select_rows
 from performer_lm.data.tokenizer import ByteTokenizer
 from performer_lm.generation.batch import complete
-from performer_lm.generation.decode import decode, read
+from performer_lm.generation.decode import decode, pad_left, read
 from performer_lm.generation.sampling import Sampler
 from performer_lm.generation.session import Session, stream_text
 from performer_lm.generation.text import Row
@@ -121,6 +121,24 @@ def test_a_turn_broken_off_is_gone_on_from(lively_model: Build) -> None:
     begun.close()
     session.read()
     assert (first + "".join(session.write()))[: len(whole)] == whole
+
+
+def test_a_session_goes_on_from_a_row_of_a_batch_without_its_padding(lively_model: Build) -> None:
+    model, prompts = lively_model(vocab_size=257), [b"a longer prompt", b"short"]
+    options = {"max_new_tokens": 4, "sampler": Sampler(temperature=0, no_repeat_ngram_size=1)}
+    tokens, mask = pad_left([list(prompt) for prompt in prompts], device=torch.device("cpu"))
+    batch = read(model, tokens, mask=mask)
+    for index, prompt in enumerate(prompts):
+        session, alone = (Session(model, BYTES, seed=0, **options) for _ in range(2))  # type: ignore[arg-type]
+        session.resume(select_rows(batch, torch.tensor([index])))
+        alone.read(prompt.decode())
+        for _ in range(2):
+            assert "".join(session.write()) == "".join(alone.write())
+            assert session.text == alone.text
+            assert session.text.encode().startswith(prompt)
+            session.read(), alone.read()
+    with pytest.raises(ValueError, match="a session continues one row, and this state holds 2"):
+        Session(model, BYTES, seed=0, **options).resume(batch)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
