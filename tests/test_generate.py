@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
 from performer_lm import checkpoint
 from performer_lm.data.tokenizer import ByteTokenizer
@@ -192,3 +194,36 @@ def test_a_saved_state_goes_on_as_the_text_does_and_not_in_another_model(generat
     code, out, err = generate("state=my state", "ckpt=b.ckpt")
     assert (code, out) == (2, "")
     assert err == "error: my state is a state of another model: its attention backend differs\n"
+
+
+KEYS = [
+    *("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "frequency_penalty"),
+    *("presence_penalty", "repetition_window", "no_repeat_ngram_size", "banned_tokens", "logit_bias", "seed"),
+    *(
+        "num_samples",
+        "best_of",
+        "beams",
+        "batch_size",
+        "max_new_tokens",
+        "stop",
+        "prompt",
+        "prompts",
+        "state",
+        "device",
+    ),
+]
+VALUES = ["0", "1", "2", "5", "0.5", "-1", "1e-320", "1e39", "nan", "inf", "null", "abc", "[]", "[1]", "[1,1]", "{1:2}"]
+VALUES += ["{1:-100}", "{a:1}", "[[1]]", "", "true", "9223372036854775807", "9223372036854775808", "${seed}", "ä ö"]
+
+
+@given(st.dictionaries(st.sampled_from(KEYS), st.sampled_from(VALUES), max_size=3))
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+def test_whatever_is_typed_generates_or_is_refused_in_clear_lines(generate: Generate, typed: dict[str, str]) -> None:
+    assume(not any(len(typed.get(key, "")) > 4 for key in ("max_new_tokens", "num_samples", "best_of", "beams")))
+    code, out, err = generate(*(f"{key}={value}" for key, value in {"max_new_tokens": "3", **typed}.items()))
+    assert code in (0, 2, 3), err
+    told = err.splitlines()
+    assert (code == 0) == (not told)
+    assert all(line.startswith("error: ") and len(line) < 300 for line in told)
+    assert code == 0 or not out
+    assert "Traceback" not in err

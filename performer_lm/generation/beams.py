@@ -12,6 +12,7 @@ from performer_lm.attention.base import select_rows
 from performer_lm.generation.decode import Prefix, last_tokens, log_probs_of
 from performer_lm.generation.sampling import Sampler
 from performer_lm.language_model import LanguageModel
+from performer_lm.ops.precision import precise
 
 
 class Beams(NamedTuple):
@@ -48,12 +49,12 @@ def search_beams(
     """
     start = select_rows(prefix, prefix.tokens.new_zeros(beams))
     logits, state, (seen, kept) = start.logits, start.state, last_tokens(start, sampler.reach)
-    scores = torch.full((beams,), float("-inf"), device=logits.device, dtype=torch.float64)
+    scores = torch.full((beams,), float("-inf"), device=logits.device, dtype=precise(logits.device))
     scores[0] = 0.0  # the others are copies
     tokens, log_probs = seen.new_empty(beams, 0), scores.new_empty(beams, 0)
     ended = torch.zeros_like(scores, dtype=torch.bool)
     for index in range(max_new_tokens):
-        more = sampler.adjust(logits, seen=seen, mask=kept).double().log_softmax(-1)
+        more = sampler.adjust(logits, seen=seen, mask=kept).to(scores.dtype).log_softmax(-1)
         stays = torch.full_like(more, float("-inf"))
         stays[:, end_id] = 0.0
         totals = scores[:, None] + torch.where(ended[:, None], stays, more)
@@ -61,7 +62,7 @@ def search_beams(
         rows, ids = places // logits.shape[-1], places % logits.shape[-1]
         logits, ended = logits[rows], ended[rows]
         tokens = torch.cat((tokens[rows], ids[:, None]), dim=1)
-        own = log_probs_of(ids, logits).double().masked_fill(ended, 0.0)
+        own = log_probs_of(ids, logits).to(scores.dtype).masked_fill(ended, 0.0)
         log_probs = torch.cat((log_probs[rows], own[:, None]), dim=1)
         ended = ended | (ids == end_id)
         if index + 1 == max_new_tokens or bool(ended[:wanted].all()):  # the others can only lose
