@@ -12,7 +12,7 @@ import torch
 from performer_lm.attention.base import select_rows
 from performer_lm.data.tokenizer import Tokenizer
 from performer_lm.generation.beams import search_beams
-from performer_lm.generation.decode import Prefix, check_room, pad_left, read
+from performer_lm.generation.decode import Prefix, check_one_row, check_room, pad_left, read
 from performer_lm.generation.sampling import Sampler
 from performer_lm.generation.text import Row, write
 from performer_lm.language_model import LanguageModel
@@ -61,6 +61,8 @@ def complete(
             raise ValueError(f"{name} ({count}) must be at least num_samples ({num_samples})")
     sampler.check(tokenizer.vocab_size)
     Row(tokenizer, stop=stop)
+    if after is not None:
+        check_one_row(after)
     begun = 0 if after is None else after.tokens.shape[1]
     ids = encode_prompts(tokenizer, prompts, may_be_empty=after is not None)
     for row in ids or [[]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from performer_lm.attention.base import select_rows
-from performer_lm.generation.decode import Prefix, last_tokens, log_probs_of
+from performer_lm.generation.decode import Prefix, check_one_row, last_tokens, log_probs_of
 from performer_lm.generation.sampling import Sampler
 from performer_lm.language_model import LanguageModel
 from performer_lm.ops.precision import precise
@@ -46,7 +46,11 @@ def search_beams(
         sampler: whose biases, bans and penalties count, and whose temperature and filters do not.
         end_id: the token that ends a row.
         wanted: how many of the beams the caller looks at: the search ends when so many are certain.
+
+    Raises:
+        ValueError: for a prefix of several rows.
     """
+    check_one_row(prefix)
     start = select_rows(prefix, prefix.tokens.new_zeros(beams))
     logits, state, (seen, kept) = start.logits, start.state, last_tokens(start, sampler.reach)
     scores = torch.full((beams,), float("-inf"), device=logits.device, dtype=precise(logits.device))

@@ -84,6 +84,16 @@ def check_room(model: LanguageModel, tokens: int, max_new_tokens: int) -> None:
         )
 
 
+def check_one_row(prefix: Prefix) -> None:
+    """Check that a prefix can be continued as one text.
+
+    Raises:
+        ValueError: for several rows.
+    """
+    if len(prefix.tokens) != 1:
+        raise ValueError(f"one row goes on, and this state holds {len(prefix.tokens)}: `select_rows` takes one of them")
+
+
 @torch.inference_mode()
 def draw_tokens(
     model: LanguageModel,

@@ -5,7 +5,7 @@ from collections.abc import Generator, Iterator, Sequence
 import torch
 
 from performer_lm.data.tokenizer import Tokenizer
-from performer_lm.generation.decode import Prefix, check_room, read
+from performer_lm.generation.decode import Prefix, check_one_row, check_room, read
 from performer_lm.generation.sampling import Sampler
 from performer_lm.generation.text import Row, write
 from performer_lm.language_model import LanguageModel
@@ -97,8 +97,8 @@ class Session:
         Raises:
             ValueError: for several rows.
         """
-        if prefix is not None and len(prefix.tokens) != 1:
-            raise ValueError(f"a session continues one row, and this state holds {len(prefix.tokens)}")
+        if prefix is not None:
+            check_one_row(prefix)
         self.prefix, self._unread = prefix, []
 
 

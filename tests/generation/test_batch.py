@@ -6,6 +6,7 @@ import torch
 from performer_lm.attention.base import fork, select_rows
 from performer_lm.data.tokenizer import ByteTokenizer
 from performer_lm.generation.batch import complete
+from performer_lm.generation.beams import search_beams
 from performer_lm.generation.decode import decode, pad_left, read
 from performer_lm.generation.sampling import Sampler
 from performer_lm.generation.session import Session, stream_text
@@ -137,8 +138,13 @@ def test_a_session_goes_on_from_a_row_of_a_batch_without_its_padding(lively_mode
             assert session.text == alone.text
             assert session.text.encode().startswith(prompt)
             session.read(), alone.read()
-    with pytest.raises(ValueError, match="a session continues one row, and this state holds 2"):
-        Session(model, BYTES, seed=0, **options).resume(batch)  # type: ignore[arg-type]
+    for go_on in (
+        Session(model, BYTES, seed=0, **options).resume,  # type: ignore[arg-type]
+        lambda after: complete(model, BYTES, ["a"], after=after, **options),  # type: ignore[arg-type]
+        lambda prefix: search_beams(model, prefix, beams=2, end_id=0, **options),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ValueError, match="one row goes on, and this state holds 2"):
+            go_on(batch)
 
 
 @pytest.mark.parametrize(
