@@ -1,40 +1,34 @@
 """Continue a prompt with a trained model: `python generate.py ckpt=runs/latest prompt="def main("`."""
 
-import sys
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from performer_lm.cli import main, usage_errors
-from performer_lm.cli.opening import open_from
+from performer_lm.cli import main
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+SAMPLING = {
+    "temperature": float,
+    "top_k": int | None,
+    "top_p": float | None,
+    "min_p": float | None,
+    "typical_p": float | None,
+    "repetition_penalty": float,
+    "frequency_penalty": float,
+    "presence_penalty": float,
+    "repetition_window": int,
+    "no_repeat_ngram_size": int | None,
+    "banned_tokens": list[int] | None,
+    "logit_bias": dict[int, float] | None,
+}
+
 
 def run(cfg: "DictConfig") -> None:
-    """Print the prompt, then its continuation, piece by piece as it is made; notes go to stderr."""
-    from performer_lm.generation.decode import stream_text
-    from performer_lm.generation.sampling import Sampler
+    """Print the prompt and its continuation, or continuations as jsonl."""
+    from performer_lm.cli.generating import generate
 
-    with usage_errors():
-        sampler = Sampler(
-            temperature=cfg.temperature,
-            top_k=cfg.top_k,
-            top_p=cfg.top_p,
-            repetition_penalty=cfg.repetition_penalty,
-            repetition_window=cfg.repetition_window,
-        )
-        with redirect_stdout(sys.stderr):
-            model, tokenizer, _ = open_from(cfg)
-        prompt = sys.stdin.read() if cfg.prompt == "-" else cfg.prompt
-        pieces = stream_text(
-            model, tokenizer, prompt, max_new_tokens=cfg.max_new_tokens, sampler=sampler, seed=cfg.seed
-        )
-    print(prompt, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+    generate(cfg)
 
 
 if __name__ == "__main__":
@@ -45,13 +39,19 @@ if __name__ == "__main__":
         keys={
             "ckpt": str,
             "prompt": str,
+            "prompts": str | None,
+            "out": str | None,
             "max_new_tokens": int,
-            "temperature": float,
-            "top_k": int | None,
-            "top_p": float | None,
-            "repetition_penalty": float,
-            "repetition_window": int,
+            "stop": str | None,
+            "num_samples": int,
+            "best_of": int | None,
+            "beams": int | None,
+            "batch_size": int,
+            "state": str | None,
+            "save_state": str | None,
+            "interactive": bool,
             "seed": int,
             "device": str,
+            **SAMPLING,
         },
     )

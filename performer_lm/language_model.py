@@ -4,11 +4,14 @@ Letters: `b` batch, `n` tokens.
 """
 
 from abc import ABC, abstractmethod
+from typing import Final
 
 from torch import Tensor, nn
 
 from performer_lm.attention.favor import Redrawable
 from performer_lm.performer import PerformerState
+
+READ_AT_ONCE: Final = 2048  # tokens of a row: the memory of a prompt of any length is that of as many
 
 
 class LanguageModel(Redrawable, ABC):
@@ -64,6 +67,20 @@ class LanguageModel(Redrawable, ABC):
         Raises:
             ValueError: for a mask that is not of these tokens, or a state of another batch.
         """
+
+    def read(
+        self, tokens: Tensor, state: PerformerState, *, mask: Tensor | None = None
+    ) -> tuple[Tensor, PerformerState]:
+        """Append tokens as `extend` does, in parts: ids `(b, n)` to the last logits `(b, 1, vocab)` and the state.
+
+        Memory is that of a few thousand tokens and of the state, for any n of at least 1.
+        """
+        for start in range(0, tokens.shape[1], READ_AT_ONCE):
+            part = slice(start, start + READ_AT_ONCE)
+            logits, state = self.extend(
+                tokens[:, part], state, mask=None if mask is None else mask[:, part], last_only=True
+            )
+        return logits, state
 
     @abstractmethod
     def count_flops(self, tokens: int) -> int:

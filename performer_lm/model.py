@@ -130,7 +130,7 @@ class PerformerLM(LanguageModel):
     def start(self, prompt: Tensor, *, mask: Tensor | None = None, max_len: int = 0) -> tuple[Tensor, PerformerState]:
         """Read prompts before new tokens; see `LanguageModel.start`."""
         mask = self.check_prompt(prompt, mask)
-        return self.extend(prompt, self.init_state(prompt.shape[0], max_len=max_len), mask=mask, last_only=True)
+        return self.read(prompt, self.init_state(prompt.shape[0], max_len=max_len), mask=mask)
 
     def extend(
         self, tokens: Tensor, state: PerformerState, *, mask: Tensor | None = None, last_only: bool = False

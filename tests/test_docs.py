@@ -4,6 +4,7 @@ In a ```bash block, every line that starts with `python` and a script of the pro
 few tokens; scripts of benchmarks/ need only exist. A block that is not to be run is ```text.
 """
 
+import io
 import json
 import re
 import shlex
@@ -75,6 +76,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_texts(folder: Path) -> None:
     """Write the texts that documents name: a file, a folder, a table, and a set in the hub's form."""
     (folder / "my.txt").write_text(" ".join(f"word{number * 7919 % 1000}" for number in range(8_000)))
+    (folder / "prompts.txt").write_text("word1 word2\nword3\n")
     rows = [f"row {row} says " + " ".join(f"word{row * number % 1000}" for number in range(30)) for row in range(500)]
     (folder / "my.jsonl").write_text("".join(json.dumps({"body": row}) + "\n" for row in rows))
     for name in ("notes/one", "notes/two", "stories"):
@@ -87,8 +89,11 @@ def write_texts(folder: Path) -> None:
 
 @pytest.mark.readme
 @pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
-def test_every_command_works_in_order(document: Path, invoke: Invoke, tmp_path: Path, cache: Path) -> None:
+def test_every_command_works_in_order(
+    document: Path, invoke: Invoke, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_texts(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())  # of a reader who types nothing
     if any("ckpt=" in word for command in scripts(document)[:1] for word in command):
         assert invoke(*shortened("train.py", [], cache))[0] == 0  # a document may start from a trained model
     previous: list[str] = []

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from performer_lm.ranges import Count, Share, Whole, ranged
 
 State = TypeVar("State")
-Forked = TypeVar("Forked")
+Tree = TypeVar("Tree")
 
 
 class Sizes(TypedDict):
@@ -203,17 +203,27 @@ def refuse_beta(beta: Tensor | None) -> None:
 AttentionFactory = Callable[..., Attention[Any]]
 
 
-def fork(state: Forked) -> Forked:
+def fork(state: Tree) -> Tree:
     """Copy a decoding state, so that one prefix can be continued in several ways.
 
     Takes any nesting of tensors, numbers, None, tuples, NamedTuples and lists.
     """
-    copied: Any = state
-    if isinstance(state, Tensor):
-        copied = state.clone()
-    elif isinstance(state, tuple):
-        items = [fork(item) for item in state]
-        copied = type(state)(*items) if hasattr(state, "_fields") else tuple(items)
-    elif isinstance(state, list):
-        copied = [fork(item) for item in state]
+    return _map_tensors(torch.clone, state)
+
+
+def select_rows(state: Tree, rows: Tensor) -> Tree:
+    """Copy rows `(r,)` of a decoding state, in any order and number, into a state of r streams."""
+    return _map_tensors(lambda tensor: tensor.index_select(0, rows), state)
+
+
+def _map_tensors(change: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
+    """Return a nesting with each tensor changed."""
+    copied: Any = tree
+    if isinstance(tree, Tensor):
+        copied = change(tree)
+    elif isinstance(tree, tuple):
+        items = [_map_tensors(change, item) for item in tree]
+        copied = type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
+    elif isinstance(tree, list):
+        copied = [_map_tensors(change, item) for item in tree]
     return copied

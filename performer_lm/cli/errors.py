@@ -61,7 +61,7 @@ def usage_errors() -> Iterator[None]:
     """Turn a ValueError of a constructor or an OSError of a file into a `UsageError`."""
     try:
         yield
-    except UsageError:
+    except (UsageError, BrokenPipeError):  # of output whose reader has gone
         raise
     except (ValueError, OSError) as error:
         raise UsageError(*_text(error).splitlines()) from error

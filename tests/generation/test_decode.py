@@ -6,8 +6,10 @@ import torch
 
 from performer_lm import checkpoint
 from performer_lm.data.tokenizer import ByteTokenizer
-from performer_lm.generation.decode import decode, stream_text
+from performer_lm.generation.decode import decode, draw_tokens, pad_left, read
 from performer_lm.generation.sampling import Sampler
+from performer_lm.generation.session import stream_text
+from performer_lm.language_model import READ_AT_ONCE
 from performer_lm.model import PerformerLM
 from performer_lm.performer import PerformerState
 
@@ -185,3 +187,78 @@ def test_a_penalised_token_does_not_come_again_in_its_window(lively_model: Build
     made = torch.stack(list(decode(model, prompt, max_new_tokens=20, sampler=sampler)), 1)
     for row in torch.cat((prompt, made), 1).tolist():
         assert all(row[place] not in row[max(0, place - 5) : place] for place in range(3, 23))
+
+
+@pytest.mark.parametrize("attn", ["favor", "linear", "delta", "exact", "chunked", "flash", "flash_tiled", "local"])
+def test_a_batch_of_ragged_prompts_has_the_logits_of_each_alone(lively_model: Build, attn: str) -> None:
+    model = lively_model(f"attn={attn}", "model.token_shift=true").float()
+    rows = [torch.randint(0, 40, (length,)).tolist() for length in (3, 17, 1, 8)]
+    tokens, mask = pad_left(rows, device=torch.device("cpu"))
+    together = read(model, tokens, mask=mask).logits
+    alone = torch.cat([read(model, torch.tensor([row])).logits for row in rows])
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_each_row_may_have_an_end_of_its_own(lively_model: Build) -> None:
+    model, prompt = lively_model("attn=exact"), torch.randint(0, 40, (3, 5))
+    free = ids_of(model, prompt, 12)
+    ends = free[:, 4]
+    made = ids_of(model, prompt, 12, end_id=ends)
+    for row, unbounded, end in zip(made.tolist(), free.tolist(), ends.tolist(), strict=True):
+        cut = unbounded.index(end) + 1
+        assert row[:cut] == unbounded[:cut]
+        assert set(row[cut:]) <= {end}
+
+
+@pytest.mark.parametrize("attn", ["favor", "delta", "flash", "local"])
+def test_a_prompt_read_in_parts_is_the_prompt_read_at_once(
+    lively_model: Build, monkeypatch: pytest.MonkeyPatch, attn: str
+) -> None:
+    model = lively_model(f"attn={attn}", "model.token_shift=true")
+    tokens, mask = pad_left([list(range(11)), [5] * 2, [7] * 6], device=torch.device("cpu"))
+    whole = read(model, tokens, mask=mask)
+    monkeypatch.setattr("performer_lm.language_model.READ_AT_ONCE", 3)
+    parts = read(model, tokens, mask=mask)
+    torch.testing.assert_close(parts.logits, whole.logits, atol=1e-10, rtol=1e-10)
+    greedy = {"max_new_tokens": 5, "sampler": GREEDY}
+    made = [[drawn.ids.tolist() for drawn in draw_tokens(model, each, **greedy)] for each in (whole, parts)]
+    assert made[0] == made[1]
+
+
+def test_no_more_than_some_tokens_of_a_prompt_are_in_memory_at_once(lively_model: Build) -> None:
+    model = lively_model("model.depth=1").float()
+    model.__class__ = CountingModel
+    assert isinstance(model, CountingModel)
+    model.calls = []
+    prefix = read(model, torch.randint(0, 40, (1, 3 * READ_AT_ONCE + 5)))
+    assert model.calls == [READ_AT_ONCE] * 3 + [5]
+    sizes = [
+        sum(tensor.numel() for tensor in leaves(each.state)) for each in (prefix, read(model, prefix.tokens[:, :9]))
+    ]
+    assert sizes[0] == sizes[1]
+
+
+def leaves(state: object) -> list[torch.Tensor]:
+    parts = state if isinstance(state, tuple) else ()
+    return [state] if isinstance(state, torch.Tensor) else [leaf for part in parts for leaf in leaves(part)]
+
+
+def test_text_read_in_turns_is_the_text_read_at_once(lively_model: Build) -> None:
+    model, tokens = lively_model("attn=hybrid", "attn.pattern=[favor,flash]"), torch.randint(0, 40, (2, 9))
+    whole, turns = read(model, tokens), read(model, tokens[:, :4])
+    for part in (tokens[:, 4:4], tokens[:, 4:7], tokens[:, 7:]):
+        turns = read(model, part, after=turns)
+    torch.testing.assert_close(turns.logits, whole.logits, atol=1e-10, rtol=1e-10)
+    assert torch.equal(turns.tokens, tokens)
+    assert turns.mask.all()
+
+
+def test_penalties_do_not_see_padding_between_tokens(lively_model: Build) -> None:
+    model = lively_model("model=transformer", "attn=exact")
+    prompt, mask = torch.randint(0, 40, (1, 9)), torch.tensor([[0, 1, 1, 0, 0, 0, 0, 0, 1]])
+    sampler = Sampler(temperature=0, repetition_penalty=1e9, repetition_window=3, no_repeat_ngram_size=2)
+    gaps, alone = (
+        torch.cat(list(decode(model, tokens, max_new_tokens=8, sampler=sampler, mask=kept)))
+        for tokens, kept in ((prompt, mask), (prompt[:, mask[0] > 0], None))
+    )
+    assert torch.equal(gaps, alone)

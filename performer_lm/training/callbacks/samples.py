@@ -7,8 +7,8 @@ from typing import cast
 
 from lightning.pytorch import LightningModule, Trainer
 
-from performer_lm.generation.decode import stream_text
 from performer_lm.generation.sampling import Sampler
+from performer_lm.generation.session import stream_text
 from performer_lm.ranges import Count, NotNegative, ranged
 from performer_lm.training.callbacks.base import RunCallback, TrainingTask
 from performer_lm.training.loggers.base import RunLogger

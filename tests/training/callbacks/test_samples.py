@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from performer_lm import checkpoint
-from performer_lm.generation.decode import stream_text
 from performer_lm.generation.sampling import Sampler
+from performer_lm.generation.session import stream_text
 from performer_lm.training.callbacks.samples import cut
 from performer_lm.training.run import Run
 
