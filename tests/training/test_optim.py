@@ -162,7 +162,7 @@ def test_muon_on_a_cpu_without_bfloat16_is_torchs_in_float32(monkeypatch: pytest
     wide, ours = step_muon(monkeypatch, emulated=True)
     for one, other in zip(wide, narrow, strict=True):
         assert not torch.equal(one, other)
-        torch.testing.assert_close(one, other, rtol=0, atol=0.2 * 2**-5)  # two updates of 0.1, by five iterations of 8 bits
+        torch.testing.assert_close(one, other, rtol=0, atol=0.2 * 2**-5)  # two updates of 0.1, of 8 bits
     torch.testing.assert_close(ours, torchs, rtol=0, atol=0)  # the state knows gradients only
 
 
