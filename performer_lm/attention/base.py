@@ -63,9 +63,6 @@ class Attention(nn.Module, ABC, Generic[State]):
     takes_beta: bool = False
     """Whether this backend writes by the delta rule, and wants to know how much of its error each token corrects."""
 
-    beta_start: float = 0.0
-    """The number whose sigmoid beta is before training."""
-
     beta: nn.Module
     """The module that computes beta from the stream, which the layer builds where `takes_beta`."""
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from performer_lm.attention.base import Attention, Sizes, attend_at_end
 from performer_lm.attention.feature_maps import AttentionFeatures
@@ -16,7 +16,7 @@ from performer_lm.ops.checks import check_per_key
 from performer_lm.ops.delta import delta_rule, empty_memory
 from performer_lm.ops.linear.state import CPU_TILE
 from performer_lm.ops.maps import BlockMap, Generalized
-from performer_lm.ranges import Count, Positive, ranged
+from performer_lm.ranges import Count, ranged
 
 
 @ranged
@@ -32,9 +32,6 @@ class DeltaAttention(Attention[Tensor]):
         num_features: `m`; None lets the map choose.
         seed: of the projections.
         chunk_size: tokens per block, which trades speed and memory, never the result; None for as many as caches hold.
-        temperature: where a learned factor per key head on queries and keys starts, above 1 for features that overlap
-            less; None for no factor. Without effect on `identity`.
-        beta_start: the number whose sigmoid beta is before training.
         sizes: those of `Attention`.
     """
 
@@ -48,16 +45,10 @@ class DeltaAttention(Attention[Tensor]):
         num_features: Count | None,
         seed: int,
         chunk_size: Count | None,
-        temperature: Positive | None = None,
-        beta_start: float = 0.0,
         **sizes: Unpack[Sizes],
     ) -> None:
         super().__init__(**sizes)
         self.chunk_size = chunk_size
-        self.beta_start = beta_start
-        self.temperature = (
-            None if temperature is None else nn.Parameter(torch.full((self.key_heads,), float(temperature)))
-        )
         self.features = features(
             heads=self.heads,
             key_heads=self.key_heads,
@@ -122,9 +113,6 @@ class DeltaAttention(Attention[Tensor]):
     ) -> tuple[Tensor, Tensor]:
         query_map, key_map = self._maps()
         q, k, _ = self.features.prepare(q, k)
-        if self.temperature is not None:
-            factor = self.temperature[:, None, None].to(q.dtype)
-            q, k = q * factor.repeat_interleave(self.heads // self.key_heads, dim=0), k * factor
         return delta_rule(
             q,
             k,

@@ -31,8 +31,7 @@ class HybridAttention(Attention[Any]):
                     f"attn.pattern: no backend {name!r}; did you mean {nearest[0]!r}? (choices: {', '.join(backends)})"
                 )
         self.chosen = backends[pattern[self.layer % len(pattern)]](**self.sizes)
-        self.attends_across = self.chosen.attends_across
-        self.takes_beta, self.beta_start = self.chosen.takes_beta, self.chosen.beta_start
+        self.attends_across, self.takes_beta = self.chosen.attends_across, self.chosen.takes_beta
 
     def check(self, **use: bool) -> None:
         """Refuse an order or packed documents that the chosen backend cannot handle."""

@@ -49,7 +49,6 @@ class SplitAttention(Attention[SplitState]):
         )
         self.attends_across = self.everywhere.attends_across and self.nearby.attends_across
         self.takes_beta = self.everywhere.takes_beta or self.nearby.takes_beta
-        self.beta_start = self.everywhere.beta_start
 
     def check(self, *, causal: bool, packed: bool) -> None:
         """Refuse an order or packed documents that either group cannot handle."""

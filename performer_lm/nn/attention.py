@@ -76,7 +76,7 @@ class MultiHeadAttention(Body):
         self.backend = attn(heads=heads, key_heads=key_heads, dim_head=dim_head, dim_value=dim_head, layer=layer)
         self.backend.check(causal=causal, packed=False)
         if self.backend.takes_beta:  # a part of the backend: another one leaves it out
-            self.backend.beta = WriteStrength(dim, key_heads=key_heads, start=self.backend.beta_start)
+            self.backend.beta = WriteStrength(dim, key_heads=key_heads)
         self.output = HeadOutput(dim, heads=heads, dim_head=dim_head, gate=gate, bias=out_bias)
 
     def forward(self, x: Tensor, info: TokenInfo) -> Tensor:

@@ -129,10 +129,10 @@ class WriteStrength(nn.Module):
     W starts at zero and the bias at `start`, so that no random number is drawn.
     """
 
-    def __init__(self, dim: int, *, key_heads: int, start: float) -> None:
+    def __init__(self, dim: int, *, key_heads: int, start: float = 0.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(key_heads, dim))
-        self.bias = nn.Parameter(torch.full((key_heads,), float(start)))
+        self.bias = nn.Parameter(torch.full((key_heads,), start))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(b, n, dim)` to `(b, g, n)`, in float32 or wider."""

@@ -37,7 +37,7 @@ CASES: dict[str, list[str]] = {
     "flash": ["attn=flash", *STACK],
     "flash_tiled": ["attn=flash_tiled", *STACK],
     "local": ["attn=local", "attn.window=6", *STACK],
-    "delta": ["attn=delta", "attn.num_features=8", *STACK],
+    "delta": ["attn=delta", "attn/features=positive", "attn.num_features=8", *STACK],
     "hybrid": [
         *("attn=hybrid", "attn.pattern=[favor,local,flash]", "model.depth=3", "model.heads=2"),
         *("attn.backends.local.window=8", "attn.backends.favor.num_features=8"),

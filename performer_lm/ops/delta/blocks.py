@@ -85,15 +85,21 @@ def open_block(maps: Maps, tokens: Writes, num_features: int, scratch: Scratch) 
 def write_unit(a_map: BlockMap, maps: Maps, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     """Write a map's features of x to `out`, each token's scaled to length one; return them and 1 / length.
 
-    What is common to a token's log features, as -|x|^2 / 2 is, cancels and is left out.
+    What is common to a token's log features, as -|x|^2 / 2 is, cancels and is left out. Features are divided by the
+    largest before they are squared, so that no square vanishes or is infinite. A token without features keeps none,
+    and its 1 / length is 0, so that it gets no gradient.
     """
     flat = maps.flat(out)
     a_map.write(maps.flat(x), flat, add=False)
     if a_map.logarithmic:
         out.sub_(out.amax(dim=-1, keepdim=True)).exp2_()
-    length = torch.linalg.vector_norm(out, dim=-1, keepdim=True)
+        inverse = torch.linalg.vector_norm(out, dim=-1, keepdim=True).reciprocal_()
+        return out.mul_(inverse), inverse
+    limits = torch.finfo(out.dtype)
+    largest = torch.linalg.vector_norm(out, ord=torch.inf, dim=-1, keepdim=True).clamp_min_(limits.tiny)
+    length = torch.linalg.vector_norm(out.div_(largest), dim=-1, keepdim=True)
     inverse = torch.where(length == 0, 0.0, length.reciprocal())
-    return out.mul_(inverse), inverse
+    return out.mul_(inverse), inverse.div_(largest).clamp_max_(limits.max)
 
 
 def pull_unit(a_map: BlockMap, features: Tensor, inverse: Tensor, grad: Tensor) -> Tensor:

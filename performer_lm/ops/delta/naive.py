@@ -11,7 +11,9 @@ def unit(features: Tensor, *, logarithmic: bool) -> Tensor:
     """Scale features `(..., m)`, given as they are or as natural logarithms, to length one; zeros stay zeros."""
     if logarithmic:
         return (features - 0.5 * (2.0 * features).logsumexp(dim=-1, keepdim=True)).exp()
-    return torch.nn.functional.normalize(features, dim=-1, eps=0.0).nan_to_num(0.0)
+    largest = features.detach().abs().amax(dim=-1, keepdim=True)
+    scaled = features / torch.where(largest == 0, 1.0, largest)  # so that no square vanishes or is infinite
+    return torch.where(largest == 0, 0.0, torch.nn.functional.normalize(scaled, dim=-1, eps=0.5))
 
 
 def recurrent(

@@ -115,6 +115,31 @@ def test_any_split_gives_the_same_outputs_and_memory(n: int, chunk_size: int, sp
     assert (memory - final).abs().max() < 1e-10
 
 
+@pytest.mark.parametrize("name", ["relu", "identity"])
+@pytest.mark.parametrize("length", [0.0, 1e-30, 1e-20, 1.0, 1e20, 1e30])
+def test_tokens_without_features_and_of_any_length_are_as_defined(name: str, length: float) -> None:
+    call = draw(9, name, dtype=torch.float32)
+    if name == "relu":  # of two features, both are zero for many tokens
+        weight = call["key_map"].tensors[0][:, :2]
+        call["key_map"] = call["query_map"] = Generalized((weight,), activation="relu")
+        call["memory"] = call["memory"][:, :, :2]
+    for x in (call["q"], call["k"]):
+        x[:, :, ::2] *= length
+    given_ = [call[x].requires_grad_() for x in ("q", "k", "v", "beta", "memory")]
+    results = [delta_rule(**call), definition(call)]
+    wide = [[x.double() for x in torch.autograd.grad(out.square().sum(), given_)] for out, _ in results]
+    assert (results[0][0] - results[1][0]).abs().max() < 1e-5
+    for ours, theirs in zip(*wide, strict=True):
+        scale = theirs.abs().amax(dim=(-1,), keepdim=True).clamp_min(1.0)  # a short vector has large gradients
+        assert ((ours - theirs).abs() / scale).max() < 1e-4
+    memory = call["memory"].detach().clone()
+    with torch.no_grad():
+        for i in range(9):
+            tokens = {x: call[x][:, :, i : i + 1] for x in ("q", "k", "v", "beta")}
+            out, memory = delta_rule(**{**call, **tokens, "memory": memory})
+            assert (out - results[1][0][:, :, i : i + 1]).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("std", [1.0, 10.0, 100.0])
 def test_no_loudness_breaks_it_and_the_past_stays(std: float) -> None:
     call = draw(24, std=std, dtype=torch.float32)
