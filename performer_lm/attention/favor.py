@@ -164,7 +164,7 @@ class FavorAttention(Attention[LinearState]):
 
     def _kernel_for(self, x: Tensor) -> Kernel:
         """Return the kernel asked for, where it runs."""
-        return self.kernel if runs_on(x.device.type) else "auto"
+        return "auto" if self.kernel == "triton" and not runs_on(x.device.type) else self.kernel
 
     def check(self, *, causal: bool, packed: bool) -> None:
         """Refuse signed features for causal use and packed documents."""
