@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 KINDS = ("cuda", "mps", "xpu")
 BACKENDS = sorted(path.stem for path in (ROOT / "configs" / "attn").glob("*.yaml"))
 BY_FUNCTION = {"relu"}  # whose features get gradients from `torch.func`, which no dispatch mode lets into an operator
+WORDS = {"delta": ["attn=delta", "attn/features=positive"]}  # as relu, its default, is of BY_FUNCTION
 SOFTMAX = {"chunked", "exact", "flash", "flash_tiled", "local"}  # which never look at a number
 
 
@@ -67,7 +68,7 @@ class RefuseFloat64(OperationMode):
 def test_where_float32_is_all_there_is_nothing_is_made_of_float64(
     attn: str, model_section: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = checkpoint.build(model_section(f"attn={attn}"))
+    model = checkpoint.build(model_section(*WORDS.get(attn, [f"attn={attn}"])))
     for name, module in list(sys.modules.items()):
         if name.startswith("performer_lm") and hasattr(module, "precise"):
             monkeypatch.setattr(module, "precise", lambda device: torch.float32)
@@ -145,7 +146,7 @@ class Repeats(OperationMode):
 def test_a_step_calls_nothing_that_cuda_refuses_where_steps_must_repeat(
     attn: str, model_section: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = checkpoint.build(model_section(f"attn={attn}"))
+    model = checkpoint.build(model_section(*WORDS.get(attn, [f"attn={attn}"])))
     monkeypatch.setattr(running_sum, "_must_repeat", lambda x: True)
     with Repeats():
         nats = NextToken(chunk_size=8)(model, torch.arange(34).reshape(2, 17), step=0, separator=None).nats
