@@ -21,8 +21,15 @@ def test_the_peak_is_that_of_what_was_held_for_a_while() -> None:
 
 
 def test_each_kind_of_accelerator_tells_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[torch.device] = []
+
+    def reset(device: torch.device) -> None:
+        if device not in used:
+            raise RuntimeError("Invalid device argument")  # as CUDA says before its first tensor
+
+    monkeypatch.setattr(torch, "empty", lambda *size, device: used.append(device))
     monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda device: 5)
-    monkeypatch.setattr(torch.accelerator, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.accelerator, "reset_peak_memory_stats", reset)
     monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 7)
     for kind, held in (("cuda", 5), ("xpu", 5), ("mps", 7)):
         reset_peak_memory(torch.device(kind))
