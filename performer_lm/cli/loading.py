@@ -23,6 +23,7 @@ COMPOSITION_ERRORS = (
     *(AssertionError, AttributeError),  # OmegaConf's, for a key below null
     KeyError,  # a variable that the environment lacks
     RecursionError,  # files that include each other
+    TypeError,  # a list of choices that holds something else than names
 )
 """The errors that Hydra raises for mistakes in overrides and config files."""
 

@@ -26,6 +26,8 @@ def mistakes(tree, *overrides, multirun=False, config_name="train"):
         ("attn=falsh", "attn=falsh: no such choice; did you mean attn=flash? (choices: exact, favor, flash)"),
         ("attn=7", "attn=7: no such choice (choices: exact, favor, flash)"),
         ("attn=null", "attn=null: no such choice (choices: exact, favor, flash)"),
+        ("attn=[7]", "attn=7: no such choice (choices: exact, favor, flash)"),
+        ("attn=[favor,[7,true]]", "attn=7: no such choice (choices: exact, favor, flash)"),
         ("+attn=zz", "+attn=zz: no such choice (choices: exact, favor, flash)"),
         ("optimizer.rl=1", "optimizer.rl: unknown key; did you mean optimizer.lr?"),
         ("lr=1", "lr: unknown key; did you mean model.lr?"),
