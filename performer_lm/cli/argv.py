@@ -19,11 +19,8 @@ from performer_lm.cli.annotations import leaves
 from performer_lm.cli.errors import UsageError
 
 PATHS = ("cache_dir", "ckpt", "init", "out", "path", "prompts", "run_dir", "save_state", "state", "validation_path")
-FREE_TEXT = (
-    *PATHS,
-    "prompt",
-    "stop",
-)  # by the last name of the key: data.path, data.corpora.files.path, tokenizer.path
+# by the last name of the key: data.path, data.corpora.files.path, tokenizer.path
+FREE_TEXT = (*PATHS, "prompt", "stop")
 REFUSED = {  # options of Hydra's that load what no check sees
     "experimental_rerun": "--experimental-rerun: refused, for it runs whatever a pickle file says; type the overrides",
     "config_path": "--config-path: refused, for the code fits configs/ alone; --config-dir=FOLDER adds files to it",

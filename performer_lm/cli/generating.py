@@ -1,4 +1,4 @@
-"""What `generate.py` does with a config: text as it is made, or jsonl of many continuations."""
+"""Generate as a config says: one text, printed as it is made, or many continuations as jsonl."""
 
 import sys
 from contextlib import redirect_stdout
@@ -14,7 +14,7 @@ from performer_lm.cli.interactive import interact
 from performer_lm.cli.opening import Opened, open_from
 from performer_lm.generation.batch import complete
 from performer_lm.generation.decode import Prefix
-from performer_lm.generation.prompts import read_prompts, told
+from performer_lm.generation.prompts import as_json_lines, read_prompts
 from performer_lm.generation.sampling import Sampler
 from performer_lm.generation.session import Session
 from performer_lm.generation.states import load_state, save_state
@@ -83,8 +83,8 @@ def _write_lines(cfg: DictConfig, opened: Opened, after: Prefix | None, options:
     counts = {name: cfg[name] for name in ("num_samples", "best_of", "beams", "batch_size")}
     made = complete(opened.model, opened.tokenizer, prompts, after=after, **counts, **options)
     if cfg.out is None:
-        for line in told(prompts, made):
+        for line in as_json_lines(prompts, made):
             print(line, end="", flush=True)
         return
     with replacing(Path(cfg.out)) as file:
-        file.writelines(line.encode() for line in told(prompts, made))
+        file.writelines(line.encode() for line in as_json_lines(prompts, made))

@@ -1,4 +1,4 @@
-"""Files of prompts, and the lines of JSON that tell how each was continued."""
+"""Files of prompts, and the lines of JSON with their continuations."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -47,7 +47,7 @@ def _text_of_json(line: str) -> str:
     return text
 
 
-def told(prompts: Sequence[str], made: Iterable[Sequence[Row]]) -> Iterator[str]:
+def as_json_lines(prompts: Sequence[str], made: Iterable[Sequence[Row]]) -> Iterator[str]:
     """Yield a line of JSON for each continuation of each prompt, in order."""
     for prompt, rows in zip(prompts, made, strict=True):
         for row in rows:

@@ -110,21 +110,18 @@ class HostMuon(Muon):
     """
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch has two
         """Take a step."""
-        if any(p.device.type != "cpu" for group in self.param_groups for p in group["params"]) or multiplies_bfloat16(
-            "cpu"
-        ):
+        on_host = all(p.device.type == "cpu" for group in self.param_groups for p in group["params"])
+        if not on_host or multiplies_bfloat16("cpu"):
             return super().step(closure)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
-            each: tuple[list[torch.Tensor], ...] = ([], [], [])
-            self._init_group(group, *each)
-            for parameter, grad, average in zip(*each, strict=True):
-                average.lerp_(grad, 1.0 - group["momentum"])
+            for parameter in group["params"]:
+                grad, state = parameter.grad, self.state[parameter]
+                if grad is None:
+                    continue
+                average = state.setdefault("momentum_buffer", torch.zeros_like(grad)).lerp_(grad, 1 - group["momentum"])
                 update = grad.lerp(average, group["momentum"]) if group["nesterov"] else average
                 rows, columns = parameter.shape
                 parameter.mul_(1.0 - group["lr"] * group["weight_decay"])

@@ -1,4 +1,5 @@
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -75,8 +76,8 @@ def test_log_probabilities_are_those_of_the_model_alone(lively_model: Build) -> 
 def test_the_best_of_n_are_the_likeliest_of_n(lively_model: Build) -> None:
     model = lively_model("model.depth=1", vocab_size=257)
     options = {"max_new_tokens": 5, "sampler": Sampler(), "seed": 7}
-    drawn = list(complete(model, BYTES, PROMPTS[:2], num_samples=6, **options))  # type: ignore[arg-type]
-    best = list(complete(model, BYTES, PROMPTS[:2], num_samples=2, best_of=6, **options))  # type: ignore[arg-type]
+    drawn = list(complete(model, BYTES, PROMPTS[:2], num_samples=6, **options))
+    best = list(complete(model, BYTES, PROMPTS[:2], num_samples=2, best_of=6, **options))
     for rows, kept in zip(drawn, best, strict=True):
         wanted = sorted(rows, key=lambda row: row.likelihood, reverse=True)[:2]
         assert [row.tokens for row in kept] == [row.tokens for row in wanted]
@@ -88,12 +89,13 @@ def test_prompts_go_on_from_one_prefix_which_stays(lively_model: Build) -> None:
     model = lively_model("model.token_shift=true", vocab_size=257)
     prefix = read(model, torch.tensor([list(b"the beginning, ")]))
     prompts = ["line 1", "line 2", "", "x", "line 3"]
-    options = {"max_new_tokens": 4, "sampler": Sampler(repetition_penalty=1.5, no_repeat_ngram_size=2)}
+    options: dict[str, Any] = {"max_new_tokens": 4}
+    options["sampler"] = Sampler(repetition_penalty=1.5, no_repeat_ngram_size=2)
     kept = fork(prefix)
     for _ in range(2):
-        rows = told(complete(model, BYTES, prompts, after=prefix, **options))  # type: ignore[arg-type]
+        rows = told(complete(model, BYTES, prompts, after=prefix, **options))
         whole = [f"the beginning, {prompt}" for prompt in prompts]
-        assert rows == told(complete(model, BYTES, whole, **options))  # type: ignore[arg-type]
+        assert rows == told(complete(model, BYTES, whole, **options))
     assert torch.equal(kept.logits, prefix.logits)
 
 

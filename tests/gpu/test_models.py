@@ -1,4 +1,4 @@
-"""What a model computes on a CUDA device is what it computes on a CPU in float64."""
+"""A model on a CUDA device gives the losses, gradients and tokens of float64 on a CPU."""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What train.py and generate.py do on a CUDA device."""
+"""Runs of train.py and generate.py on a CUDA device repeat, resume, and do not wait for it."""
 
 import shutil
 import warnings
@@ -70,7 +70,7 @@ def test_a_mixed_run_learns_as_a_float32_one_does(train: Train, attn: str) -> No
         train(*options, f"trainer.precision={each}", f"run_dir=runs/{each}") for each in ("bf16-mixed", "32-true")
     )
     assert losses(full)[-1] < 0.8 * losses(full)[0]
-    assert losses(half) == pytest.approx(losses(full), rel=0.02)
+    assert losses(half) == pytest.approx(losses(full), rel=0.02)  # 50 steps apart by eight bits each
 
 
 @pytest.mark.parametrize("attn", ["favor", "delta", "flash", "local attn.window=16"])

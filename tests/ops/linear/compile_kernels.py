@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from performer_lm.ops.linear.triton import backward, forward, launch
+from performer_lm.ops.linear.triton import gradients, launch, outputs, states
 
 WIDE = {"origin", "c", "lse", "exponent", "faded"}
 NARROW = {"weight", "rest", "q", "k", "v", "dout", "dq", "dk", "dv", "S", "dS"}
@@ -48,8 +48,10 @@ def compile_kernel(kernel: Any, capability: int, width: int, *, exact: bool) -> 
     }
     if not exact and kernel.__name__ in launch.OPTIONS:
         chosen["BI"] = launch.OPTIONS[kernel.__name__].rows
-    options = launch.choose_options(kernel.__name__, m, wide=width > 64)
-    chosen["BM"] = options.pop("BM")
+    options = {"num_warps": 4}
+    if kernel.__name__ in launch.OPTIONS:
+        options = launch.choose_options(kernel.__name__, m, wide=width > 64)
+        chosen["BM"] = options.pop("BM")
     names = kernel.arg_names
     signature = {name: "constexpr" if name in chosen else kind(name) for name in names}
     constants = {name: chosen[name] for name in names if name in chosen}
@@ -72,8 +74,8 @@ def compile_kernel(kernel: Any, capability: int, width: int, *, exact: bool) -> 
 def main() -> None:
     """Compile the kernels named, or all, in both forms where there are two."""
     capability, width, *names = sys.argv[1:]
-    twice = (forward.outputs, backward.pull_queries, backward.pull_keys)
-    once = (forward.prepare, forward.states, backward.pull_division, backward.pull_states, backward.pull_decay)
+    twice = (outputs.outputs, gradients.pull_queries, gradients.pull_keys)
+    once = (states.prepare, states.states, states.pull_division, states.pull_states, states.pull_decay)
     forms = [(kernel, exact) for kernel in twice for exact in (False, True)] + [(kernel, False) for kernel in once]
     found = {
         kernel.__name__ + " exactly" * exact: compile_kernel(kernel, int(capability), int(width), exact=exact)

@@ -8,12 +8,14 @@ from torch import Tensor
 
 from performer_lm.ops.linear import LinearState, causal_linear_attention, chunks, empty_state, naive
 from performer_lm.ops.linear import state as linear_state
+from performer_lm.ops.linear import triton as kernels
 from performer_lm.ops.linear.tokens import Tokens
-from performer_lm.ops.linear.triton import blocks, forward, launch
+from performer_lm.ops.linear.triton import blocks, launch, outputs
 from performer_lm.ops.maps import Exponential, Generalized, Maps
 from performer_lm.ops.precision import LOG2_E
 
-FLOAT32, GRADIENT, BFLOAT16 = 2e-5, 1e-5, 3e-2
+FLOAT32, GRADIENT = 2e-5, 1e-5
+BFLOAT16 = 3e-2  # of numbers near 1: weights, values and their sums have eight bits each, as in SDPA
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of numbers that are selected away
 
@@ -153,4 +155,52 @@ def test_kernels_are_refused_where_they_cannot(change: dict[str, Any], message: 
 def test_the_kernels_limits_are_those_of_the_engine() -> None:
     ours = (blocks.EMPTY, blocks.SHIFT, blocks.REACH, blocks.LOG2_E)
     assert [x.value for x in ours] == [linear_state.EMPTY, chunks.SHIFT, chunks.REACH, LOG2_E]
-    assert forward.REACH is blocks.REACH
+    assert outputs.REACH is blocks.REACH
+
+
+GIVEN = (True, True, True, False, True, True, True)  # queries, keys, values, decay, mask and documents
+
+
+def ask(**changes: Any) -> bool:
+    """Ask whether kernels agree, on a CPU, where Triton's interpreter runs them."""
+    asked = {"device": "cpu", "group": 2, "num_features": 32, "width": 16, "value_width": 16, "biased": False}
+    kernels._agrees.cache_clear()
+    return kernels._agrees(*(asked | changes).values(), GIVEN)
+
+
+def test_the_first_use_finds_that_kernels_agree() -> None:
+    assert ask()
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 2.0])
+@pytest.mark.parametrize("place", [0, 1, 2, 4])
+def test_the_first_use_finds_one_wrong_gradient(monkeypatch: pytest.MonkeyPatch, wrong: float, place: int) -> None:
+    right = launch.pull
+
+    def spoiled(*given: Any) -> Any:
+        found, *rest = right(*given)
+        grads = [None if x is None else x.clone() for x in found]
+        grads[place].flatten()[7] += wrong * grads[place].abs().max()
+        return type(found)(*grads), *rest
+
+    monkeypatch.setattr(launch, "pull", spoiled)
+    with pytest.warns(
+        UserWarning, match=r"goes on without Triton's kernels, which differ from PyTorch by (nan|inf|\d)"
+    ):
+        assert not ask()
+
+
+def test_kernels_that_do_not_compile_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: Any, **options: Any) -> None:
+        raise RuntimeError("ptxas died\nof many reasons")
+
+    monkeypatch.setattr(launch, "attend", fail)
+    with pytest.warns(UserWarning, match=r"which failed \(RuntimeError: ptxas died\)$"):
+        assert not ask()
+
+
+def test_rows_too_far_apart_for_32_bits_are_brought_together() -> None:
+    near = torch.empty(1, 2, 9, 4, device="meta")
+    assert launch._rowwise(near) is near
+    far = near.as_strided((1, 2, 9, 4), (0, 4, 2**28, 1))
+    assert launch._rowwise(far).stride() == (72, 36, 4, 1)

@@ -1,4 +1,4 @@
-"""Linear attention by Triton's kernels on a GPU: the same numbers as `sequence.py` to rounding, in seven launches.
+"""Linear attention by Triton's kernels on a GPU: the same numbers as `sequence.py` to rounding, in a dozen launches.
 
 They take what FAVOR+ is made of: fixed exponential features, the same for queries and keys. `auto` takes them for
 bfloat16, whose products are what a GPU is fast at, and only where a first use shows that they agree with PyTorch's.
@@ -6,7 +6,8 @@ bfloat16, whose products are what a GPU is fast at, and only where a first use s
 | file | holds |
 |---|---|
 | `launch.py` | a forward and a backward as launches |
-| `forward.py`, `backward.py` | the kernels |
+| `states.py` | the kernels that go along the sequence, forward and back |
+| `outputs.py`, `gradients.py` | the kernels of a chunk: its outputs; the gradients at its tokens |
 | `blocks.py` | what they share |
 """
 
@@ -27,7 +28,8 @@ Kernel = Literal["auto", "torch", "triton"]
 WIDEST = 128
 """The widest heads and values that registers and shared memory hold."""
 AGREEMENT = 0.05
-"""How far bfloat16 may lead kernels and PyTorch apart, as a share of the largest number."""
+"""How far kernels and PyTorch may be apart, as a share of the largest number: sums over 150 tokens of products of eight
+bits differ by up to 0.028 where all is right (H200, the gradient at decay), and by 0.6 and more where it was wrong."""
 
 
 def takes_triton(kernel: Kernel, maps: Maps, tokens: Tokens) -> bool:
@@ -51,7 +53,7 @@ def takes_triton(kernel: Kernel, maps: Maps, tokens: Tokens) -> bool:
         return False
     weight, *bias = maps.key.tensors
     given = tuple(x is not None for x in tokens)
-    return _agrees(q.device.index or 0, q.shape[1] // k.shape[1], *weight.shape[1:], v.shape[3], bool(bias), given)
+    return _agrees(str(q.device), q.shape[1] // k.shape[1], *weight.shape[1:], v.shape[3], bool(bias), given)
 
 
 def refuse_features(queries: FeatureMap, keys: FeatureMap, width: int) -> str | None:
@@ -95,12 +97,12 @@ def runs_on(device: str) -> bool:
 @torch.compiler.assume_constant_result
 @cache
 def _agrees(
-    device: int, group: int, num_features: int, width: int, value_width: int, biased: bool, given: tuple[bool, ...]
+    device: str, group: int, num_features: int, width: int, value_width: int, biased: bool, given: tuple[bool, ...]
 ) -> bool:
     """Return True if the kernels' output and gradients on drawn numbers are those of PyTorch; else say so, once."""
     try:
-        apart = _measure(torch.device("cuda", device), group, num_features, width, value_width, biased, given)
-    except Exception as error:  # whatever a compiler or a driver may raise
+        apart = _measure(torch.device(device), group, num_features, width, value_width, biased, given)
+    except Exception as error:  # compilers, assemblers and drivers have no error in common; a run goes on without them
         reason = f"failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
     else:
         if apart <= AGREEMENT:
@@ -120,7 +122,10 @@ def _measure(
     biased: bool,
     given: tuple[bool, ...],
 ) -> float:
-    """Return the largest difference of outputs and gradients on drawn numbers, as a share of the largest number."""
+    """Return the largest difference of outputs and gradients on drawn numbers, as a share of the largest number.
+
+    It is NaN where any of them is.
+    """
     from performer_lm.ops.linear import sequence
     from performer_lm.ops.linear.triton import launch
 
@@ -142,7 +147,7 @@ def _measure(
         (places % 5 > 0)[None],
         (torch.arange(n + 1, device=device) // 100)[None],
     )
-    tokens = Tokens(*(x if there else None for x, there in zip(drawn, given, strict=True)))  # type: ignore[arg-type]
+    tokens = Tokens(*(x if there else None for x, there in zip(drawn, given, strict=True)))  # type: ignore[arg-type]  # what every call has is there
     sums = torch.zeros(1, num_features, value_width + 1, device=device)
     state = LinearState(sums, torch.full_like(sums[..., 0], EMPTY, dtype=torch.float64))
     geometry, grads = Geometry(64, 128, False), [draw(1, group, n, value_width), None, None]
@@ -151,4 +156,4 @@ def _measure(
     trace = launch.attend(maps, tokens, state, keep=True)
     found = [trace.out, *launch.pull(maps, tokens, trace, grads)[0]]
     pairs = [(x.float(), y.float()) for x, y in zip(found, wanted, strict=True) if x is not None and y is not None]
-    return max(float((x - y).abs().max() / y.abs().max()) for x, y in pairs)
+    return float(torch.stack([(x - y).abs().max() / y.abs().max() for x, y in pairs]).max())

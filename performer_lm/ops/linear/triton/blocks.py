@@ -109,3 +109,11 @@ def load_if(HAS: tl.constexpr, pointer, places, there):
     else:
         found = tl.zeros_like(places)
     return found
+
+
+@triton.jit
+def load_mass(lse, at, inside):
+    """Load log2 of the queries' denominators, and which queries see anything."""
+    found = tl.load(lse + at, mask=inside, other=-float("inf"))
+    sees = found > -float("inf")
+    return tl.where(sees, found, 0.0), sees

@@ -14,7 +14,7 @@ from torch import Tensor
 from performer_lm.ops.linear.sequence import Trace
 from performer_lm.ops.linear.state import EMPTY, LinearState
 from performer_lm.ops.linear.tokens import Tokens
-from performer_lm.ops.linear.triton import backward, forward
+from performer_lm.ops.linear.triton import gradients, outputs, states
 from performer_lm.ops.maps import Exponential, Maps
 from performer_lm.ops.precision import LOG2_E
 
@@ -48,7 +48,7 @@ got Hopper's own matrix instructions wrong in both `pull_` kernels, which is why
 
 def choose_options(kernel: str, num_features: int, *, wide: bool) -> dict[str, int]:
     """Return how a kernel is compiled; `wide` for heads of more than 64 channels."""
-    _, features, warps, stages = OPTIONS.get(kernel, Options(CHUNK, 32, 4, 2))
+    _, features, warps, stages = OPTIONS[kernel]
     tile = min(32 if wide else features, max(16, triton.next_power_of_2(num_features)))
     return {"BM": tile, "num_warps": 8 if wide else warps, "num_stages": stages}
 
@@ -95,7 +95,7 @@ class Launch:
         self.origin = self.state.exponent.new_empty(b, g, self.chunks)
         self.faded = self.gain if log_decay is None else torch.empty_like(self.gain, dtype=torch.float64)
         given = (log_gain, log_decay, None if mask is None else mask.to(torch.int8))
-        forward.prepare[(self.chunks, b * g)](
+        states.prepare[(self.chunks, b * g)](
             self.k,
             *(self.gain if x is None else x for x in given),
             self.gain,
@@ -118,7 +118,7 @@ class Launch:
         self.places = triton.next_power_of_2(tiles)
         self.spans = self.gain.new_zeros(x, self.chunks, self.places)
         self.after = torch.empty_like(self.state.sums)
-        forward.states[(x, tiles)](
+        states.states[(x, tiles)](
             *(self.k, self.v, self.gain, self.origin, self.faded, self.documents, self.weight, self.rest, self.bias),
             *(self.state.sums.contiguous(), self.state.exponent.contiguous()),
             *(self.sums, self.masses, self.exponents, self.spans, self.after),
@@ -146,7 +146,7 @@ def attend(maps: Maps, tokens: Tokens, state: LinearState, *, keep: bool) -> Tra
     out = run.gain.new_empty(run.b, run.h, run.n, run.e)
     lse = run.origin.new_empty(run.b, run.h, run.n)
     run.both(
-        forward.outputs, run.h,
+        outputs.outputs, run.h,
         *(run.q, run.k, run.v, run.gain, run.origin, run.faded, run.documents, run.weight, run.rest, run.bias),
         *(run.sums, run.masses, run.exponents, run.spans, out, lse),
         *run.q.stride()[:3], *run.k.stride()[:3], *run.v.stride()[:3],
@@ -165,7 +165,7 @@ def pull(
     dout = torch.zeros_like(trace.out) if grads[0] is None else _rowwise(grads[0])
     delta = torch.empty_like(trace.mass, dtype=torch.float32)
     dmass = delta if grads[1] is None else grads[1].contiguous()
-    backward.pull_division[(run.chunks, run.b * run.h)](
+    states.pull_division[(run.chunks, run.b * run.h)](
         *(trace.out, dout, dmass, delta), *dout.stride()[:3], run.n, run.h,
         E=run.e, BE=run.sizes["BE"], C=CHUNK, HAS_MASS=grads[1] is not None,
     )  # fmt: skip
@@ -174,7 +174,7 @@ def pull(
     x, rest = run.g * run.b, (run.gain, run.origin, run.faded, run.documents, run.weight, run.rest, run.bias)
     dstates = run.sums.new_empty(x, run.chunks, run.m, run.e)
     dmasses, dbefore = run.masses.new_empty(x, run.chunks, run.m), torch.empty_like(trace.after)
-    backward.pull_states[(x, triton.cdiv(run.m, run.options["pull_states"]["BM"]))](
+    states.pull_states[(x, triton.cdiv(run.m, run.options["pull_states"]["BM"]))](
         *(run.q, dout, delta, trace.mass, run.faded, run.documents, run.weight, run.rest, run.bias, run.exponents),
         *(dafter, dstates, dmasses, dbefore), *run.q.stride()[:3], *dout.stride()[:3],
         **run.numbers, **run.sizes, **run.options["pull_states"], R=run.h // run.g,
@@ -184,11 +184,11 @@ def pull(
     strides = (*run.q.stride()[:3], *run.k.stride()[:3], *run.v.stride()[:3], *dout.stride()[:3])
     given = (run.q, run.k, run.v, dout, delta, trace.mass, *rest)
     run.both(
-        backward.pull_queries, run.h, *given, run.sums, run.masses, run.exponents, run.spans, dq, *strides,
+        gradients.pull_queries, run.h, *given, run.sums, run.masses, run.exponents, run.spans, dq, *strides,
         scale=run.scale, ALL=triton.next_power_of_2(run.m),
     )  # fmt: skip
     run.both(
-        backward.pull_keys, run.g, *given, dstates, dmasses, run.exponents, run.spans, dk, dv, dgain, *strides,
+        gradients.pull_keys, run.g, *given, dstates, dmasses, run.exponents, run.spans, dk, dv, dgain, *strides,
         scale=run.scale, norm=run.norm,
     )  # fmt: skip
     lift = (run.exponents[:, 0] - trace.exponents[0]).to(dbefore.dtype)
@@ -198,10 +198,10 @@ def pull(
     if tokens.log_decay is not None:
         log_decay = torch.empty_like(tokens.log_decay, memory_format=torch.contiguous_format)
         before = (dsums * trace.sums[0]).sum(dim=(1, 2))
-        backward.pull_decay[(run.b * run.g,)](dgain, before, log_decay, run.n, run.chunks, run.b, run.g, C=CHUNK)
+        states.pull_decay[(run.b * run.g,)](dgain, before, log_decay, run.n, run.chunks, run.b, run.g, C=CHUNK)
     return Tokens(dq, dk, dv, log_gain, log_decay, None, None), dsums, [None] * len(maps.tensors)
 
 
 def _rowwise(x: Tensor) -> Tensor:
-    """Return x with its rows contiguous."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """Return x `(b, h, n, d)` with contiguous rows, those of a head so near each other that 32 bits tell them apart."""
+    return x if x.stride(-1) == 1 and x.shape[2] * x.stride(2) < 2**31 else x.contiguous()

@@ -1,11 +1,9 @@
-"""The backward of causal linear attention on a GPU, in three kernels.
+"""The kernels of the gradients at a chunk's queries, and at its keys and values: from the states and the chunk itself.
 
-`pull_states` walks back over the chunks, one program for some features of a head, and leaves the gradient at the state
-after each; `pull_queries` and `pull_keys` join what comes from the states with what comes from their own chunk. Weights
-are relative to their query's denominator, so they are at most 1. As in the forward, chunks whose keys span too far are
-done by the same kernels with `EXACT`, pair by pair.
+Weights are relative to their query's denominator, so they are at most 1. As in `outputs.py`, a chunk whose keys span
+too far is done by a second launch, with `EXACT`, pair by pair.
 
-Letters: as in `forward.py`; `d` before a name is the gradient there, `delta` is out . dout less the mass's gradient.
+Letters: as in `states.py`.
 """
 
 import triton
@@ -14,109 +12,18 @@ import triton.language as tl
 from performer_lm.ops.linear.triton.blocks import (
     EMPTY,
     LENGTHS,
-    LOG2_E,
     REACH,
     fade,
     find_middle,
     load_if,
+    load_mass,
     load_projection,
     load_rows,
     multiply,
     narrow,
     project,
 )
-from performer_lm.ops.linear.triton.forward import pair_logs
-
-
-@triton.jit
-def load_mass(lse, at, inside):
-    """Load log2 of the queries' denominators, and which queries see anything."""
-    found = tl.load(lse + at, mask=inside, other=-float("inf"))
-    sees = found > -float("inf")
-    return tl.where(sees, found, 0.0), sees
-
-
-@triton.jit(do_not_specialize=LENGTHS)
-def pull_division(
-    out, dout, dmass, delta, do_b, do_h, do_n, n, H,
-    E: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, HAS_MASS: tl.constexpr,
-):  # fmt: skip
-    """Write out . dout less the gradient at log2 of the mass."""
-    t, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    i, columns = t * C + tl.arange(0, C), tl.arange(0, BE)
-    inside, at = i < n, bh * n + i
-    where = inside[:, None] & (columns < E)[None, :]
-    grads = dout + bh // H * do_b + bh % H * do_h + i[:, None].to(tl.int64) * do_n + columns[None, :]
-    found = tl.load(out + at[:, None] * E + columns[None, :], mask=where, other=0.0)
-    found = tl.sum(found * tl.load(grads, mask=where, other=0.0).to(tl.float32), axis=1)
-    if HAS_MASS:
-        found -= tl.load(dmass + at, mask=inside, other=0.0).to(tl.float32) * LOG2_E
-    tl.store(delta + at, found, mask=inside)
-
-
-@triton.jit(do_not_specialize=LENGTHS)
-def pull_states(
-    q, dout, delta, lse, faded, documents, weight, rest, bias, c, dafter,
-    dS, dZ, dbefore,
-    q_b, q_h, q_n, do_b, do_h, do_n, n, T, B, G,
-    factor: tl.constexpr,
-    R: tl.constexpr, M: tl.constexpr, D: tl.constexpr, E: tl.constexpr, C: tl.constexpr,
-    BM: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, LOW: tl.constexpr,
-):  # fmt: skip
-    """Write the gradients at the sums after each chunk and before the first, over 2^-c of their place."""
-    x, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    b, g = x % B, x // B
-    bg = b * G + g
-    features, columns = tile * BM + tl.arange(0, BM), tl.arange(0, BE)
-    real = features < M
-    rows, low = load_projection(weight, rest, g, features, M, D, BD, LOW)
-    held = real[:, None] & (columns < E)[None, :]
-    first = x * M * (E + 1)
-    cells = features[:, None] * (E + 1) + columns[None, :]
-    total = tl.load(dafter + first + cells, mask=held, other=0.0)
-    mass = tl.load(dafter + first + features * (E + 1) + E, mask=real, other=0.0)
-    slot = (x * (T + 1) + T) * M
-    after = tl.load(c + slot + features, mask=real, other=EMPTY)
-    for back in range(T):
-        t = T - 1 - back
-        slot = (x * T + t) * M
-        tl.store(dS + slot * E + features[:, None] * E + columns[None, :], total.to(dS.dtype.element_ty), mask=held)
-        tl.store(dZ + slot + features, mass, mask=real)
-        slot = (x * (T + 1) + t) * M
-        size = tl.load(c + slot + features, mask=real, other=EMPTY)
-        last = tl.minimum((t + 1) * C, n) - 1
-        past = size
-        if HAS_DECAY:
-            past = past + tl.load(faded + bg * n + last)
-        remains = tl.exp2((past - after).to(tl.float32))
-        if HAS_DOCUMENTS:
-            document = documents + b * (n + 1)
-            before = tl.load(document + t * C)
-            remains = tl.where(before == tl.load(document + 1 + last), remains, 0.0)
-        total, mass, after = total * remains[:, None], mass * remains, size
-        top = tl.max(size, axis=0)
-        raise_by = (size - top).to(tl.float32)
-        i = t * C + tl.arange(0, C)
-        inside = i < n
-        faded_i = load_if(HAS_DECAY, faded + bg * n, i, inside)
-        for r in range(R):
-            bh = (b * G + g) * R + r
-            h = g * R + r
-            queries = load_rows(q + b * q_b + h * q_h, i, inside, q_n, D, BD, LOW)
-            grads = load_rows(dout + b * do_b + h * do_h, i, inside, do_n, E, BE, LOW)
-            at = bh * n + i
-            masses, sees = load_mass(lse, at, inside)
-            if HAS_DOCUMENTS:
-                sees = sees & (tl.load(document + 1 + i, mask=inside, other=-1) == before)
-            own = tl.load(delta + at, mask=inside, other=0.0)
-            logs = project(queries, rows, low, bias + g * M, features, factor, M, HAS_BIAS, LOW) + raise_by[None, :]
-            logs += (top - masses + faded_i).to(tl.float32)[:, None]
-            share = narrow(tl.where(sees[:, None], tl.exp2(logs), 0.0), LOW)
-            total += multiply(tl.trans(share), grads, LOW)
-            mass -= tl.sum(share.to(tl.float32) * own[:, None], axis=0)
-    tl.store(dbefore + first + cells, total, mask=held)
-    tl.store(dbefore + first + features * (E + 1) + E, mass, mask=real)
+from performer_lm.ops.linear.triton.outputs import pair_logs
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -238,7 +145,7 @@ def pull_keys(
     EXACT: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients at `BI` keys, their values and the logarithms of their weights."""
-    part, bg = tl.program_id(0), tl.program_id(1).to(tl.int64).to(tl.int64)
+    part, bg = tl.program_id(0), tl.program_id(1).to(tl.int64)
     t = part * BI // C
     b, g = bg // G, bg % G
     x = g * B + b
@@ -364,16 +271,3 @@ def pull_keys(
         dvalues.to(dv.dtype.element_ty),
         mask=inside[:, None] & (columns < E)[None, :],
     )
-
-
-@triton.jit(do_not_specialize=LENGTHS)
-def pull_decay(dgain, before, dlog_decay, n, T, B, G, C: tl.constexpr):
-    """Write the gradient at log_decay: to fade at a token is to weaken all keys before it."""
-    bg = tl.program_id(0).to(tl.int64)
-    earlier = tl.load(before + (bg % G) * B + bg // G).to(tl.float64)
-    for t in range(T):
-        places = t * C + tl.arange(0, C)
-        own = tl.load(dgain + bg * n + places, mask=places < n, other=0.0).to(tl.float64)
-        found = earlier + tl.cumsum(own, axis=0) - own
-        tl.store(dlog_decay + bg * n + places, found.to(dlog_decay.dtype.element_ty), mask=places < n)
-        earlier += tl.sum(own, axis=0)
