@@ -39,13 +39,13 @@ ARGUMENTS: dict[str, Any] = {
 }
 
 
-def build_theirs() -> nn.Module:
-    """Build performer-pytorch's language model."""
+def build_theirs(**other: Any) -> nn.Module:
+    """Build performer-pytorch's language model, some of its arguments other than ours."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from performer_pytorch import PerformerLM
 
-        return PerformerLM(**ARGUMENTS)
+        return PerformerLM(**{**ARGUMENTS, **other})
 
 
 def build_ours() -> nn.Module:

@@ -1,0 +1,244 @@
+"""Performers against softmax at equal tokens, steps and tuning: what each arm gives, and what it is made of.
+
+    python benchmarks/recipe.py [rates] [long] [seeds] [context] [prose] [jobs=1]   run what is missing, then the tables
+    python benchmarks/recipe.py table                                               the tables alone
+
+Every arm trains with three learning rates for 300 steps (`rates`); the arms that matter then train for 1200 with the
+best of the three (`long`), with more seeds (`seeds`), in windows of 2048 (`context`) and on text that is no code
+(`prose`: what installed packages say of themselves). A run is `python train.py` with the words in `ARMS`, in
+runs/recipe/; one that was cut off goes on. About ten hours on two cores, minutes on a GPU that takes many jobs at once.
+Writes results/recipe.json and results/recipe.png.
+"""
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import torch
+from measure import RESULTS, describe_machine
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "runs" / "recipe"
+IDENTITY = "attn/features=identity attn.num_features=null"
+ARMS = {
+    "flash": "attn=flash",
+    "favor": "",
+    "delta": "attn=delta",
+    "hybrid delta": "attn=hybrid attn.pattern=[delta,delta,delta,flash]",
+    "rotary transformer": "model=transformer attn=flash model.feed_forward.mult=4.5",  # as many parameters as flash
+    "hybrid favor": "attn=hybrid",
+    "delta, 2 local heads": "attn=delta model.local_heads=2",
+    "favor, 2 local heads": "model.local_heads=2",
+    "delta, local layer": "attn=hybrid attn.pattern=[delta,delta,delta,local]",
+    "delta, m 128": "attn=delta attn.num_features=128",
+    "delta, 4 heads, m 256": "attn=delta model.heads=4 attn.num_features=256",
+    "delta, 4 heads, m 128, 1 local": "attn=delta model.heads=4 attn.num_features=128 model.local_heads=1",
+    "delta, identity": f"attn=delta {IDENTITY}",
+    "delta, identity, 2 heads": f"attn=delta {IDENTITY} model.heads=2",
+    "favor, m 128": "attn.num_features=128",
+    "favor, hyperbolic": "attn/features=hyperbolic",
+    "favor, learned": "attn/features=learned",
+    "favor, taylor2": "attn/features=taylor2",
+    "classic": "experiment=performer_classic",
+    **{
+        f"{name}, no {part}": f"attn={name} model.{part}={'0' if part == 'convolution' else 'false'}"
+        for name in ("favor", "delta", "flash")
+        for part in ("convolution", "decay", "gate")
+    },
+}
+MAIN = ("flash", "favor", "delta", "hybrid delta", "rotary transformer")
+LONG = (*MAIN, *list(ARMS)[5:14], "favor, m 128")
+RATES = (1.0, 0.5, 2.0)
+LR, MATRIX_LR = 6e-3, 0.02
+STUDIES = ("rates", "long", "seeds", "context", "prose")
+
+
+class Job(NamedTuple):
+    """A training run."""
+
+    study: str
+    arm: str
+    steps: int
+    seed: int = 0
+    rate: float | None = None  # times the default learning rates; None: the arm's best at 300 steps
+
+    @property
+    def name(self) -> str:
+        """Return the name of the run's folder."""
+        of = f"-{self.study}" if self.study in ("context", "prose") else ""
+        return f"{self.arm.replace(', ', '-').replace(' ', '_')}-{self.steps}-s{self.seed}-x{self.rate or 'best'}{of}"
+
+    def words(self) -> list[str]:
+        """Return what is said to train.py."""
+        assert self.rate is not None
+        words = [*ARMS[self.arm].split(), f"trainer.max_steps={self.steps}", f"seed={self.seed}"]
+        words += [f"optimizer.lr={self.rate * LR:g}", f"optimizer.matrix_lr={self.rate * MATRIX_LR:g}"]
+        if self.study == "context":
+            words += ["data.context=2048", "data.batch_size=1"]
+        if self.study == "prose":
+            words += ["data=files", f"data.path={write_prose()}"]
+        return words
+
+
+def plan() -> Iterator[Job]:
+    """Yield the runs of all studies, those that others wait for first."""
+    for rate in RATES:
+        yield from (Job("rates", arm, 300, rate=rate) for arm in MAIN)
+    yield from (Job("rates", arm, 300, rate=1.0) for arm in LONG if arm not in MAIN)
+    yield from (Job("long", arm, 1200) for arm in LONG)
+    yield from (Job("seeds", arm, 1200, seed) for seed in (1, 2) for arm in MAIN)
+    yield from (Job("prose", arm, 300) for arm in MAIN)
+    yield from (Job("context", arm, 300) for arm in MAIN[:4])
+    yield from (Job("rates", arm, 300, rate=1.0) for arm in ARMS if arm not in LONG)
+    yield from (Job("rates", arm, 300, rate=rate) for arm in ARMS for rate in RATES[1:] if arm not in MAIN)
+
+
+def write_prose() -> Path:
+    """Write what the installed packages say of themselves, once, and return the file."""
+    file = FOLDER / "prose.txt"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        texts = {each.metadata["Name"]: each.read_text("METADATA") or "" for each in distributions()}
+        file.write_text("\n".join(texts[name] for name in sorted(texts)))
+    return file
+
+
+def best_rate(arm: str, rows: list[dict[str, Any]]) -> float | None:
+    """Return the rate of the fewest bits per byte at 300 steps: an arm's own, or that of the arm it varies.
+
+    None before all three are known.
+    """
+    for of in (arm, next((name for name in reversed(MAIN) if name.split()[0] == arm.split(",")[0].split()[0]), arm)):
+        found = {row["rate"]: row["bpb"] for row in rows if (row["study"], row["arm"]) == ("rates", of)}
+        if len(found) == len(RATES):
+            return min(found, key=lambda rate: found[rate])
+    return None
+
+
+def read_row(job: Job, folder: Path) -> dict[str, Any] | None:
+    """Return the figures of a run that ended."""
+    file = folder / "summary.json"
+    if not file.exists():
+        return None
+    summary = json.loads(file.read_text())
+    if summary["steps"] < job.steps:
+        return None
+    keys = {"parameters": "parameters", "tokens_per_second": "tokens_per_second", "last_val_bpb": "bpb"}
+    return {**job._asdict(), **{name: summary[key] for key, name in keys.items()}}
+
+
+def run_missing(studies: list[str], jobs: int) -> None:
+    """Run what is missing, so many at a time."""
+    rows, left, running = load_rows(), [job for job in plan() if job.study in studies], []
+    done = {(row["study"], row["arm"], row["steps"], row["seed"], row["rate"]) for row in rows}
+    left = [job for job in left if job not in done]
+    while left or running:
+        for job in list(left):
+            if len(running) == jobs:
+                break
+            rate = job.rate or best_rate(job.arm, rows)
+            if rate is not None:
+                left.remove(job)
+                ready = job._replace(rate=rate)
+                if ready not in done:
+                    running.append((ready, subprocess.Popen(command(ready), cwd=ROOT)))
+        ended = [(job, process) for job, process in running if process.poll() is not None]
+        for job, process in ended:
+            running.remove((job, process))
+            if row := read_row(job, FOLDER / job.name):
+                rows.append(row)
+                save_rows(rows)
+            else:
+                print(f"{job.name} ended with {process.returncode}", flush=True)
+        if not running and not ended and left:
+            print(f"left out, for their learning rates are not known: {[job.name for job in left]}")
+            return
+        time.sleep(0.2)
+
+
+def command(job: Job) -> list[str]:
+    """Return the command of a run, which goes on from where it was cut off."""
+    folder = FOLDER / job.name
+    more = [f"ckpt={folder}"] if (folder / "checkpoints").exists() else []
+    return [sys.executable, "train.py", *job.words(), f"run_dir={folder}", "callbacks=[]", *more]
+
+
+def load_rows() -> list[dict[str, Any]]:
+    """Return the runs measured so far."""
+    file = RESULTS / "recipe.json"
+    return list(json.loads(file.read_text())["runs"]) if file.exists() else []
+
+
+def save_rows(rows: list[dict[str, Any]]) -> None:
+    """Write down the runs measured so far."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    text = json.dumps({"machine": describe_machine(device), "runs": rows}, indent=1)
+    (RESULTS / "recipe.json").write_text(text + "\n")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the bits per byte of every arm: by learning rate at 300 steps, over seeds at 1200."""
+    lines = [
+        "| arm | parameters | 300 steps at 0.5, 1, 2 times the learning rates | 1200 steps | prose | context 2048 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for arm in ARMS:
+        own = [row for row in rows if row["arm"] == arm]
+        if not own:
+            continue
+        rates = {row["rate"]: row["bpb"] for row in own if row["study"] == "rates"}
+        best = min(rates.values(), default=math.nan)
+        cells = [f"**{rates[r]:.4f}**" if rates[r] == best else f"{rates[r]:.4f}" for r in sorted(rates)]
+        listed = {name: [r["bpb"] for r in own if r["study"] in of] for name, of in GROUPS.items()}
+        others = [spread(found) for found in listed.values()]
+        lines.append(f"| {arm} | {own[0]['parameters']:,} | {' / '.join(cells)} | {' | '.join(others)} |")
+    return "\n".join(lines)
+
+
+GROUPS = {"long": ("long", "seeds"), "prose": ("prose",), "context": ("context",)}
+
+
+def spread(found: list[float]) -> str:
+    """Return the mean of several seeds and their standard deviation, or the one figure."""
+    if len(found) < 2:
+        return f"{found[0]:.4f}" if found else ""
+    return f"{statistics.mean(found):.4f} ± {statistics.stdev(found):.4f} ({len(found)})"
+
+
+def draw(rows: list[dict[str, Any]]) -> None:
+    """Draw the arms by their bits per byte after 1200 steps, every seed a dot."""
+    found = {arm: [r["bpb"] for r in rows if r["arm"] == arm and r["study"] in GROUPS["long"]] for arm in ARMS}
+    order = sorted((arm for arm in ARMS if found[arm]), key=lambda arm: -statistics.mean(found[arm]))
+    figure, axes = plt.subplots(figsize=(7, 0.8 + 0.3 * len(order)))
+    for height, arm in enumerate(order):
+        colour = "tab:orange" if "flash" in ARMS[arm] or "hybrid" in arm else "tab:blue"
+        axes.plot(found[arm], [height] * len(found[arm]), "o", color=colour, alpha=0.6)
+        axes.plot([statistics.mean(found[arm])], [height], "|", color=colour, markersize=14)
+    axes.set_yticks(range(len(order)), order)
+    axes.set_xlabel("bits per byte after 1200 steps (blue: a state of constant size)")
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "recipe.png", dpi=150)
+
+
+def main() -> None:
+    """Run what is missing and print the tables."""
+    jobs = next((int(word.partition("=")[2]) for word in sys.argv[1:] if word.startswith("jobs=")), 1)
+    words = [word for word in sys.argv[1:] if not word.startswith("jobs=")]
+    if words != ["table"]:
+        run_missing(words or list(STUDIES), jobs)
+    rows = load_rows()
+    print(table(rows))
+    draw(rows)
+
+
+if __name__ == "__main__":
+    main()
