@@ -49,7 +49,8 @@ class Performer(Redrawable):
         dim_head: width of a head; None for dim / heads.
         key_heads: key and value heads per layer, a divisor of heads; None for as many as heads.
         local: factory of the local heads' backend; needed where `local_heads` asks for some.
-        local_heads: how many of each layer's heads see a local window only: one number, or one per layer.
+        local_heads: how many of each layer's heads see a local window only: one number, or one per layer; None for a
+            quarter of them, in whole key heads.
         convolution: taps of the short causal convolution on q, k, v; 0 for none.
         decay: whether heads fade their keys by a data-dependent `log_decay`; causal only.
         gate: whether each head's output is normalised and gated.
@@ -85,7 +86,7 @@ class Performer(Redrawable):
         dim_head: Size | None = None,
         key_heads: Size | None = None,
         local: AttentionFactory | None = None,
-        local_heads: Whole | list[Whole] = 0,
+        local_heads: Whole | list[Whole] | None = 0,
         convolution: Whole = 0,
         decay: bool = False,
         gate: bool = False,
@@ -110,6 +111,9 @@ class Performer(Redrawable):
             raise ValueError("convolution needs a causal model: set convolution to 0 (token_shift looks both ways)")
         if reversible and recompute:
             raise ValueError("reversible already recomputes: set recompute to false")
+        if local_heads is None:
+            group = heads // (key_heads or heads)
+            local_heads = heads // 4 // group * group
         local_each = [local_heads] * depth if isinstance(local_heads, int) else list(local_heads)
         if len(local_each) != depth:
             raise ValueError(f"local_heads must be one number or one per layer ({depth}), got {local_each}")

@@ -20,6 +20,7 @@ from performer_lm.attention.flash import FlashAttention
 from performer_lm.attention.hybrid import HybridAttention
 from performer_lm.attention.kernel_maps import GeneralizedFeatures, IdentityFeatures
 from performer_lm.attention.local import LocalAttention
+from performer_lm.attention.split import SplitAttention
 from performer_lm.nn.feed_forward import FeedForward
 from performer_lm.nn.norm import LayerNorm, NoNorm, RMSNorm, ScaleNorm
 from performer_lm.nn.positions import (
@@ -400,6 +401,28 @@ def test_learned_positions_end_somewhere() -> None:
     assert stack.max_len == 5
     with pytest.raises(ValueError, match="6 tokens are more than the 5 learned positions"):
         stack(vectors(1, 6))
+
+
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "expected"),
+    [(1, None, 0), (2, None, 0), (3, 1, 0), (4, None, 1), (4, 2, 0), (8, None, 2), (8, 2, 0), (8, 4, 2), (16, 4, 4)],
+)
+def test_a_quarter_of_the_heads_is_local_in_whole_key_heads(heads: int, key_heads: int | None, expected: int) -> None:
+    stack = Performer(
+        dim=16,
+        depth=1,
+        heads=heads,
+        dim_head=2,
+        key_heads=key_heads,
+        attn=BACKENDS["flash"],
+        local=partial(LocalAttention, window=3),
+        local_heads=None,
+        positions=NoPositions,
+        norm=RMSNorm,
+        feed_forward=partial(FeedForward, mult=1, activation="gelu"),
+    )
+    backend = stack.layers[0]["attention"].body.backend
+    assert (backend.nearby.heads if isinstance(backend, SplitAttention) else 0) == expected
 
 
 def test_fixed_projections_are_not_redrawn() -> None:

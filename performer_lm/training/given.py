@@ -35,20 +35,20 @@ def take_model(cfg: DictConfig, source: Checkpoint, *, overrides: Sequence[str])
         ValueError: for a checkpoint that generate.py would not open; for an option of another backend than its own.
     """
     checkpoint.open_model(source)  # what declares more than it holds is refused before it is built from elsewhere
-    typed = _typed_paths(overrides, "model")
+    typed = typed_paths(overrides, "model")
     if "model" not in typed:
         section = {name: value for name, value in source.section["model"].items() if name != "vocab_size"}
         wanted = _plain(cfg.model)
         for path in typed:
             _copy(path.split(".")[1:], wanted, section)
         with open_dict(cfg):
-            cfg.model = _with_attn(section, cfg, typed=_typed_paths(overrides, "attn"), source=source)
+            cfg.model = _with_attn(section, cfg, typed=typed_paths(overrides, "attn"), source=source)
             cfg.attn = cfg.model.get("attn", cfg.attn)
 
 
 def take_tokenizer(source: Checkpoint, *, overrides: Sequence[str]) -> Tokenizer | None:
     """Return a checkpoint's tokenizer; None where one was typed, which is then to be the same."""
-    return None if _typed_paths(overrides, "tokenizer") else tokenizer_from_dict(source.section["tokenizer"])
+    return None if typed_paths(overrides, "tokenizer") else tokenizer_from_dict(source.section["tokenizer"])
 
 
 def check_tokenizer(data: WindowData, source: Checkpoint) -> None:
@@ -69,11 +69,11 @@ def load_given(model: nn.Module, given: Checkpoint) -> list[str]:
     return [f"starts from {given.path}, the {averaged} at step {given.content.get('global_step', 0)}", *changed]
 
 
-def _typed_paths(overrides: Sequence[str], section: str) -> list[str]:
-    """Return the keys below a section that were set or chosen, as dotted paths; the section itself, where it was."""
+def typed_paths(overrides: Sequence[str], *sections: str) -> list[str]:
+    """Return the keys below sections that were set or chosen, as dotted paths; a section itself, where it was."""
     keys = (override.partition("=")[0].lstrip("+~").partition("@") for override in overrides)
     paths = [(package or group).replace("/", ".") for group, _, package in keys]
-    return [path for path in paths if path == section or path.startswith(f"{section}.")]
+    return [path for path in paths if any(path == section or path.startswith(f"{section}.") for section in sections)]
 
 
 def _with_attn(section: dict[str, Any], cfg: DictConfig, *, typed: list[str], source: Checkpoint) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import nn
 from performer_lm import checkpoint
 from performer_lm.attention.favor import FavorAttention
 from performer_lm.attention.local import LocalAttention
+from performer_lm.attention.split import SplitAttention
 from performer_lm.building import build, build_model, escape
 from performer_lm.checkpoint import Checkpoint
 from performer_lm.data.module import WindowData
@@ -48,6 +49,7 @@ from performer_lm.training.given import (
     open_given,
     take_model,
     take_tokenizer,
+    typed_paths,
 )
 from performer_lm.training.loggers.record import MetricsLogger
 from performer_lm.training.optim import check_scaling, parameter_groups
@@ -57,6 +59,7 @@ from performer_lm.training.resume import (
     best_score,
     check_resumed,
     forget_best,
+    keep_former_defaults,
     share_out_anew,
     validation_digest,
 )
@@ -90,7 +93,9 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
     if given:
         take_model(cfg, given, overrides=overrides)
     model_section = plain(cfg.model)
-    sketch = _sketch_model(model_section, context=cfg.data.context)
+    if resumed:
+        keep_former_defaults(model_section, resumed.section["model"], typed=typed_paths(overrides, "model", "attn"))
+    sketch = _sketch_model(model_section, context=cfg.data.context, overrides=overrides)
     data = _build_data(cfg, given, overrides)
     objective.check(sketch, packed=data.is_packed, answers=data.has_answers)
     _check_backends(sketch, packed=data.is_packed, device=trainer.strategy.root_device)
@@ -263,12 +268,14 @@ def _take_folder(
     return RunFolder.create(wanted, writes=writes)
 
 
-def _sketch_model(section: dict[str, Any], *, context: int) -> LanguageModel:
+def _sketch_model(section: dict[str, Any], *, context: int, overrides: Sequence[str]) -> LanguageModel:
     """Build the model without values, so that sizes that do not fit are found before any data is read."""
     with torch.device("meta"):
         model: LanguageModel = build_model({**section, "vocab_size": 256})
+    untyped = not typed_paths(overrides, "model.local")  # the default of local heads, which may be longer
+    may_see_all = {each.nearby for each in model.modules() if isinstance(each, SplitAttention) and untyped}
     for module in model.modules():
-        if isinstance(module, LocalAttention) and module.window > context:
+        if isinstance(module, LocalAttention) and module.window > context and module not in may_see_all:
             raise ValueError(f"window ({module.window}) must be at most the context (data.context={context})")
         if isinstance(module, Performer) and module.max_len is not None:
             halved = isinstance(model, PerformerEncoderDecoder)  # a window is a source and its target

@@ -15,6 +15,9 @@ from performer_lm.data.windows import FiniteWindows
 
 EMA = "callbacks.ema.decay"
 
+FORMER_DEFAULTS = {"heads": 8, "local_heads": 0, "num_features": 64}
+"""Options of a model, and their defaults in earlier versions, by which a run that began with them goes on."""
+
 ROUNDING = frozenset({"chunk_size", "query_chunk_size", "key_chunk_size", "kernel"})
 """Options that move results by rounding only, so that a run with another one is the same run."""
 
@@ -55,6 +58,23 @@ def check_resumed(
     if max_steps < step:
         raise ValueError(f"trainer.max_steps ({max_steps}) must be at least the step of {resumed.path} ({step})")
     return [f"changed since the checkpoint: {key} was {old!r}, is {new!r}" for key, old, new in changes]
+
+
+def keep_former_defaults(section: dict[str, Any], saved: Mapping[str, Any], *, typed: Collection[str]) -> None:
+    """Give a model's options the defaults of the version that its run began with, but for those that were typed.
+
+    Args:
+        section: of the model; changed.
+        saved: the same section of the checkpoint.
+        typed: paths of the options that were typed.
+    """
+    names = {path.rpartition(".")[-1] for path in typed}
+    for name, value in section.items():
+        old = saved.get(name)
+        if isinstance(value, dict) and isinstance(old, Mapping):
+            keep_former_defaults(value, old, typed=typed)
+        elif name in FORMER_DEFAULTS and name not in names and old == FORMER_DEFAULTS[name]:
+            section[name] = old
 
 
 def is_like(saved: Mapping[str, Any], section: Mapping[str, Any]) -> bool:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from performer_lm.checkpoint import Checkpoint
-from performer_lm.training.resume import best_score, check_resumed, resume_command
+from performer_lm.training.resume import best_score, check_resumed, keep_former_defaults, resume_command
 
 
 def saved(**section: object) -> Checkpoint:
@@ -29,6 +29,28 @@ def test_the_same_run_goes_on() -> None:
 def test_another_run_is_refused_with_both_values(old: dict, new: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_resumed(saved(**old), {"model": {}, "fingerprint": {}, "seed": 0, **new}, max_steps=9)
+
+
+def model_of(heads: int, local_heads: int | None, num_features: int) -> dict[str, object]:
+    attn = {"_target_": "hybrid", "backends": {"favor": {"num_features": num_features}}}
+    return {"heads": heads, "local_heads": local_heads, "attn": attn}
+
+
+@pytest.mark.parametrize(
+    ("saved_by", "typed", "expected"),
+    [
+        ((8, 0, 64), [], (8, 0, 64)),
+        ((8, 0, 64), ["model", "attn", "attn.seed"], (8, 0, 64)),
+        ((8, 0, 64), ["model.heads", "attn.backends.favor.num_features"], (4, 0, 128)),
+        ((16, 2, 32), [], (4, None, 128)),  # never a default, so another run
+    ],
+)
+def test_what_was_not_typed_is_the_default_that_the_run_began_with(
+    saved_by: tuple[int, int, int], typed: list[str], expected: tuple[int, int | None, int]
+) -> None:
+    section = model_of(4, None, 128)
+    keep_former_defaults(section, model_of(*saved_by), typed=typed)
+    assert section == model_of(*expected)
 
 
 def test_a_run_cannot_shrink() -> None:
