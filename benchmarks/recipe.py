@@ -28,34 +28,44 @@ from measure import RESULTS, describe_machine
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "runs" / "recipe"
 IDENTITY = "attn/features=identity attn.num_features=null"
+NARROW, M64 = "model.heads=8 model.local_heads=0", "attn.num_features=64"  # heads of 32, the default before these runs
+WIDE = "model.heads=4 model.local_heads=0"
+ROTARY = "model=transformer attn=flash model.feed_forward.mult=4.5"  # as many parameters as the others
+HYBRID_M64 = "attn.backends.{0}.num_features=64"
+DELTA_HYBRID = f"attn=hybrid attn.pattern=[delta,delta,delta,flash] {HYBRID_M64.format('delta')} {NARROW}"
 ARMS = {
-    "flash": "attn=flash",
-    "favor": "",
-    "delta": "attn=delta",
-    "hybrid delta": "attn=hybrid attn.pattern=[delta,delta,delta,flash]",
-    "rotary transformer": "model=transformer attn=flash model.feed_forward.mult=4.5",  # as many parameters as flash
-    "hybrid favor": "attn=hybrid",
-    "delta, 2 local heads": "attn=delta model.local_heads=2",
-    "favor, 2 local heads": "model.local_heads=2",
-    "delta, local layer": "attn=hybrid attn.pattern=[delta,delta,delta,local]",
-    "delta, m 128": "attn=delta attn.num_features=128",
-    "delta, 4 heads, m 256": "attn=delta model.heads=4 attn.num_features=256",
-    "delta, 4 heads, m 128, 1 local": "attn=delta model.heads=4 attn.num_features=128 model.local_heads=1",
-    "delta, identity": f"attn=delta {IDENTITY}",
-    "delta, identity, 2 heads": f"attn=delta {IDENTITY} model.heads=2",
-    "favor, m 128": "attn.num_features=128",
-    "favor, hyperbolic": "attn/features=hyperbolic",
-    "favor, learned": "attn/features=learned",
-    "favor, taylor2": "attn/features=taylor2",
+    "flash": f"attn=flash {NARROW}",
+    "favor": f"attn=favor {NARROW} {M64}",
+    "delta": f"attn=delta {NARROW} {M64}",
+    "hybrid delta": DELTA_HYBRID,
+    "rotary transformer": f"{ROTARY} model.heads=8",
+    "flash, 4 heads": f"attn=flash {WIDE}",
+    "favor, 4 heads, m 128, 1 local": "attn=favor model.heads=4 model.local_heads=1 attn.num_features=128",  # default
+    "delta, 4 heads, m 128, 1 local": "attn=delta model.heads=4 model.local_heads=1 attn.num_features=128",
+    "hybrid delta, 4 heads": DELTA_HYBRID.replace("heads=8", "heads=4"),
+    "rotary transformer, 4 heads": f"{ROTARY} model.heads=4",
+    "local, 4 heads": f"attn=local {WIDE}",
+    "hybrid favor": f"attn=hybrid {HYBRID_M64.format('favor')} {NARROW}",
+    "delta, 2 local heads": f"attn=delta {M64} model.heads=8 model.local_heads=2",
+    "favor, 2 local heads": f"attn=favor {M64} model.heads=8 model.local_heads=2",
+    "delta, local layer": f"{DELTA_HYBRID.replace('flash]', 'local]')}",
+    "delta, m 128": f"attn=delta {NARROW} attn.num_features=128",
+    "favor, m 128": f"attn=favor {NARROW} attn.num_features=128",
+    "delta, 4 heads, m 256": f"attn=delta {WIDE} attn.num_features=256",
+    "delta, identity": f"attn=delta {IDENTITY} {NARROW}",
+    "delta, identity, 2 heads": f"attn=delta {IDENTITY} model.heads=2 model.local_heads=0",
+    "favor, hyperbolic": f"attn=favor attn/features=hyperbolic {NARROW} {M64}",
+    "favor, learned": f"attn=favor attn/features=learned {NARROW} {M64}",
+    "favor, taylor2": f"attn=favor attn/features=taylor2 {NARROW} {M64}",
     "classic": "experiment=performer_classic",
     **{
-        f"{name}, no {part}": f"attn={name} model.{part}={'0' if part == 'convolution' else 'false'}"
-        for name in ("favor", "delta", "flash")
+        f"{name}, no {part}": f"attn={name} {more} model.{part}={'0' if part == 'convolution' else 'false'}"
+        for name, more in {"favor": f"{NARROW} {M64}", "delta": f"{NARROW} {M64}", "flash": NARROW}.items()
         for part in ("convolution", "decay", "gate")
     },
 }
-MAIN = ("flash", "favor", "delta", "hybrid delta", "rotary transformer")
-LONG = (*MAIN, *list(ARMS)[5:14], "favor, m 128")
+MAIN = tuple(ARMS)[:10]
+LONG = tuple(ARMS)[:20]
 RATES = (1.0, 0.5, 2.0)
 LR, MATRIX_LR = 6e-3, 0.02
 STUDIES = ("rates", "long", "seeds", "context", "prose")
@@ -116,7 +126,7 @@ def best_rate(arm: str, rows: list[dict[str, Any]]) -> float | None:
 
     None before all three are known.
     """
-    for of in (arm, next((name for name in reversed(MAIN) if name.split()[0] == arm.split(",")[0].split()[0]), arm)):
+    for of in (arm, next((name for name in MAIN[:5] if name.split()[0] == arm.split(",")[0].split()[0]), arm)):
         found = {row["rate"]: row["bpb"] for row in rows if (row["study"], row["arm"]) == ("rates", of)}
         if len(found) == len(RATES):
             return min(found, key=lambda rate: found[rate])
@@ -196,7 +206,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             continue
         rates = {row["rate"]: row["bpb"] for row in own if row["study"] == "rates"}
         best = min(rates.values(), default=math.nan)
-        cells = [f"**{rates[r]:.4f}**" if rates[r] == best else f"{rates[r]:.4f}" for r in sorted(rates)]
+        chosen = best if len(rates) == len(RATES) else math.nan
+        cells = [f"**{rates[r]:.4f}**" if rates[r] == chosen else f"{rates[r]:.4f}" for r in sorted(rates)]
         listed = {name: [r["bpb"] for r in own if r["study"] in of] for name, of in GROUPS.items()}
         others = [spread(found) for found in listed.values()]
         lines.append(f"| {arm} | {own[0]['parameters']:,} | {' / '.join(cells)} | {' | '.join(others)} |")
