@@ -1,0 +1,270 @@
+"""OpenAI's requests: JSON to jobs, every parameter checked; a mistake is one line that names it."""
+
+import json
+import random
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Final
+
+from performer_lm.data.tokenizer import Tokenizer
+from performer_lm.generation.batch import encode_prompts
+from performer_lm.generation.decode import check_room
+from performer_lm.generation.sampling import Sampler
+from performer_lm.language_model import LanguageModel
+from performer_lm.ranges import Count, Positive, ranged, refusal
+from performer_lm.serving.chat import render_messages
+from performer_lm.serving.jobs import Choice, Job
+from performer_lm.wording import did_you_mean, short
+
+Kind = tuple[type, ...]
+NUMBER, WHOLE, FLAG, TEXT = (int, float), (int,), (bool,), (str,)
+WORDS: Final[dict[Kind, str]] = {
+    NUMBER: "a number",
+    WHOLE: "a whole number",
+    FLAG: "true or false",
+    TEXT: "text",
+    (dict,): "an object",
+    (list,): "a list",
+    (str, list): "text or a list",
+}
+SAMPLING: Final[dict[str, Kind]] = {
+    **dict.fromkeys((each.name for each in fields(Sampler)), NUMBER),
+    **dict.fromkeys(("top_k", "repetition_window", "no_repeat_ngram_size"), WHOLE),
+    "banned_tokens": (list,),
+    "logit_bias": (dict,),
+}
+COMMON: Final[dict[str, Kind]] = {
+    **SAMPLING,
+    **dict.fromkeys(("model", "user"), TEXT),
+    **dict.fromkeys(("max_tokens", "n", "seed"), WHOLE),
+    "stream": FLAG,
+    "stream_options": (dict,),
+    "stop": (str, list),
+}
+TEXTS: Final[dict[str, Kind]] = COMMON | {
+    "prompt": (str, list),
+    "echo": FLAG,
+    "logprobs": WHOLE,
+    "best_of": WHOLE,
+    "suffix": TEXT,
+}
+CHATS: Final[dict[str, Kind]] = COMMON | {
+    "messages": (list,),
+    "max_completion_tokens": WHOLE,
+    "logprobs": FLAG,
+    "top_logprobs": WHOLE,
+}
+MOST_LIKELIEST: Final = 20
+MOST_STOPS: Final = 16
+
+
+class UnknownModelError(ValueError):
+    """A request for a model that is not served."""
+
+
+@dataclass(eq=False)
+class Asked:
+    """A request: its jobs, a prompt each, and how their answer is written."""
+
+    is_chat: bool
+    model: str
+    jobs: list[Job]
+    n: int
+    streams: bool = False
+    tells_usage: bool = False
+    log_probs: int | None = None  # the likeliest tokens told at each place; None: nothing of log-probabilities
+    echoes: list[str] = field(default_factory=list)  # the prompts, where they are given back
+    id: str = field(init=False)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        """Name the request."""
+        self.id = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{uuid.uuid4().hex}"
+
+    @property
+    def choices(self) -> list[Choice]:
+        """Return the continuations in the order of their indexes; of `best_of` the likeliest."""
+        found = []
+        for job in self.jobs:
+            best = len(job.choices) > self.n
+            rows = sorted(job.choices, key=lambda each: -each.row.likelihood) if best else job.choices
+            found += rows[: self.n]
+        return found
+
+
+@ranged
+class Reader:
+    """Reads requests into jobs for one model.
+
+    Args:
+        model: which continues.
+        tokenizer: the model's.
+        name: of the model, for requests.
+        max_rows: continuations of a request.
+        max_prompt_tokens: of a prompt.
+        max_new_tokens: of a continuation, and what a chat gets that names none.
+        timeout: seconds that a job may take, waiting and running.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        *,
+        name: str,
+        max_rows: Count,
+        max_prompt_tokens: Count,
+        max_new_tokens: Count,
+        timeout: Positive,
+    ) -> None:
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.max_rows, self.max_prompt_tokens, self.max_new_tokens = max_rows, max_prompt_tokens, max_new_tokens
+        self.timeout, self._device = timeout, model.head.weight.device
+
+    def read(self, body: bytes, tell: Callable[[Any], None], *, is_chat: bool) -> Asked:
+        """Return the jobs that a request asks for, each with `tell`.
+
+        Raises:
+            ValueError: for the first mistake, in one line.
+        """
+        given = _parse(body, CHATS if is_chat else TEXTS)
+        if given.get("model", self.name) != self.name:
+            raise UnknownModelError(f"model: {short(given['model'])} is not served here, '{self.name}' is")
+        n, top = given.get("n", 1), self._top(given, is_chat=is_chat)
+        rows = given.get("best_of", n)
+        texts, prompts = self._prompts(given, is_chat=is_chat)
+        self._check_rows(given, n, rows, len(prompts))
+        seed = given.get("seed", random.SystemRandom().randrange(2**31))
+        if problem := refusal(seed) or refusal(seed + rows):
+            raise ValueError(f"seed {problem}")
+        sampler = Sampler(**_sampling(given))
+        sampler.check(self.tokenizer.vocab_size)
+        jobs = []
+        for ids in prompts:
+            most = self._max_new_tokens(given, len(ids), is_chat=is_chat)
+            job = Job(ids, sampler, most, tell, top=top or 0, seconds=self.timeout)
+            job.add_choices(self.tokenizer, range(seed, seed + rows), _stops(given), device=self._device)
+            jobs.append(job)
+        usage = bool(given.get("stream_options", {}).get("include_usage"))
+        echoes = texts if given.get("echo") else []
+        return Asked(is_chat, self.name, jobs, n, given.get("stream", False), usage, top, echoes)
+
+    def _prompts(self, given: dict[str, Any], *, is_chat: bool) -> tuple[list[str], list[list[int]]]:
+        """Return the prompts as text and as ids."""
+        if is_chat:
+            texts: list[Any] = [render_messages(self.tokenizer, _messages(given.get("messages")))]
+        else:
+            prompt = given.get("prompt", "")
+            texts = prompt if isinstance(prompt, list) and not _all(prompt, int) else [prompt]
+        if not texts:
+            raise ValueError("prompt: the list is empty")
+        if _all(texts, str):
+            ids = encode_prompts(self.tokenizer, texts, may_be_empty=False)
+        else:
+            ids = [self._check_ids(each) for each in texts]
+            texts = [self.tokenizer.decode(each) for each in ids]
+        for each in ids:
+            if len(each) > self.max_prompt_tokens:
+                raise ValueError(f"a prompt of {len(each)} tokens: at most {self.max_prompt_tokens} are read here")
+        return texts, ids
+
+    def _check_ids(self, ids: Any) -> list[int]:
+        if not isinstance(ids, list) or not ids or not _all(ids, int):
+            raise ValueError(f"prompt: wanted text, a list of texts, or token ids, got {short(ids)}")
+        last = self.tokenizer.vocab_size - 1
+        for token in ids:
+            if not 0 <= token <= last:
+                raise ValueError(f"prompt: there is no token {short(token)}, the ids are 0 to {last}")
+        return ids
+
+    def _check_rows(self, given: dict[str, Any], n: int, rows: int, prompts: int) -> None:
+        for name, count in (("n", n), ("best_of", rows)):
+            if count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
+        if rows < n:
+            raise ValueError(f"best_of ({rows}) must be at least n ({n})")
+        if rows > n and given.get("stream"):
+            raise ValueError("best_of chooses among whole continuations: it goes without stream")
+        if rows * prompts > self.max_rows:
+            raise ValueError(f"{prompts} prompts of {rows} continuations: at most {self.max_rows} run at once here")
+
+    def _max_new_tokens(self, given: dict[str, Any], tokens: int, *, is_chat: bool) -> int:
+        name = "max_completion_tokens" if "max_completion_tokens" in given else "max_tokens"
+        room = self.model.room_after(tokens)
+        most = self.max_new_tokens if room is None else min(self.max_new_tokens, max(1, room))
+        count = given.get(name, most if is_chat else min(16, most))
+        if not 1 <= count <= self.max_new_tokens:
+            raise ValueError(f"{name} must be at least 1 and at most {self.max_new_tokens}, got {short(count)}")
+        check_room(self.model, tokens, count)
+        return int(count)
+
+    @staticmethod
+    def _top(given: dict[str, Any], *, is_chat: bool) -> int | None:
+        """Return how many likeliest tokens a request wants at each place; None for no log-probabilities."""
+        name = "top_logprobs" if is_chat else "logprobs"
+        if is_chat and not given.get("logprobs"):
+            if name in given:
+                raise ValueError("top_logprobs needs logprobs: true")
+            return None
+        top: int | None = given.get(name, 0 if is_chat else None)
+        if top is not None and not 0 <= top <= MOST_LIKELIEST:
+            raise ValueError(f"{name} must be at least 0 and at most {MOST_LIKELIEST}, got {short(top)}")
+        if top is not None and given.get("echo"):
+            raise ValueError("logprobs are of the continuation alone: leave out echo")
+        return top
+
+
+def _parse(body: bytes, known: dict[str, Kind]) -> dict[str, Any]:
+    """Return the parameters of a request that are not null."""
+    try:
+        given = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("the body is not JSON") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"the body must be an object, got {short(given)}")
+    for name, value in given.items():
+        if name not in known:
+            raise ValueError(f"there is no parameter {short(name)} here{did_you_mean(name, known)}")
+        if value is not None and type(value) not in known[name]:
+            raise ValueError(f"{name}: wanted {WORDS[known[name]]}, got {short(value)}")
+    if given.get("suffix"):
+        raise ValueError("suffix: this model continues text and fills no gaps")
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _sampling(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a sampler; JSON has names of ids as texts."""
+    options = {name: value for name, value in given.items() if name in SAMPLING}
+    if "logit_bias" in options:
+        bias = options["logit_bias"]
+        options["logit_bias"] = {int(key) if key.isascii() and key.isdigit() else key: bias[key] for key in bias}
+    return options
+
+
+def _stops(given: dict[str, Any]) -> Sequence[str]:
+    stop = given.get("stop", [])
+    stops = [stop] if isinstance(stop, str) else stop
+    if (stops and not _all(stops, str)) or len(stops) > MOST_STOPS:
+        raise ValueError(f"stop: wanted text or a list of at most {MOST_STOPS} texts, got {short(stop)}")
+    return stops
+
+
+def _messages(messages: Any) -> list[dict[str, Any]]:
+    """Return messages whose content is text: parts of text, as OpenAI's clients may send them, are put together."""
+    if not messages:
+        raise ValueError("messages: at least one is needed")
+    found = []
+    for message in messages:
+        content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+            content = "".join(str(part.get("text", "")) for part in content)
+        if not isinstance(content, str) or not isinstance(message.get("role"), str):
+            raise ValueError(f"messages: wanted objects with a role and a content of text, got {short(message)}")
+        found.append({**message, "content": content})
+    return found
+
+
+def _all(items: Sequence[Any], kind: type) -> bool:
+    return bool(items) and all(type(item) is kind for item in items)
