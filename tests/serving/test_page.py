@@ -72,7 +72,7 @@ async def until(command: Command, script: str) -> None:
 
 async def use(command: Command, screenshot: Path) -> dict[str, Any]:
     """Fill in the page, let it stream, point at a token, and return what it shows."""
-    await until(command, "document.readyState === 'complete' && at('model').textContent === 'tiny'")
+    await until(command, "typeof at === 'function' && at('model').textContent === 'tiny'")
     values = {"prompt": "é <b>line</b> ", "max_tokens": "40", "seed": "3", "temperature": "1", "top_k": ""}
     await evaluate(
         command, "".join(f"at({json.dumps(name)}).value = {json.dumps(text)};" for name, text in values.items())
@@ -89,10 +89,10 @@ async def use(command: Command, screenshot: Path) -> dict[str, Any]:
     picture = await command("Page.captureScreenshot", format="png")
     screenshot.write_bytes(base64.b64decode(picture["data"]))
     shown = {name: await evaluate(command, f"at('{name}').textContent") for name in ("text", "hint", "rate", "state")}
-    await evaluate(command, "at('temperature').value = '-1'; at('go').click()")
+    await evaluate(command, "at('top_p').value = '0'; at('go').click()")
     await until(command, "at('error').textContent !== ''")
     shown["error"] = await evaluate(command, "at('error').textContent")
-    await evaluate(command, "at('temperature').value = '1'; at('max_tokens').value = '1000'; at('go').click()")
+    await evaluate(command, "at('top_p').value = ''; at('max_tokens').value = '1000'; at('go').click()")
     await until(command, "Number(at('count').textContent) > 2 && !at('halt').disabled")
     await evaluate(command, "at('halt').click()")
     await until(command, "!at('go').disabled")
@@ -120,6 +120,6 @@ def test_the_page_streams_text_and_shows_probabilities(
     assert "%" in shown["hint"]
     assert float(shown["rate"]) > 0
     assert shown["state"].endswith("KiB")
-    assert shown["error"] == "temperature must be at least 0, got -1"
+    assert shown["error"] == "top_p must be above 0 and at most 1, got 0"
     assert shown["after a stop"] == ""
     assert screenshot.stat().st_size > 10_000

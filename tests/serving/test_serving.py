@@ -15,6 +15,7 @@ import openai
 import pytest
 import torch
 
+from performer_lm import checkpoint
 from performer_lm.data.tokenizer import ByteTokenizer
 from performer_lm.generation.batch import complete
 from performer_lm.generation.sampling import Sampler
@@ -253,14 +254,14 @@ def test_a_client_that_hangs_up_frees_its_rows(serve: Any, tiny: PerformerLM) ->
         stream.close()
         eventually(lambda: served.scheduler.status()["running"] == 0)
         with pytest.raises(httpx.TimeoutException):
-            httpx.post(f"{served.url}/v1/completions", json=ENDLESS, timeout=0.3)
+            served.post(json=ENDLESS, timeout=0.3)
         eventually(lambda: served.scheduler.status()["running"] == 0)
         assert served.complete("line", max_tokens=2).usage.completion_tokens == 2
 
 
 def test_more_than_may_wait_are_answered_429_in_one_line(serve: Any, tiny: PerformerLM) -> None:
     with serve(tiny, max_rows=1, max_waiting=1) as served, ThreadPoolExecutor(2) as pool:
-        running = pool.submit(served.post, json=ENDLESS)
+        running = pool.submit(served.post, json={**ENDLESS, "max_tokens": 200})
         eventually(lambda: served.scheduler.status()["running"] == 1)
         waiting = pool.submit(served.post, json={**ENDLESS, "max_tokens": 3})
         eventually(lambda: served.scheduler.status()["waiting"] == 1)
@@ -367,7 +368,7 @@ def test_a_mistake_is_answered_400_in_one_line(serve: Any, tiny: PerformerLM) ->
         with pytest.raises(openai.NotFoundError, match="'another' is not served here, 'tiny' is"):
             served.client.completions.create(model="another", prompt="x")
         assert served.post("/nope").json()["error"]["message"] == "POST /nope: not found"
-        assert httpx.get(f"{served.url}/v1/completions").status_code == 405
+        assert served.http.get(f"{served.url}/v1/completions").status_code == 405
         assert served.scheduler.status()["tokens"] == 0
 
 
@@ -427,8 +428,12 @@ def test_without_a_template_messages_are_answered_400_in_one_line(serve: Any, ti
     )
 
 
-def test_sources_of_an_encoder_decoder_are_answered(serve: Any, lively_model: Build) -> None:
-    model: Any = lively_model("model=performer_seq2seq", "objective=seq2seq", "attn=flash", vocab_size=257)
+def test_sources_of_an_encoder_decoder_are_answered(
+    serve: Any, model_section: Callable[..., dict[str, Any]]
+) -> None:
+    small = ["model.dim=32", "model.encoder.heads=4", "model.decoder.heads=4", "attn=flash"]
+    model: Any = checkpoint.build(model_section("model=performer_seq2seq", *small, vocab_size=257, tiny=[])).double()
+    torch.nn.init.normal_(model.eval().head.weight)
     requests = [{"prompt": "word " * count, "seed": count, "max_tokens": 5} for count in (1, 9, 3, 3)]
     with serve(model) as served:
         for request, texts in zip(requests, ask_all(served, requests), strict=True):

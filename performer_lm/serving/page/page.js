@@ -37,12 +37,17 @@ function percent(logProb) {
   return `${share >= 0.01 ? share.toFixed(2) : share.toExponential(1)}%`;
 }
 
+// Return a token as it is shown: in quotes, for spaces and line ends; parts of characters are told as bytes.
+function quoted(token) {
+  return token.startsWith("bytes:") ? token : JSON.stringify(token);
+}
+
 // Return lines that name the tokens of a piece of text, and the likeliest in the place of each.
 function lines(tokens) {
   return tokens.map(({ token, logProb, likeliest }) => [
-    `${JSON.stringify(token)}  ${percent(logProb)}`,
+    `${quoted(token)}  ${percent(logProb)}`,
     ...Object.entries(likeliest).sort((a, b) => b[1] - a[1]).slice(0, 5)
-      .map(([other, value]) => `  ${percent(value).padStart(8)}  ${JSON.stringify(other)}`),
+      .map(([other, value]) => `  ${percent(value).padStart(8)}  ${quoted(other)}`),
   ].join("\n")).join("\n");
 }
 
