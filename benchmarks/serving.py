@@ -36,9 +36,7 @@ END = BYTES.end_id  # never drawn, so that all rows are as long
 def generate(model: PerformerLM) -> None:
     """Continue all prompts as one batch."""
     sampler = Sampler(temperature=TEMPERATURE, top_k=TOP_K, banned_tokens=[END])
-    made = complete(
-        model, BYTES, PROMPTS, max_new_tokens=TOKENS, sampler=sampler, seed=0, batch_size=CLIENTS
-    )
+    made = complete(model, BYTES, PROMPTS, max_new_tokens=TOKENS, sampler=sampler, seed=0, batch_size=CLIENTS)
     assert sum(len(row.tokens) for rows in made for row in rows) == CLIENTS * TOKENS
 
 

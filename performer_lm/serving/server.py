@@ -66,5 +66,5 @@ def open_socket(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise ValueError(f"host={host} port={port}: {reason}; port=0 takes any that is free") from error
+        reason = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror or str(error)
+        raise ValueError(f"host={host} port={port}: {reason.lower()}; port=0 takes any that is free") from error

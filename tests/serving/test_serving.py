@@ -428,9 +428,7 @@ def test_without_a_template_messages_are_answered_400_in_one_line(serve: Any, ti
     )
 
 
-def test_sources_of_an_encoder_decoder_are_answered(
-    serve: Any, model_section: Callable[..., dict[str, Any]]
-) -> None:
+def test_sources_of_an_encoder_decoder_are_answered(serve: Any, model_section: Callable[..., dict[str, Any]]) -> None:
     small = ["model.dim=32", "model.encoder.heads=4", "model.decoder.heads=4", "attn=flash"]
     model: Any = checkpoint.build(model_section("model=performer_seq2seq", *small, vocab_size=257, tiny=[])).double()
     torch.nn.init.normal_(model.eval().head.weight)
