@@ -16,12 +16,11 @@ from starlette.types import Receive, Scope, Send
 
 from performer_lm.ranges import Count, ranged
 from performer_lm.serving.answers import chunk, error_body, first_chunks, last_chunks, whole_answer
-from performer_lm.serving.jobs import ClosingError, NotServedError, OverloadedError, TimedOutError, Told
+from performer_lm.serving.jobs import NotServedError, Told
 from performer_lm.serving.scheduler import Scheduler
 from performer_lm.serving.wire import Asked, Reader, UnknownModelError
 
 PAGE: Final = Path(__file__).parent / "page"
-STATUS: Final = {OverloadedError: 429, ClosingError: 503, TimedOutError: 504}
 KINDS: Final = {429: "rate_limit_error", 500: "server_error", 503: "server_error", 504: "timeout_error"}
 HUNG_UP: Final = 499  # read by nobody
 
@@ -121,7 +120,7 @@ class Endpoints:
         except ClientDisconnect:
             return Response(status_code=HUNG_UP)
         except NotServedError as error:
-            return refuse(STATUS.get(type(error), 500), str(error))
+            return refuse(error.status, str(error))
         if asked.streams:
             return Events(self._stream(asked, mail), lambda: self._scheduler.cancel(asked.jobs))
         return await self._answer(request, asked, mail)
@@ -149,7 +148,7 @@ class Endpoints:
             done.result()
             return JSONResponse(whole_answer(asked, self._reader.tokenizer))
         except NotServedError as error:
-            return refuse(STATUS.get(type(error), 500), str(error))
+            return refuse(error.status, str(error))
         finally:
             done.cancel()
             left.cancel()
@@ -167,7 +166,7 @@ class Endpoints:
                 if part is not None:
                     yield event(part)
         except NotServedError as error:
-            yield event(error_body(str(error), kind=KINDS[STATUS.get(type(error), 500)]))
+            yield event(error_body(str(error), kind=KINDS[error.status]))
             return
         for last in last_chunks(asked):
             yield event(last)

@@ -21,8 +21,8 @@ def find_template(tokenizer: Tokenizer) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def render_messages(tokenizer: Tokenizer, messages: Messages) -> str:
-    """Return the prompt that asks for the answer to messages.
+def encode_messages(tokenizer: Tokenizer, messages: Messages) -> list[int]:
+    """Return the ids of the prompt that asks for the answer to messages; a template may spell special tokens.
 
     Raises:
         ValueError: without a template, or for messages that it does not take.
@@ -36,7 +36,8 @@ def render_messages(tokenizer: Tokenizer, messages: Messages) -> str:
         )
     except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
         raise ValueError(f"messages: the chat template refuses them: {first_line(error)}") from error
-    return text
+    encode = getattr(tokenizer, "encode_marked", tokenizer.encode)
+    return encode(text).tolist() or [tokenizer.end_id]
 
 
 @lru_cache(maxsize=4)

@@ -16,19 +16,27 @@ Likeliest = list[tuple[int, float]]
 
 
 class NotServedError(Exception):
-    """A reason why a job ends without an answer, in one line, for whoever sent it."""
+    """The reason, in one line, why a job ends without an answer; the model failed, unless a subclass says otherwise."""
+
+    status = 500  # in HTTP
 
 
 class OverloadedError(NotServedError):
     """More jobs wait than may."""
 
+    status = 429
+
 
 class ClosingError(NotServedError):
     """The server ends."""
 
+    status = 503
+
 
 class TimedOutError(NotServedError):
     """A job took longer than it may."""
+
+    status = 504
 
 
 class Told(NamedTuple):

@@ -14,7 +14,7 @@ from performer_lm.generation.decode import check_room
 from performer_lm.generation.sampling import Sampler
 from performer_lm.language_model import LanguageModel
 from performer_lm.ranges import Count, Positive, ranged, refusal
-from performer_lm.serving.chat import render_messages
+from performer_lm.serving.chat import encode_messages
 from performer_lm.serving.jobs import Choice, Job
 from performer_lm.wording import did_you_mean, short
 
@@ -47,8 +47,6 @@ TEXTS: Final[dict[str, Kind]] = COMMON | {
     "prompt": (str, list),
     "echo": FLAG,
     "logprobs": WHOLE,
-    "best_of": WHOLE,
-    "suffix": TEXT,
 }
 CHATS: Final[dict[str, Kind]] = COMMON | {
     "messages": (list,),
@@ -85,13 +83,8 @@ class Asked:
 
     @property
     def choices(self) -> list[Choice]:
-        """Return the continuations in the order of their indexes; of `best_of` the likeliest."""
-        found = []
-        for job in self.jobs:
-            best = len(job.choices) > self.n
-            rows = sorted(job.choices, key=lambda each: -each.row.likelihood) if best else job.choices
-            found += rows[: self.n]
-        return found
+        """Return the continuations in the order of their indexes."""
+        return [choice for job in self.jobs for choice in job.choices]
 
 
 @ranged
@@ -133,11 +126,12 @@ class Reader:
         if given.get("model", self.name) != self.name:
             raise UnknownModelError(f"model: {short(given['model'])} is not served here, '{self.name}' is")
         n, top = given.get("n", 1), self._top(given, is_chat=is_chat)
-        rows = given.get("best_of", n)
         texts, prompts = self._prompts(given, is_chat=is_chat)
-        self._check_rows(given, n, rows, len(prompts))
+        if not 1 <= n * len(prompts) <= self.max_rows:
+            told = f"{len(prompts)} prompts of {short(n)} continuations"
+            raise ValueError(f"n: at least 1 and at most {self.max_rows} run at once here, got {told}")
         seed = given.get("seed", random.SystemRandom().randrange(2**31))
-        if problem := refusal(seed) or refusal(seed + rows):
+        if problem := refusal(seed) or refusal(seed + n):
             raise ValueError(f"seed {problem}")
         sampler = Sampler(**_sampling(given))
         sampler.check(self.tokenizer.vocab_size)
@@ -145,7 +139,7 @@ class Reader:
         for ids in prompts:
             most = self._max_new_tokens(given, len(ids), is_chat=is_chat)
             job = Job(ids, sampler, most, tell, top=top or 0, seconds=self.timeout)
-            job.add_choices(self.tokenizer, range(seed, seed + rows), _stops(given), device=self._device)
+            job.add_choices(self.tokenizer, range(seed, seed + n), _stops(given), device=self._device)
             jobs.append(job)
         usage = bool(given.get("stream_options", {}).get("include_usage"))
         echoes = texts if given.get("echo") else []
@@ -153,14 +147,13 @@ class Reader:
 
     def _prompts(self, given: dict[str, Any], *, is_chat: bool) -> tuple[list[str], list[list[int]]]:
         """Return the prompts as text and as ids."""
+        prompt = given.get("prompt", "")
+        texts: list[Any] = prompt if isinstance(prompt, list) and not _all(prompt, int) else [prompt]
         if is_chat:
-            texts: list[Any] = [render_messages(self.tokenizer, _messages(given.get("messages")))]
-        else:
-            prompt = given.get("prompt", "")
-            texts = prompt if isinstance(prompt, list) and not _all(prompt, int) else [prompt]
-        if not texts:
+            ids = [encode_messages(self.tokenizer, _messages(given.get("messages")))]
+        elif not texts:
             raise ValueError("prompt: the list is empty")
-        if _all(texts, str):
+        elif _all(texts, str):
             ids = encode_prompts(self.tokenizer, texts, may_be_empty=False)
         else:
             ids = [self._check_ids(each) for each in texts]
@@ -178,17 +171,6 @@ class Reader:
             if not 0 <= token <= last:
                 raise ValueError(f"prompt: there is no token {short(token)}, the ids are 0 to {last}")
         return ids
-
-    def _check_rows(self, given: dict[str, Any], n: int, rows: int, prompts: int) -> None:
-        for name, count in (("n", n), ("best_of", rows)):
-            if count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}")
-        if rows < n:
-            raise ValueError(f"best_of ({rows}) must be at least n ({n})")
-        if rows > n and given.get("stream"):
-            raise ValueError("best_of chooses among whole continuations: it goes without stream")
-        if rows * prompts > self.max_rows:
-            raise ValueError(f"{prompts} prompts of {rows} continuations: at most {self.max_rows} run at once here")
 
     def _max_new_tokens(self, given: dict[str, Any], tokens: int, *, is_chat: bool) -> int:
         name = "max_completion_tokens" if "max_completion_tokens" in given else "max_tokens"
@@ -229,8 +211,6 @@ def _parse(body: bytes, known: dict[str, Kind]) -> dict[str, Any]:
             raise ValueError(f"there is no parameter {short(name)} here{did_you_mean(name, known)}")
         if value is not None and type(value) not in known[name]:
             raise ValueError(f"{name}: wanted {WORDS[known[name]]}, got {short(value)}")
-    if given.get("suffix"):
-        raise ValueError("suffix: this model continues text and fills no gaps")
     return {name: value for name, value in given.items() if value is not None}
 
 

@@ -182,14 +182,6 @@ def test_prompts_may_be_texts_or_ids_many_or_none_and_are_given_back(serve: Any,
             assert text_of(streamed) == "".join(choice.text for choice in answer.choices) or len(texts) > 1
 
 
-def test_the_best_of_some_are_the_likeliest(serve: Any, tiny: PerformerLM) -> None:
-    with serve(tiny) as served:
-        answer = served.complete("line", max_tokens=5, seed=3, n=2, best_of=6)
-    rows = sorted(rows_of(tiny, "line", max_tokens=5, seed=3, n=6), key=lambda row: -row.likelihood)
-    assert [choice.text for choice in answer.choices] == [row.text for row in rows[:2]]
-    assert answer.usage.completion_tokens == 30
-
-
 def test_answers_without_a_seed_differ(serve: Any, tiny: PerformerLM) -> None:
     with serve(tiny) as served:
         assert len({served.complete("line", max_tokens=12).choices[0].text for _ in range(4)}) > 1
@@ -277,7 +269,7 @@ def test_what_takes_too_long_is_answered_504_and_a_stream_tells_so(serve: Any, t
         assert (answer.status_code, answer.json()["error"]["message"]) == (504, "not done in 0.5 s")
         with pytest.raises(openai.APIError, match=r"not done in 0\.5 s"):
             list(served.complete(**{**ENDLESS, "max_tokens": 10**6}, stream=True))
-        assert served.scheduler.status()["running"] == 0
+        eventually(lambda: served.scheduler.status()["running"] == 0)
 
 
 def test_a_body_may_be_so_long(serve: Any, tiny: PerformerLM) -> None:
@@ -332,12 +324,13 @@ WRONG: list[tuple[Any, str]] = [
     (b'{"temperature": NaN}', "temperature must be a finite number, got nan"),
     ({"top_p": 2}, "top_p must be above 0 and at most 1, got 2"),
     ({"frequency_penalty": 3}, "frequency_penalty must be at least -2 and at most 2, got 3"),
-    ({"n": 0}, "n must be at least 1, got 0"),
+    ({"n": 0}, "n: at least 1 and at most 64 run at once here, got 1 prompts of 0 continuations"),
     ({"n": 2.0}, "n: wanted a whole number, got 2.0"),
-    ({"n": 65}, "1 prompts of 65 continuations: at most 64 run at once here"),
-    ({"prompt": ["a"] * 40, "n": 2}, "40 prompts of 2 continuations: at most 64 run at once here"),
-    ({"n": 3, "best_of": 2}, "best_of (2) must be at least n (3)"),
-    ({"best_of": 2, "stream": True}, "best_of chooses among whole continuations: it goes without stream"),
+    ({"n": 65}, "n: at least 1 and at most 64 run at once here, got 1 prompts of 65 continuations"),
+    (
+        {"prompt": ["a"] * 40, "n": 2},
+        "n: at least 1 and at most 64 run at once here, got 40 prompts of 2 continuations",
+    ),
     ({"max_tokens": 0}, "max_tokens must be at least 1 and at most 1000, got 0"),
     ({"max_tokens": 1001}, "max_tokens must be at least 1 and at most 1000, got 1001"),
     ({"prompt": []}, "prompt: the list is empty"),
@@ -352,7 +345,7 @@ WRONG: list[tuple[Any, str]] = [
     ({"logit_bias": {"a": 1}}, "logit_bias: a token's id must be a whole number from 0 on, got 'a'"),
     ({"logit_bias": {"300": 1}}, "logit_bias: there is no token 300, the ids are 0 to 256"),
     ({"seed": 2**64}, "seed must be within 64 bits"),
-    ({"suffix": "x"}, "suffix: this model continues text and fills no gaps"),
+    ({"suffix": "x"}, "there is no parameter 'suffix' here"),
 ]
 
 
@@ -410,6 +403,11 @@ def test_messages_are_answered_where_the_tokenizer_has_a_template(serve: Any, ti
         tokenizer.chat_template = "{{ ''.__class__.__mro__[1].__subclasses__() }}"  # type: ignore[attr-defined]
         with pytest.raises(openai.BadRequestError, match="the chat template refuses them: access to attribute"):
             chats.create(messages=messages, **options)
+        tokenizer.chat_template = TEMPLATE  # type: ignore[attr-defined]
+        tokenizer.encode_marked = lambda text: tokenizer.encode(text.replace("<user>", "U"))  # type: ignore[attr-defined]
+        marked = chats.create(messages=messages, **options)
+    [unlike] = rows_of(tiny, "<system>be brief\nUhello\n<assistant>", max_tokens=7, seed=4)
+    assert marked.choices[0].message.content == unlike.text
     [choice] = answer.choices
     assert (choice.message.role, choice.message.content) == ("assistant", row.text)
     assert [each.logprob for each in choice.logprobs.content] == pytest.approx(row.log_probs)
