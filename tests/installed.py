@@ -1,4 +1,4 @@
-"""Build the default model, find the page of the server, and refuse to if the package is not the one installed below the folder that is given.
+"""Build the default model, find the server's page, and refuse unless the package is the one below the folder given.
 
 `.ci/run` runs this as a script where there is no repository: python installed.py FOLDER
 """
