@@ -4,7 +4,6 @@ Letters: `b` rows.
 """
 
 from collections.abc import Sequence
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -88,10 +87,10 @@ class Batch:
         return count_bytes(self._state) // max(1, len(self.choices))
 
     def _group(self) -> None:
-        order = sorted(range(len(self.choices)), key=lambda row: repr(self.choices[row].job.sampler))
-        grouped = groupby(order, key=lambda row: repr(self.choices[row].job.sampler))
-        groups = [sorted(rows) for _, rows in grouped]
-        self._groups = [(self.choices[rows[0]].job.sampler, rows) for rows in groups]
+        groups: dict[str, list[int]] = {}
+        for row, choice in enumerate(self.choices):
+            groups.setdefault(repr(choice.job.sampler), []).append(row)
+        self._groups = [(self.choices[rows[0]].job.sampler, rows) for rows in groups.values()]
 
     def _draw_rows(self, sampler: Sampler, rows: list[int], logits: Tensor) -> Tensor:
         choices = [self.choices[row] for row in rows]

@@ -62,7 +62,7 @@ class Scheduler:
             if self._is_closing:
                 raise CLOSING
             if len(self._waiting) + len(jobs) > self.max_waiting + max(0, self._free_rows()):
-                raise OverloadedError(f"{len(self._waiting)} prompts wait already (max_waiting): try again later")
+                raise OverloadedError(f"as many prompts wait as may (max_waiting={self.max_waiting}): try again later")
             self._waiting.extend(jobs)
             self._changed.notify()
 

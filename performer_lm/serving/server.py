@@ -66,5 +66,6 @@ def open_socket(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        reason = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror or str(error)
+        is_of_system = error.errno is not None and error.errno > 0  # not of the look-up of a name
+        reason = os.strerror(error.errno or 0) if is_of_system else error.strerror or str(error)
         raise ValueError(f"host={host} port={port}: {reason.lower()}; port=0 takes any that is free") from error

@@ -1,11 +1,10 @@
-"""OpenAI's requests: JSON to jobs, every parameter checked; a mistake is one line that names it."""
+"""OpenAI's requests as jobs: every mistake is one line that names the parameter."""
 
-import json
 import random
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from performer_lm.data.tokenizer import Tokenizer
@@ -16,46 +15,10 @@ from performer_lm.language_model import LanguageModel
 from performer_lm.ranges import Count, Positive, ranged, refusal
 from performer_lm.serving.chat import encode_messages
 from performer_lm.serving.jobs import Choice, Job
-from performer_lm.wording import did_you_mean, short
+from performer_lm.serving.parameters import CHATS, TEXTS, all_are, messages_of, parse, sampling_options, stop_strings
+from performer_lm.wording import short
 
-Kind = tuple[type, ...]
-NUMBER, WHOLE, FLAG, TEXT = (int, float), (int,), (bool,), (str,)
-WORDS: Final[dict[Kind, str]] = {
-    NUMBER: "a number",
-    WHOLE: "a whole number",
-    FLAG: "true or false",
-    TEXT: "text",
-    (dict,): "an object",
-    (list,): "a list",
-    (str, list): "text or a list",
-}
-SAMPLING: Final[dict[str, Kind]] = {
-    **dict.fromkeys((each.name for each in fields(Sampler)), NUMBER),
-    **dict.fromkeys(("top_k", "repetition_window", "no_repeat_ngram_size"), WHOLE),
-    "banned_tokens": (list,),
-    "logit_bias": (dict,),
-}
-COMMON: Final[dict[str, Kind]] = {
-    **SAMPLING,
-    **dict.fromkeys(("model", "user"), TEXT),
-    **dict.fromkeys(("max_tokens", "n", "seed"), WHOLE),
-    "stream": FLAG,
-    "stream_options": (dict,),
-    "stop": (str, list),
-}
-TEXTS: Final[dict[str, Kind]] = COMMON | {
-    "prompt": (str, list),
-    "echo": FLAG,
-    "logprobs": WHOLE,
-}
-CHATS: Final[dict[str, Kind]] = COMMON | {
-    "messages": (list,),
-    "max_completion_tokens": WHOLE,
-    "logprobs": FLAG,
-    "top_logprobs": WHOLE,
-}
 MOST_LIKELIEST: Final = 20
-MOST_STOPS: Final = 16
 
 
 class UnknownModelError(ValueError):
@@ -122,24 +85,24 @@ class Reader:
         Raises:
             ValueError: for the first mistake, in one line.
         """
-        given = _parse(body, CHATS if is_chat else TEXTS)
+        given = parse(body, CHATS if is_chat else TEXTS)
         if given.get("model", self.name) != self.name:
             raise UnknownModelError(f"model: {short(given['model'])} is not served here, '{self.name}' is")
         n, top = given.get("n", 1), self._top(given, is_chat=is_chat)
         texts, prompts = self._prompts(given, is_chat=is_chat)
         if not 1 <= n * len(prompts) <= self.max_rows:
-            told = f"{len(prompts)} prompts of {short(n)} continuations"
-            raise ValueError(f"n: at least 1 and at most {self.max_rows} run at once here, got {told}")
+            told = f"{len(prompts)} x {short(n)}"
+            raise ValueError(f"n: prompts x n must be at least 1 and at most {self.max_rows} (max_rows), got {told}")
         seed = given.get("seed", random.SystemRandom().randrange(2**31))
         if problem := refusal(seed) or refusal(seed + n):
             raise ValueError(f"seed {problem}")
-        sampler = Sampler(**_sampling(given))
+        sampler = Sampler(**sampling_options(given))
         sampler.check(self.tokenizer.vocab_size)
         jobs = []
         for ids in prompts:
             most = self._max_new_tokens(given, len(ids), is_chat=is_chat)
             job = Job(ids, sampler, most, tell, top=top or 0, seconds=self.timeout)
-            job.add_choices(self.tokenizer, range(seed, seed + n), _stops(given), device=self._device)
+            job.add_choices(self.tokenizer, range(seed, seed + n), stop_strings(given), device=self._device)
             jobs.append(job)
         usage = bool(given.get("stream_options", {}).get("include_usage"))
         echoes = texts if given.get("echo") else []
@@ -148,12 +111,12 @@ class Reader:
     def _prompts(self, given: dict[str, Any], *, is_chat: bool) -> tuple[list[str], list[list[int]]]:
         """Return the prompts as text and as ids."""
         prompt = given.get("prompt", "")
-        texts: list[Any] = prompt if isinstance(prompt, list) and not _all(prompt, int) else [prompt]
+        texts: list[Any] = prompt if isinstance(prompt, list) and not all_are(prompt, int) else [prompt]
         if is_chat:
-            ids = [encode_messages(self.tokenizer, _messages(given.get("messages")))]
+            ids = [encode_messages(self.tokenizer, messages_of(given.get("messages")))]
         elif not texts:
             raise ValueError("prompt: the list is empty")
-        elif _all(texts, str):
+        elif all_are(texts, str):
             ids = encode_prompts(self.tokenizer, texts, may_be_empty=False)
         else:
             ids = [self._check_ids(each) for each in texts]
@@ -164,7 +127,7 @@ class Reader:
         return texts, ids
 
     def _check_ids(self, ids: Any) -> list[int]:
-        if not isinstance(ids, list) or not ids or not _all(ids, int):
+        if not isinstance(ids, list) or not ids or not all_are(ids, int):
             raise ValueError(f"prompt: wanted text, a list of texts, or token ids, got {short(ids)}")
         last = self.tokenizer.vocab_size - 1
         for token in ids:
@@ -196,55 +159,3 @@ class Reader:
         if top is not None and given.get("echo"):
             raise ValueError("logprobs are of the continuation alone: leave out echo")
         return top
-
-
-def _parse(body: bytes, known: dict[str, Kind]) -> dict[str, Any]:
-    """Return the parameters of a request that are not null."""
-    try:
-        given = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise ValueError("the body is not JSON") from error
-    if not isinstance(given, dict):
-        raise ValueError(f"the body must be an object, got {short(given)}")
-    for name, value in given.items():
-        if name not in known:
-            raise ValueError(f"there is no parameter {short(name)} here{did_you_mean(name, known)}")
-        if value is not None and type(value) not in known[name]:
-            raise ValueError(f"{name}: wanted {WORDS[known[name]]}, got {short(value)}")
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def _sampling(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a sampler; JSON has names of ids as texts."""
-    options = {name: value for name, value in given.items() if name in SAMPLING}
-    if "logit_bias" in options:
-        bias = options["logit_bias"]
-        options["logit_bias"] = {int(key) if key.isascii() and key.isdigit() else key: bias[key] for key in bias}
-    return options
-
-
-def _stops(given: dict[str, Any]) -> Sequence[str]:
-    stop = given.get("stop", [])
-    stops = [stop] if isinstance(stop, str) else stop
-    if (stops and not _all(stops, str)) or len(stops) > MOST_STOPS:
-        raise ValueError(f"stop: wanted text or a list of at most {MOST_STOPS} texts, got {short(stop)}")
-    return stops
-
-
-def _messages(messages: Any) -> list[dict[str, Any]]:
-    """Return messages whose content is text: parts of text, as OpenAI's clients may send them, are put together."""
-    if not messages:
-        raise ValueError("messages: at least one is needed")
-    found = []
-    for message in messages:
-        content = message.get("content") if isinstance(message, dict) else None
-        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-            content = "".join(str(part.get("text", "")) for part in content)
-        if not isinstance(content, str) or not isinstance(message.get("role"), str):
-            raise ValueError(f"messages: wanted objects with a role and a content of text, got {short(message)}")
-        found.append({**message, "content": content})
-    return found
-
-
-def _all(items: Sequence[Any], kind: type) -> bool:
-    return bool(items) and all(type(item) is kind for item in items)

@@ -1,6 +1,7 @@
 """A server of a tiny model in this process, on a free port, and OpenAI's own client for it."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,11 @@ import pytest
 from openai import OpenAI
 
 from performer_lm.data.tokenizer import ByteTokenizer, Tokenizer
+from performer_lm.generation.batch import complete
+from performer_lm.generation.sampling import Sampler
+from performer_lm.generation.text import Row
 from performer_lm.language_model import LanguageModel
+from performer_lm.model import PerformerLM
 from performer_lm.serving.scheduler import Scheduler
 from performer_lm.serving.server import Server, open_socket
 from performer_lm.serving.wire import Reader
@@ -32,6 +37,13 @@ class Served:
 
     def post(self, path: str = "/v1/completions", **options: Any) -> Any:
         return self.http.post(f"{self.url}{path}", **options)
+
+    @staticmethod
+    def wait_until(holds: Callable[[], bool]) -> None:
+        end = time.monotonic() + 20
+        while not holds():
+            assert time.monotonic() < end
+            time.sleep(0.005)
 
 
 @contextmanager
@@ -62,3 +74,31 @@ def serving(model: LanguageModel, tokenizer: Tokenizer | None = None, **limits: 
 def serve() -> Callable[..., Any]:
     """Return the context manager that serves a model."""
     return serving
+
+
+@pytest.fixture(scope="session")
+def tiny(lively_model: Callable[..., PerformerLM]) -> PerformerLM:
+    return lively_model("model.depth=1", vocab_size=257)
+
+
+@pytest.fixture(scope="session")
+def rows_of() -> Callable[..., list[Row]]:
+    """Return a function from a model, a prompt and options to what generation gives for them."""
+
+    def generate(
+        model: LanguageModel, prompt: str, *, max_tokens: int, seed: int = 0, n: int = 1, stop: Any = (), **options: Any
+    ) -> list[Row]:
+        sampler = Sampler(**options)
+        made = complete(
+            model,
+            ByteTokenizer(),
+            [prompt],
+            max_new_tokens=max_tokens,
+            sampler=sampler,
+            seed=seed,
+            num_samples=n,
+            stop=stop,
+        )
+        return next(made)
+
+    return generate

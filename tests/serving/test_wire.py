@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from performer_lm.data.tokenizer import ByteTokenizer
 from performer_lm.model import PerformerLM
-from performer_lm.serving.wire import CHATS, TEXTS, Asked, Reader
+from performer_lm.serving.parameters import CHATS, TEXTS
+from performer_lm.serving.wire import Asked, Reader
 
 PLAIN = st.none() | st.booleans() | st.integers(-3, 300) | st.sampled_from([2**63, -(10**40), 1e-300, 1e308, 0.5])
 PLAIN |= st.floats() | st.text(max_size=5) | st.sampled_from(["\ud800", "97", "-1", "9" * 5000, "user", "text"])
