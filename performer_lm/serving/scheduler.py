@@ -144,11 +144,12 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Let waiting jobs have the rows that are free, read on in their prompts, and run those read whole."""
+        before = len(self._admitted)
         with self._changed:
             while self._waiting and len(self._waiting[0].choices) <= self._free_rows():
-                job = self._waiting.popleft()
-                job.prefix = self._prefixes.find(job.ids)
-                self._admitted.append(job)
+                self._admitted.append(self._waiting.popleft())
+        for job in self._admitted[before:]:
+            job.prefix = self._prefixes.find(job.ids)
         self._read()
         rows: list[tuple[Choice, Prefix]] = []
         for job in self._admitted:
@@ -191,7 +192,8 @@ class Scheduler:
 
     def _jobs(self) -> set[Job]:
         """Return the jobs that are not done."""
-        return {*self._waiting, *self._admitted, *(choice.job for choice in self._batch.choices)}
+        with self._changed:
+            return {*self._waiting, *self._admitted, *(choice.job for choice in self._batch.choices)}
 
     def _free_rows(self) -> int:
         """Return how many rows are neither running nor promised."""
@@ -204,6 +206,6 @@ class Scheduler:
 
     def _give_up(self, error: NotServedError) -> None:
         """End the jobs that have rows, after an error in the model."""
-        for job in self._jobs() - {*self._waiting}:
+        for job in {*self._admitted, *(choice.job for choice in self._batch.choices)}:
             self._refuse(job, error)
         self._batch, self._admitted = Batch(self._model), []
