@@ -1,4 +1,4 @@
-"""Serve as a config says, until a signal ends it."""
+"""Serve a model as a config says, until a signal."""
 
 import importlib.util
 import signal

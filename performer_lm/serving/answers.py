@@ -21,7 +21,7 @@ def whole_answer(asked: Asked, tokenizer: Tokenizer) -> Json:
 
 
 def first_chunks(asked: Asked) -> Iterator[Json]:
-    """Yield what a streamed answer begins with: a chat's role, and prompts that are given back."""
+    """Yield the first chunks of a streamed answer: a chat's role, and prompts that are given back."""
     for index in range(len(asked.choices)):
         if asked.is_chat:
             delta = {"role": "assistant", "content": ""}
@@ -32,7 +32,7 @@ def first_chunks(asked: Asked) -> Iterator[Json]:
 
 
 def chunk(asked: Asked, tokenizer: Tokenizer, told: Told) -> Json | None:
-    """Return the part of a streamed answer that a token makes; None where that is nothing yet."""
+    """Return the chunk of a streamed answer that a token makes; None where its text has not come yet."""
     if not told.text and not told.is_last and asked.log_probs is None:
         return None
     index = next(place for place, choice in enumerate(asked.choices) if choice is told.choice)
@@ -42,7 +42,7 @@ def chunk(asked: Asked, tokenizer: Tokenizer, told: Told) -> Json | None:
 
 
 def last_chunks(asked: Asked) -> Iterator[Json]:
-    """Yield what a streamed answer ends with: the counts of tokens, where they are asked for."""
+    """Yield the last chunks of a streamed answer: the counts of tokens, where asked for."""
     if asked.tells_usage:
         yield {**_head(asked, chunk=True), "choices": [], "usage": _usage(asked)}
 
@@ -66,7 +66,7 @@ def _chunk(asked: Asked, choice: Json) -> Json:
 def _choice(
     asked: Asked, tokenizer: Tokenizer, choice: Choice, index: int, *, text: str, places: range, part: str
 ) -> Json:
-    """Return some tokens of a continuation; of a chat as its `message` or as the `delta` to it."""
+    """Return tokens of a continuation as a choice; a chat's stand in a `message` or a `delta`."""
     ending = "stop" if choice.row.ending == "end" else choice.row.ending
     log_probs: Json | None = None
     if asked.log_probs is not None:
@@ -103,7 +103,7 @@ def _chat_log_probs(tokenizer: Tokenizer, choice: Choice, places: range) -> Json
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    r"""Return the text of a token; of part of a character `bytes:\xc3`, as OpenAI writes it; of the end `<|end|>`."""
+    r"""Return the name of a token: its text, `bytes:\xc3` for part of a character (OpenAI's way), `<|end|>`."""
     if token == tokenizer.end_id:
         return "<|end|>"
     piece = tokenizer.token_bytes(token)

@@ -56,7 +56,7 @@ class Mail:
 
 
 class Events(StreamingResponse):
-    """Server-sent events, which call `at_end` however they end: where the client hangs up, too."""
+    """Server-sent events, with a call of `at_end` after the last one, or when the client hangs up."""
 
     def __init__(self, events: AsyncIterator[bytes], at_end: Callable[[], None]) -> None:
         super().__init__(events, media_type="text/event-stream")
@@ -72,7 +72,7 @@ class Events(StreamingResponse):
 
 @ranged
 class Endpoints:
-    """Answers to what is asked of a scheduler over HTTP."""
+    """Answers to HTTP requests, by a scheduler."""
 
     def __init__(self, scheduler: Scheduler, reader: Reader, *, max_body_bytes: Count) -> None:
         self._scheduler, self._reader, self._max_body_bytes = scheduler, reader, max_body_bytes
@@ -91,13 +91,13 @@ class Endpoints:
         return JSONResponse({"object": "list", "data": [self._model()]})
 
     async def model(self, request: Request) -> Response:
-        """Describe the model, if it is the one asked for."""
+        """Describe the model of a name."""
         if request.path_params["name"] != self._reader.name:
             return refuse(404, f"'{self._reader.name}' is served here and no other model", code="model_not_found")
         return JSONResponse(self._model())
 
     async def status(self, request: Request) -> Response:
-        """Tell what is going on."""
+        """Return the scheduler's status."""
         del request
         return JSONResponse({"model": self._reader.name, **self._scheduler.status()})
 
@@ -126,9 +126,7 @@ class Endpoints:
         return await self._answer(request, asked, mail)
 
     async def _read_body(self, request: Request) -> bytes:
-        """Return the body; of one that is too long no more is kept than may be, and all is read, for clients that
-        read no answer before they have sent it.
-        """
+        """Return the body; one that is too long is read to its end, for many clients take no answer before."""
         body, length = bytearray(), 0
         async for part in request.stream():
             length += len(part)

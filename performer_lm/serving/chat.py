@@ -16,7 +16,7 @@ Messages = Sequence[dict[str, Any]]
 
 
 def find_template(tokenizer: Tokenizer) -> str | None:
-    """Return the chat template that a tokenizer carries, if it carries one."""
+    """Return the chat template of a tokenizer; None where there is none."""
     template = getattr(tokenizer, "chat_template", None)
     return template if isinstance(template, str) else None
 
@@ -42,7 +42,7 @@ def encode_messages(tokenizer: Tokenizer, messages: Messages) -> list[int]:
 
 @lru_cache(maxsize=4)
 def _compile(template: str) -> Template:
-    """Return a template as Hugging Face's chat templates are written, which reaches nothing but its arguments."""
+    """Compile a template as Hugging Face writes chat templates; it reaches nothing but its arguments."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )

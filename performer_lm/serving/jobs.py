@@ -22,7 +22,7 @@ class NotServedError(Exception):
 
 
 class OverloadedError(NotServedError):
-    """More jobs wait than may."""
+    """The queue is full."""
 
     status = 429
 
@@ -34,13 +34,13 @@ class ClosingError(NotServedError):
 
 
 class TimedOutError(NotServedError):
-    """A job took longer than it may."""
+    """A job took longer than the limit."""
 
     status = 504
 
 
 class Told(NamedTuple):
-    """A token of a choice as it came."""
+    """A new token of a choice."""
 
     choice: "Choice"
     place: int  # of the token in the choice
@@ -77,7 +77,7 @@ class Choice:
 
 @dataclass(eq=False)
 class Job:
-    """A prompt, and how it is to be continued.
+    """A prompt, and how to continue the prompt.
 
     `tell` is called in the model's thread: for each token of each choice, or once with an error that ends the job.
     """
@@ -108,5 +108,5 @@ class Job:
 
     @property
     def is_late(self) -> bool:
-        """Return True if the job has taken longer than it may."""
+        """Return True if the job has taken longer than the limit."""
         return time.monotonic() - self.started > self.seconds

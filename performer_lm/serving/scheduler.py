@@ -67,7 +67,7 @@ class Scheduler:
             self._changed.notify()
 
     def cancel(self, jobs: Iterable[Job]) -> None:
-        """Free the rows of jobs whose answers nobody waits for; they are told nothing more."""
+        """Free the rows of jobs whose clients have left."""
         with self._changed:
             for job in jobs:
                 job.is_cancelled = True
@@ -84,7 +84,7 @@ class Scheduler:
         self._thread.join()
 
     def status(self) -> dict[str, Any]:
-        """Return what is going on, as plain data."""
+        """Return the counts of rows, prompts, tokens and prefixes, as plain data."""
         store = self._prefixes
         return {
             "running": len(self._batch.choices),
@@ -110,7 +110,7 @@ class Scheduler:
                     break
             try:
                 self._turn()
-            except Exception as error:  # of what was asked, or ours: it ends the jobs at hand and not the server
+            except Exception as error:  # of any kind: it ends the jobs at hand, not the server
                 if not isinstance(error, FloatingPointError):
                     traceback.print_exception(error)
                 self._give_up(NotServedError((str(error).splitlines() or [type(error).__name__])[0]))
@@ -133,7 +133,7 @@ class Scheduler:
         batch.extend()
 
     def _drop(self) -> None:
-        """Let go of what nobody waits for, and of what took too long."""
+        """Drop the jobs whose clients have left, and those that took too long."""
         for job in self._jobs():
             if not job.is_cancelled and (self._is_stopped or job.is_late):
                 self._refuse(job, STOPPED if self._is_stopped else TimedOutError(f"not done in {job.seconds:g} s"))
@@ -143,7 +143,7 @@ class Scheduler:
             self._waiting = deque(job for job in self._waiting if not job.is_cancelled)
 
     def _admit(self) -> None:
-        """Let waiting jobs have the rows that are free, read on in their prompts, and run those read whole."""
+        """Give free rows to waiting jobs, read on in their prompts, and run those read whole."""
         before = len(self._admitted)
         with self._changed:
             while self._waiting and len(self._waiting[0].choices) <= self._free_rows():
@@ -163,7 +163,7 @@ class Scheduler:
         self._row_bytes = self._batch.bytes_per_row or self._row_bytes
 
     def _read(self) -> None:
-        """Read on: short prompts whole and together, of those that go on from a prefix or are long a part."""
+        """Read short prompts whole and together, and a part of each long one or one after a prefix."""
         left, fresh = READ_AT_ONCE, list[Job]()
         for job in self._admitted:
             if job.prefix is None and self._fits([*fresh, job]):

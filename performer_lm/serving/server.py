@@ -1,4 +1,4 @@
-"""A socket that a model is served on, until Ctrl-C: answers that run are ended first."""
+"""The server as a process: a socket, and an end in good order after a signal."""
 
 import os
 import signal
@@ -15,9 +15,9 @@ LINGER = 5  # seconds for answers to be sent after the last token is made
 
 
 class Server(uvicorn.Server):
-    """Serves a model on a socket: `run` returns once it has been told to end and all answers are sent.
+    """Serves a model on a socket, until a signal; then `run` returns once all answers are sent.
 
-    On a signal it takes no more requests (503) and ends what runs; on a second one it breaks that off.
+    After a signal new requests are refused (503) and running answers are ended; a second signal breaks them off.
     """
 
     def __init__(self, scheduler: Scheduler, reader: Reader, *, max_body_bytes: int) -> None:
@@ -52,7 +52,7 @@ class Server(uvicorn.Server):
         self.scheduler.close(self.end, at_once=is_second)
 
     def end(self) -> None:
-        """End: no answer is being made any more."""
+        """Stop serving."""
         self.should_exit = True
 
 

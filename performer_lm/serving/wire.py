@@ -80,7 +80,7 @@ class Reader:
         self.timeout, self._device = timeout, model.head.weight.device
 
     def read(self, body: bytes, tell: Callable[[Any], None], *, is_chat: bool) -> Asked:
-        """Return the jobs that a request asks for, each with `tell`.
+        """Return a request's jobs, whose news go to `tell`.
 
         Raises:
             ValueError: for the first mistake, in one line.

@@ -26,7 +26,7 @@ def test_a_client_that_hangs_up_frees_its_rows(serve: Any, tiny: PerformerLM) ->
         stream.close()
         served.wait_until(lambda: served.scheduler.status()["running"] == 0)
         with pytest.raises(httpx.TimeoutException):
-            served.post(json=ENDLESS, timeout=0.3)
+            served.post(json=ENDLESS, timeout=0.1)
         served.wait_until(lambda: served.scheduler.status()["running"] == 0)
         assert served.complete("line", max_tokens=2).usage.completion_tokens == 2
 
