@@ -27,12 +27,12 @@ CONTEXTS = {"cpu": (256, 8192), "cuda": (128, 2048, 65536)}
 STEPS, ROUNDS = 16, 12
 
 
-def build(attn: str) -> PerformerLM:
+def build(attn: str, *, vocab_size: int = 2048) -> PerformerLM:
     """Return the default model with this backend, its weights untrained."""
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         cfg = compose("train", overrides=[f"attn={attn}"])
     section: Any = OmegaConf.to_container(cfg.model, resolve=True)
-    model: PerformerLM = checkpoint.build({**section, "vocab_size": 2048})
+    model: PerformerLM = checkpoint.build({**section, "vocab_size": vocab_size})
     return model.eval()
 
 

@@ -47,6 +47,7 @@ def run(device: str, overrides: list[str], mode: Any) -> dict[str, int]:
 
     from performer_lm import checkpoint
     from performer_lm.attention.favor import FavorAttention
+    from performer_lm.attention.joining import join_rows
     from performer_lm.data.windows import IGNORE
     from performer_lm.evaluation.approximation.layer import measure_approximation
     from performer_lm.training.callbacks.stability import StabilityMonitor
@@ -111,6 +112,7 @@ def run(device: str, overrides: list[str], mode: Any) -> dict[str, int]:
             model.eval()
             _, state = model.start(windows, mask=None, max_len=40)
             decoding.looks = 0
+            model.extend(windows[:, :1].repeat(2, 1), join_rows([state, state]))
             model.extend(windows[:, :1], state)
     return {"training": training.looks, "decoding": decoding.looks}
 

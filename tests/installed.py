@@ -1,4 +1,4 @@
-"""Build the default model, and refuse to if the package is not the one installed below the folder that is given.
+"""Build the default model, find the server's page, and refuse unless the package is the one below the folder given.
 
 `.ci/run` runs this as a script where there is no repository: python installed.py FOLDER
 """
@@ -16,6 +16,8 @@ from performer_lm.building import build
 
 folder = Path(sys.argv[1]).resolve()
 assert Path(performer_lm.__file__).resolve().is_relative_to(folder), performer_lm.__file__
+for page in ("index.html", "page.js"):
+    assert (files("performer_lm") / "serving/page" / page).is_file(), page
 with initialize_config_dir(str(files("performer_lm") / "configs"), version_base="1.3"):
     cfg = compose("train", overrides=["attn=hybrid"])
 section = OmegaConf.to_container(cfg.model, resolve=True)

@@ -103,7 +103,7 @@ def test_no_config_file_of_a_stranger_runs_code(section: str, multirun: list[str
 def test_no_pickle_is_run(force: str, where: str, invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", force)
     torch.save({"state_dict": {}, "performer_lm": {"format": 1}, where: Payload()}, "a.ckpt")
-    for script in ("generate.py", "evaluate.py", "train.py"):
+    for script in ("generate.py", "evaluate.py", "serve.py", "train.py"):
         code, _, err = invoke("ckpt=a.ckpt", script=script)
         assert (code, len([line for line in err.splitlines() if line.startswith("error:")])) == (2, 1)
         assert "a.ckpt is not a checkpoint of performer_lm" in err

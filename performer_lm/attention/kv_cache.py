@@ -4,7 +4,7 @@ Letters: `b` batch, `g` key heads, `n` new tokens, `d` head width, `e` value wid
 it is filled.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -52,6 +52,37 @@ class KVCache(NamedTuple):
             None if self.log_decay is None else self.log_decay[..., : self.length],
         )
 
+    @staticmethod
+    def join(caches: Sequence["KVCache"], *, spare: int = 0) -> "KVCache":
+        """Copy the rows of several caches into one, aligned at the last token, with room for `spare` more tokens.
+
+        Places in front that no row keeps are left out: a batch that rows join and leave grows no longer than its rows.
+        """
+        filled = [cache.filled() for cache in caches]
+        lengths = [cache.length - _count_pads(mask) for cache, (_, _, mask, _) in zip(caches, filled, strict=True)]
+        longest = max(lengths)
+
+        def gather(parts: list[Tensor], dim: int) -> Tensor:
+            shape = [sum(map(len, parts)), *parts[0].shape[1:]]
+            shape[dim] = longest + spare
+            joined = parts[0].new_zeros(shape)  # a masked value must be a number
+            for rows, part, length in zip(joined.split([*map(len, parts)]), parts, lengths, strict=True):
+                rows.narrow(dim, longest - length, length).copy_(part.narrow(dim, part.shape[dim] - length, length))
+            return joined
+
+        mask = decay = None
+        if any(mask is not None for _, _, mask, _ in filled) or min(lengths) < longest:
+            masks = [
+                k.new_ones(len(k), k.shape[2], dtype=torch.bool) if own is None else own for k, _, own, _ in filled
+            ]
+            mask = gather(masks, 1)
+        if any(decay is not None for _, _, _, decay in filled):
+            dtype = torch.promote_types(filled[0][0].dtype, torch.float32)
+            decay = gather(
+                [k.new_zeros(k.shape[:3], dtype=dtype) if own is None else own for k, _, _, own in filled], 2
+            )
+        return KVCache(gather([k for k, *_ in filled], 2), gather([v for _, v, *_ in filled], 2), mask, decay, longest)
+
     def _append_mask(self, mask: Tensor | None, *, new: Tensor, room: int) -> Tensor | None:
         if mask is None and self.mask is None:
             return None
@@ -68,6 +99,11 @@ class KVCache(NamedTuple):
         stored = new.new_zeros(batch, groups, self.length, dtype=dtype) if stored is None else stored
         log_decay = new.new_zeros(batch, groups, tokens, dtype=dtype) if log_decay is None else log_decay
         return _write(stored, log_decay, start=self.length, room=room, dim=2)
+
+
+def _count_pads(mask: Tensor | None) -> int:
+    """Return how many places in front no row of a mask `(b, n)` keeps; looks at the values."""
+    return 0 if mask is None or not mask.numel() else int(mask.any(0).int().argmax())
 
 
 def _write(stored: Tensor, new: Tensor, *, start: int, room: int, dim: int) -> Tensor:
