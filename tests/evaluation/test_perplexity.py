@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,10 +10,15 @@ from hypothesis import strategies as st
 
 from performer_lm.data.ids import HostIds
 from performer_lm.data.layouts import stream_spans
-from performer_lm.data.windows import listed_windows
-from performer_lm.evaluation.bits_per_byte import measure_bits_per_byte
+from performer_lm.data.windows import FiniteWindows, listed_windows
+from performer_lm.evaluation.perplexity import Perplexity, measure_perplexity
+from performer_lm.evaluation.scoring import score_windows
 from performer_lm.model import PerformerLM
 from performer_lm.objectives import NextToken
+
+
+def measure_windows(model: Any, windows: FiniteWindows, **options: Any) -> Perplexity:
+    return measure_perplexity(score_windows(model, windows, **options), byte_lengths=windows.byte_lengths)
 
 
 def nats_of(model: PerformerLM, windows: torch.Tensor) -> float:
@@ -31,7 +37,7 @@ def test_every_token_but_the_first_counts_once(
     model = lively_model("attn=exact")
     spans = stream_spans(n, context=context)
     windows = listed_windows(HostIds(ids), spans, context=context, byte_lengths=lengths)
-    found = measure_bits_per_byte(model, windows, objective=NextToken(chunk_size=None), batch_size=batch_size)
+    found = measure_windows(model, windows, objective=NextToken(chunk_size=None), batch_size=batch_size)
     with torch.no_grad():
         pieces = [torch.from_numpy(ids[start : start + context + 1])[None] for start in range(0, n - 1, context)]
         nats = sum(nats_of(model, piece) for piece in pieces)
@@ -52,9 +58,9 @@ def test_packed_documents_cost_what_they_cost_alone(lively_model: Callable[..., 
     stream = torch.cat([ends, *(part for text in texts for part in (text, ends))]).numpy()
     spans = stream_spans(len(stream), context=40)
     windows = listed_windows(HostIds(stream), spans, context=40, byte_lengths=ones)
-    found = measure_bits_per_byte(model, windows, objective=clm, batch_size=1, separator=end)
+    found = measure_windows(model, windows, objective=clm, batch_size=1, separator=end)
     with torch.no_grad():
         alone = sum(nats_of(model, document[None]) for document in documents)
     assert found.tokens == sum(len(document) - 1 for document in documents)
     assert found.loss * found.tokens == pytest.approx(alone, rel=1e-5)
-    assert found.loss != pytest.approx(measure_bits_per_byte(model, windows, objective=clm, batch_size=1).loss)
+    assert found.loss != pytest.approx(measure_windows(model, windows, objective=clm, batch_size=1).loss)
