@@ -216,3 +216,47 @@ def test_a_mistake_is_one_line(invoke: Invoke, text: None, arguments: list[str],
     assert (code, out) == (2, "")
     assert message in err
     assert len(err.splitlines()) == 1
+
+
+def table_of(path: str) -> list[dict[str, str]]:
+    with Path(path).open() as file:
+        return list(csv.DictReader(file))
+
+
+def refused(invoke: Invoke, *arguments: str) -> str:
+    """Return the one line that a command is refused with."""
+    code, out, err = invoke(*arguments, script="evaluate.py")
+    assert (code, out.startswith("note: ") or not out, len(err.splitlines())) == (2, True, 1), (out, err)
+    return err
+
+
+def test_copying_has_a_column_for_each_checkpoint_of_one_tokenizer(invoke: Invoke, text: None) -> None:
+    for name, options in (("a", ["attn=favor"]), ("b", ["attn=flash"]), ("c", ["tokenizer=characters"])):
+        assert invoke(*SHORT, *options, f"run_dir=runs/{name}")[0] == 0
+    code, out, err = invoke(
+        "ckpt=runs/a", "task=copying", "task.against=[runs/b]", "task.windows=9", script="evaluate.py"
+    )
+    assert (code, err) == (0, "")
+    lines = table_of("runs/a/copying.csv")
+    assert [*lines[0]] == ["group", "bucket", "tokens", "share", "a", "b"]
+    assert "not yet" in out
+    for group in ("position", "bigram"):
+        own = [line for line in lines if line["group"] == group]
+        assert sum(int(line["tokens"]) for line in own) == int(lines[0]["tokens"])
+        for name in "ab":
+            mean = sum(float(line["share"]) * float(line[name]) for line in own)
+            assert mean == pytest.approx(float(lines[0][name]), rel=1e-4)
+    assert Path("runs/a/copying.png").read_bytes().startswith(b"\x89PNG")
+    loss = re.search(r"loss ([\d.]+) nats", invoke("ckpt=runs/b", script="evaluate.py")[1])
+    assert loss
+    assert invoke("ckpt=runs/b", "task=copying", script="evaluate.py")[0] == 0
+    assert float(table_of("runs/b/copying.csv")[0]["b"]) == pytest.approx(float(loss[1]), abs=1e-4)
+    written = Path("runs/a/copying.csv").read_text()
+    assert "task.against=runs/c has another tokenizer" in refused(
+        invoke, "ckpt=runs/a", "task=copying", "task.against=[runs/c]"
+    )
+    assert "task.against=runs/d does not exist" in refused(
+        invoke, "ckpt=runs/a", "task=copying", "task.against=[runs/b,runs/d]"
+    )
+    assert "windows must be at least 1" in refused(invoke, "ckpt=runs/a", "task=copying", "task.windows=0")
+    assert Path("runs/a/copying.csv").read_text() == written
