@@ -39,6 +39,9 @@ COMMAND_LINES = {
     "train a task": ["data=synthetic", "attn=relu", "model/absolute=axial", "model/positions=rotary"],
     "generate": [],
     "evaluate": ["task=approximation", "attn=local"],
+    "evaluate backends": ["task=backends"],
+    "evaluate copying": ["task=copying"],
+    "evaluate recall": ["task=recall"],
 }
 
 
