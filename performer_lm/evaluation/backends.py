@@ -6,13 +6,11 @@ Letters: `b` batch, `n` tokens.
 import ctypes
 import io
 import time
-from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Final, NamedTuple, final
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from performer_lm import checkpoint
@@ -22,8 +20,8 @@ from performer_lm.evaluation.base import (
     Evaluation,
     Subject,
     check_writable,
-    open_console,
     pick_windows,
+    print_table,
     spread_places,
 )
 from performer_lm.evaluation.perplexity import measure_perplexity
@@ -73,13 +71,10 @@ class CompareBackends(Evaluation):
         lines = [_measure(TRAINED, subject, windows=self.windows)]
         lines += [self._measure_with(name, factory, subject) for name, factory in self.backends.items()]
         path = subject.folder / "backends.csv"
-        write_csv(path, Line._fields, ([_spell(cell) for cell in line] for line in lines))
-        console = open_console()
-        console.print(tabulate_backends(lines))
-        for line in lines:
-            if line.note:
-                console.print(f"{line.backend}: {line.note}", soft_wrap=True, markup=False)
-        console.print(f"wrote {path}", soft_wrap=True)
+        write_csv(path, Line._fields, lines)
+        columns = ["backend", "bits per byte", "tokens/s", "peak memory", "state of a row"]
+        print_table("the same weights under each backend", columns, map(_cells, lines))
+        print(*(f"{line.backend}: {line.note}" for line in lines if line.note), f"wrote {path}", sep="\n")
         own = lines[0].bits_per_byte
         assert own is not None, "the model as it is was measured, or its error was raised"
         return own
@@ -113,10 +108,6 @@ def _measure(name: str, subject: Subject, *, windows: int | None) -> Line:
     return Line(name, found.bits_per_byte, found.tokens / seconds, peak, _state_bytes(subject), "")
 
 
-def _spell(cell: float | str | None) -> str:
-    return "" if cell is None else f"{cell:.6g}" if isinstance(cell, float) else str(cell)
-
-
 def release_memory() -> None:
     """Give back to the system what freed tensors have left on the heap, where the C library can."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -139,15 +130,15 @@ def _count_bytes(state: Any) -> int:
     return sum(map(_count_bytes, state)) if isinstance(state, tuple | list) else 0
 
 
-def tabulate_backends(lines: Sequence[Line]) -> Table:
-    """Return a table, a line for each backend."""
-    shown = Table(title="the same weights under each backend", title_justify="left")
-    for name in ("backend", "bits per byte", "tokens/s", "peak memory", "state of a row"):
-        shown.add_column(name, justify="left" if name == "backend" else "right")
-    for line in lines:
-        peak = "-" if line.peak_bytes is None else f"{line.peak_bytes / 2**20:.1f} MiB"
-        state = "-" if line.state_bytes is None else f"{line.state_bytes / 2**10:.1f} KiB"
-        bits = "-" if line.bits_per_byte is None else f"{line.bits_per_byte:.4f}"
-        speed = "-" if line.tokens_per_second is None else f"{line.tokens_per_second:,.0f}"
-        shown.add_row(line.backend, bits, speed, peak, state)
-    return shown
+def _cells(line: Line) -> list[str]:
+    def spell(value: float | None, form: str, unit: float = 1) -> str:
+        return "-" if value is None else form.format(value / unit)
+
+    bits, speed = spell(line.bits_per_byte, "{:.4f}"), spell(line.tokens_per_second, "{:,.0f}")
+    return [
+        line.backend,
+        bits,
+        speed,
+        spell(line.peak_bytes, "{:.1f} MiB", 2**20),
+        spell(line.state_bytes, "{:.1f} KiB", 2**10),
+    ]

@@ -2,12 +2,14 @@
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
 import numpy as np
 import torch
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from performer_lm.checkpoint import Checkpoint
@@ -76,6 +78,16 @@ def open_console() -> Console:
     if not console.is_terminal:
         console.width = 160
     return console
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, labels: int = 1) -> None:
+    """Print a table, the first `labels` columns of which are names and the others numbers."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < labels else "right")
+    for row in rows:
+        table.add_row(*row)
+    open_console().print(table)
 
 
 def spread_places(windows: FiniteWindows, count: int | None) -> Indices:

@@ -5,14 +5,12 @@ there: by attention that finds the first. Letters: `b` batch, `n` predictions of
 """
 
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.table import Table
 from torch import Tensor
 
 from performer_lm import checkpoint
@@ -22,7 +20,7 @@ from performer_lm.evaluation.base import (
     Subject,
     check_next_token,
     check_writable,
-    open_console,
+    print_table,
     spread_places,
 )
 from performer_lm.evaluation.buckets import POSITIONS, Buckets, as_array
@@ -37,7 +35,7 @@ if TYPE_CHECKING:
 DISTANCES: Final = (1, 16, 64)
 """Where the first buckets of distances start."""
 NEW: Final = "not yet"
-GROUPS: Final = {"position": "position in the window", "bigram": "where the bigram last stood, tokens back"}
+GROUPS: Final = {"bigram": "where the bigram last stood, tokens back", "position": "position in the window"}
 Numbers = NDArray[Any]
 
 
@@ -82,10 +80,11 @@ class MeasureCopying(Evaluation):
         cells = ([*line[:3], *(f"{value:.6g}" for value in (line.share, *line.losses))] for line in lines)
         write_csv(paths[0], [*Line._fields[:4], *names], cells)
         draw_copying(lines, names, paths[1], title="loss by how far back a token's bigram last stood, and by position")
-        console = open_console()
-        console.print(tabulate_copying(lines, names))
-        for path in paths:
-            console.print(f"wrote {path}", soft_wrap=True)
+        rows = [
+            [*line[:2], f"{line.tokens:,}", *(f"{value:.3f}" for value in (line.share, *line.losses))] for line in lines
+        ]
+        print_table("nats per token", ["", "", "tokens", "share", *names], rows, labels=2)
+        print(*(f"wrote {path}" for path in paths), sep="\n")
         return lines[0].losses[0]
 
     def _open(self, subject: Subject) -> tuple[list[LanguageModel], list[str]]:
@@ -191,30 +190,15 @@ def bigram_distances(windows: Tensor, separator: int | None = None) -> Tensor:
     return torch.zeros_like(pairs).scatter(1, places[:, 1:], steps)
 
 
-def tabulate_copying(lines: Sequence[Line], names: Sequence[str]) -> Table:
-    """Return a table of losses: a line for each bucket, a column for each checkpoint."""
-    shown = Table(title="nats per token", title_justify="left")
-    for name in ("tokens", "count", "share", *names):
-        shown.add_column(name, justify="left" if name == "tokens" else "right")
-    for group, found in groupby(lines, key=lambda line: line.group):
-        if group in GROUPS:
-            shown.add_section()
-            shown.add_row(GROUPS[group])
-        for line in found:
-            cells = [f"{loss:.3f}" for loss in line.losses]
-            shown.add_row(f"{'  ' * (group in GROUPS)}{line.bucket}", f"{line.tokens:,}", f"{line.share:.3f}", *cells)
-    return shown
-
-
 def draw_copying(lines: Sequence[Line], names: Sequence[str], path: Path, *, title: str) -> None:
     """Draw losses by distance and by position, a line for each checkpoint; under a bucket stands its share."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.8), dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    for axes, group in ((left, "bigram"), (right, "position")):
+    for axes, (group, label) in zip((left, right), GROUPS.items(), strict=True):
         _draw_group(axes, [line for line in lines if line.group == group], names)
-        axes.set_xlabel(GROUPS[group], fontsize=9)
+        axes.set_xlabel(label, fontsize=9)
     left.set_ylabel("nats per token", fontsize=9)
     left.legend(frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=11)

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, final
 
 import numpy as np
-from rich.table import Table
 
 from performer_lm.data.windows import ByteLengths
-from performer_lm.evaluation.base import Evaluation, Subject, check_next_token, open_console
+from performer_lm.evaluation.base import Evaluation, Subject, check_next_token, print_table
 from performer_lm.evaluation.buckets import POSITIONS, Buckets
 from performer_lm.evaluation.scoring import Scores, score_documents, score_strided, score_windows
 from performer_lm.language_model import LanguageModel
@@ -45,10 +44,10 @@ class Perplexity(NamedTuple):
         """Return bits per prediction."""
         return self.loss / math.log(2)
 
-    @property
-    def perplexity(self) -> float:
-        """Return e to the loss, among how many equally likely ids the model is as unsure; infinite past float64."""
-        return math.exp(self.loss) if self.loss < 709 else math.inf
+
+def perplexity_of(loss: float) -> float:
+    """Return among how many equally likely ids a model of this loss is as unsure; infinite past float64."""
+    return math.exp(loss) if loss < 709 else math.inf
 
 
 def measure_perplexity(
@@ -125,8 +124,13 @@ class MeasurePerplexity(Evaluation):
         print(f"{found.tokens:,} {name}s, {found.bytes:,} bytes of text")
         per_token = f", {found.bits_per_token:.4f} bits per {name}" if name != "token" else ""
         print(f"loss {found.loss:.4f} nats per {name}{per_token}, {found.bits_per_byte:.4f} bits per byte")
-        print(f"accuracy {found.accuracy:.4f}, perplexity {found.perplexity:.4f}")
-        open_console().print(tabulate_positions(found, where="document" if self.carry else "window"))
+        print(f"accuracy {found.accuracy:.4f}, perplexity {perplexity_of(found.loss):.4f}")
+        columns = ["position", "share", "loss", "perplexity", "bits per byte"]
+        rows = (
+            [at, f"{share:.3f}", f"{loss:.4f}", f"{perplexity_of(loss):.2f}", f"{bits:.4f}"]
+            for at, share, loss, bits in found.lines
+        )
+        print_table(f"by position in the {'document' if self.carry else 'window'}", columns, rows)
         return found.bits_per_byte
 
     def _score(self, subject: Subject) -> Iterable[Scores]:
@@ -138,16 +142,3 @@ class MeasurePerplexity(Evaluation):
         if self.stride is not None:
             return score_strided(subject.model, data.held_out, stride=self.stride, **options)
         return score_windows(subject.model, data.held_out, **options)
-
-
-def tabulate_positions(found: Perplexity, *, where: str) -> Table:
-    """Return a table of losses, a line for each bucket of positions."""
-    shown = Table(title=f"by position in the {where}", title_justify="left")
-    for name in ("position", "share", "loss", "perplexity", "bits per byte"):
-        shown.add_column(name, justify="right")
-    for line in found.lines:
-        likely = math.exp(line.loss) if line.loss < 709 else math.inf
-        shown.add_row(
-            line.positions, f"{line.share:.3f}", f"{line.loss:.4f}", f"{likely:.2f}", f"{line.bits_per_byte:.4f}"
-        )
-    return shown

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.table import Table
 
 from performer_lm.data.synthetic.data import HELD_OUT, SyntheticData
 from performer_lm.data.synthetic.tasks import Task
-from performer_lm.evaluation.base import Evaluation, Subject, check_next_token, check_writable, open_console
+from performer_lm.evaluation.base import Evaluation, Subject, check_next_token, check_writable, print_table
 from performer_lm.evaluation.buckets import as_array
 from performer_lm.language_model import LanguageModel
 from performer_lm.model import PerformerLM
@@ -77,12 +76,15 @@ class MeasureRecall(Evaluation):
         paths = [subject.folder / f"recall.{kind}" for kind in ("csv", "png")]
         write_csv(paths[0], Cell._fields, ([*cell[:4], f"{cell.accuracy:.6g}"] for cell in cells))
         draw_cells(cells, paths[1], title=f"{subject.folder.resolve().name}: {title}")
-        console = open_console()
-        console.print(title)
+        print(title)
         for grid, found in _grids(cells):
-            console.print(tabulate_cells(grid, found))
-        for path in paths:
-            console.print(f"wrote {path}", soft_wrap=True)
+            rows, lengths, shares = _as_matrix(found)
+            spelled = [["" if np.isnan(share) else f"{share:.1%}" for share in line] for line in shares]
+            columns = [grid, *(f"{length} tokens" for length in lengths)]
+            print_table(
+                f"by {grid} and length", columns, ([row, *line] for row, line in zip(rows, spelled, strict=True))
+            )
+        print(*(f"wrote {path}" for path in paths), sep="\n")
         return cells[0].accuracy
 
     def _measure(self, model: PerformerLM, data: SyntheticData) -> Iterator[Cell]:
@@ -163,18 +165,6 @@ def _as_matrix(cells: Sequence[Cell]) -> tuple[list[str], list[int], NDArray[np.
     for cell in cells:
         found[rows.index(cell.row), lengths.index(cell.length)] = cell.accuracy
     return rows, lengths, found
-
-
-def tabulate_cells(grid: str, cells: Sequence[Cell]) -> Table:
-    """Return a table of accuracies: a line for each size or depth, a column for each length."""
-    rows, lengths, found = _as_matrix(cells)
-    shown = Table()
-    shown.add_column(grid, justify="right")
-    for length in lengths:
-        shown.add_column(f"{length} tokens", justify="right")
-    for row, values in zip(rows, found, strict=True):
-        shown.add_row(row, *("" if np.isnan(value) else f"{value:.1%}" for value in values))
-    return shown
 
 
 def draw_cells(cells: Sequence[Cell], path: Path, *, title: str) -> None:
