@@ -19,15 +19,16 @@ def run(cfg: "DictConfig") -> float:
     from performer_lm.evaluation.base import Subject
 
     with usage_errors():
-        task = build(OmegaConf.to_container(cfg.task, resolve=True), key="task")
         opened = open_from(cfg)
         model, tokenizer, file = opened
+        seeded = OmegaConf.merge(cfg, {"seed": file.section["seed"]})  # projections are those of the model's own seed
+        task = build(OmegaConf.to_container(seeded.task, resolve=True), key="task")
         folder = checkpoint.holder(file.path)
         task.check(model, folder=folder)
         objective = checkpoint.open_objective(file, model, tokenizer)
         data = open_data(cfg, opened)
         objective.check(model, packed=data.is_packed, answers=data.has_answers)
-        return float(task(Subject(model, objective, data, folder)))
+        return float(task(Subject(model, objective, data, folder, file)))
 
 
 if __name__ == "__main__":

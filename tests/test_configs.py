@@ -40,6 +40,9 @@ COMMAND_LINES = {
     "generate": [],
     "serve": ["attn=flash"],
     "evaluate": ["task=approximation", "attn=local"],
+    "evaluate backends": ["task=backends"],
+    "evaluate copying": ["task=copying"],
+    "evaluate recall": ["task=recall"],
 }
 
 

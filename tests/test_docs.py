@@ -30,7 +30,7 @@ TASK = {"trainer.val_every": "2", "data.validation_bytes": "4096", "data.batch_s
 EVALUATE = {"data": "files", "data.path": "my.txt", "data.context": "256"}
 GENERATE = {"max_new_tokens": "16"}
 TASKS = ("recall", "recall_long", "copy", "selective_copy", "induction")
-GENERATED = {"data=synthetic", *(f"experiment={task}" for task in TASKS)}
+GENERATED = {"data=synthetic", "task=recall", *(f"experiment={task}" for task in TASKS)}
 Invoke = Callable[..., tuple[int, str, str]]
 
 
@@ -57,7 +57,7 @@ def shortened(script: str, arguments: list[str], cache: Path) -> list[str]:
         resumed = "ckpt" in typed
         short = {**(TASK if generated else TRAIN), "trainer.max_steps": str(MORE_STEPS if resumed else STEPS)}
     else:
-        short = {"evaluate.py": EVALUATE, "generate.py": GENERATE}.get(script, {})
+        short = {"evaluate.py": {} if generated else EVALUATE, "generate.py": GENERATE}.get(script, {})
         if typed & {"data", "data.path"}:
             short = {key: value for key, value in short.items() if not key.startswith("data")}
     taken_out = tuple(f"{word[1:]}." for word in typed if word.startswith("~"))

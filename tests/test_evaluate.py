@@ -216,3 +216,151 @@ def test_a_mistake_is_one_line(invoke: Invoke, text: None, arguments: list[str],
     assert (code, out) == (2, "")
     assert message in err
     assert len(err.splitlines()) == 1
+
+
+def table_of(path: str) -> list[dict[str, str]]:
+    with Path(path).open() as file:
+        return list(csv.DictReader(file))
+
+
+def refused(invoke: Invoke, *arguments: str) -> str:
+    """Return the one line that a command is refused with."""
+    code, out, err = invoke(*arguments, script="evaluate.py")
+    assert (code, out.startswith("note: ") or not out, len(err.splitlines())) == (2, True, 1), (out, err)
+    return err
+
+
+def test_copying_has_a_column_for_each_checkpoint_of_one_tokenizer(invoke: Invoke, text: None) -> None:
+    for name, options in (("a", ["attn=favor"]), ("b", ["attn=flash"]), ("c", ["tokenizer=characters"])):
+        assert invoke(*SHORT, *options, f"run_dir=runs/{name}")[0] == 0
+    code, out, err = invoke(
+        "ckpt=runs/a", "task=copying", "task.against=[runs/b]", "task.windows=9", script="evaluate.py"
+    )
+    assert (code, err) == (0, "")
+    lines = table_of("runs/a/copying.csv")
+    assert [*lines[0]] == ["group", "bucket", "tokens", "share", "a", "b"]
+    assert "not yet" in out
+    for group in ("position", "bigram"):
+        own = [line for line in lines if line["group"] == group]
+        assert sum(int(line["tokens"]) for line in own) == int(lines[0]["tokens"])
+        for name in "ab":
+            mean = sum(float(line["share"]) * float(line[name]) for line in own)
+            assert mean == pytest.approx(float(lines[0][name]), rel=1e-4)
+    assert Path("runs/a/copying.png").read_bytes().startswith(b"\x89PNG")
+    loss = re.search(r"loss ([\d.]+) nats", invoke("ckpt=runs/b", script="evaluate.py")[1])
+    assert loss
+    assert invoke("ckpt=runs/b", "task=copying", script="evaluate.py")[0] == 0
+    assert float(table_of("runs/b/copying.csv")[0]["b"]) == pytest.approx(float(loss[1]), abs=1e-4)
+    written = Path("runs/a/copying.csv").read_text()
+    assert "task.against=runs/c has another tokenizer" in refused(
+        invoke, "ckpt=runs/a", "task=copying", "task.against=[runs/c]"
+    )
+    assert "task.against=runs/d does not exist" in refused(
+        invoke, "ckpt=runs/a", "task=copying", "task.against=[runs/b,runs/d]"
+    )
+    assert "windows must be at least 1" in refused(invoke, "ckpt=runs/a", "task=copying", "task.windows=0")
+    assert Path("runs/a/copying.csv").read_text() == written
+
+
+def test_bits_per_byte_is_perplexity_by_its_earlier_name(invoke: Invoke, text: None) -> None:
+    run_of(invoke)
+    found = [invoke("ckpt=runs/a", task, script="evaluate.py") for task in ("task=perplexity", "task=bits_per_byte")]
+    assert found[0] == found[1]
+    assert re.search(r"accuracy [\d.]+, perplexity [\d.]+\n", found[0][1])
+    size, bits = measured(found[0][1])
+    for option in ("task.stride=16", "task.carry=true"):
+        code, out, err = invoke("ckpt=runs/a", "task=bits_per_byte", option, script="evaluate.py")
+        assert (code, err, measured(out)[0]) == (0, "", size)
+        assert measured(out)[1] == pytest.approx(bits, rel=0.05)
+        assert ("256-512" in out) == (option == "task.carry=true")  # positions past the 64 of training
+    both = refused(invoke, "ckpt=runs/a", "task.stride=16", "task.carry=true")
+    assert "stride moves windows that overlap and carry reads documents whole: give one of them" in both
+    assert "task.stride (65) must be at most data.context (64)" in refused(invoke, "ckpt=runs/a", "task.stride=65")
+    cropped = ["ckpt=runs/a", *DATA, "data.documents=cropped", "data.validation_path=notes", "task.carry=true"]
+    Path("notes").mkdir()
+    for index in range(9):
+        Path(f"notes/{index}.txt").write_text("some words " * 20)
+    invoke(*cropped[:-1], script="evaluate.py")  # which tokenizes them
+    assert "these windows do not go on from one another" in refused(invoke, *cropped)
+
+
+def test_generation_is_held_against_the_forward(invoke: Invoke, text: None) -> None:
+    run_of(invoke)
+    code, out, err = invoke("ckpt=runs/a", "task=prefix", script="evaluate.py")
+    assert (code, err) == (0, "")
+    assert re.search(r"largest difference of logits [\d.e-]+, at token \d+ of window [01]: of id \d+", out)
+    code, out, err = invoke("ckpt=runs/a", "task=prefix", "task.tolerance=0", script="evaluate.py")
+    assert code == 1
+    assert re.fullmatch(r"error: generation differs from the forward by .* above task.tolerance \(0\)\n", err)
+
+
+def test_each_backend_is_measured_or_says_why_not(invoke: Invoke, text: None) -> None:
+    run_of(invoke, "attn=favor", "seed=3")
+    narrow = ["task=backends", "task.windows=2", "task.backends.favor.num_features=0"]
+    assert "task.backends.favor.num_features must be at least 1, got 0" in refused(invoke, "ckpt=runs/a", *narrow)
+    wrong = ["task.backends.hybrid.pattern=[favor,nope]", "~task.backends.chunked"]
+    code, out, err = invoke("ckpt=runs/a", *narrow[:2], *wrong, script="evaluate.py")
+    assert (code, err) == (0, "")
+    lines = {line["backend"]: line for line in table_of("runs/a/backends.csv")}
+    named = {path.stem for path in Path(__file__).parents[1].glob("configs/attn/*.yaml")}
+    assert lines.keys() == {"as trained", *named} - {"chunked"}
+    assert "attn.pattern: no backend 'nope'" in lines["hybrid"]["note"]
+    assert not lines.pop("hybrid")["bits_per_byte"]
+    assert all(float(line["tokens_per_second"]) > 0 for line in lines.values())
+    assert lines["favor"]["bits_per_byte"] == lines["as trained"]["bits_per_byte"]
+    assert float(lines["flash"]["bits_per_byte"]) == pytest.approx(float(lines["exact"]["bits_per_byte"]), rel=1e-4)
+    assert "drawn anew" in lines["delta"]["note"]
+    assert "no backend 'nope'" in out
+
+
+def test_a_task_is_asked_for_more_than_it_was_trained_on(invoke: Invoke) -> None:
+    task = ["data=synthetic", "data/task=recall", "data.task.vocab_size=20", "data.context=24", "data.batch_size=4"]
+    run = [
+        "debug=fast",
+        *task,
+        "data.task.pairs=2",
+        "data.validation_bytes=64",
+        "trainer.max_steps=2",
+        "run_dir=runs/a",
+    ]
+    code, _, err = invoke(*run, "trainer.precision=32-true", "callbacks.samples.max_new_tokens=4")
+    assert code == 0, err
+    for attn in ([], ["attn=exact"]):
+        code, out, err = invoke("ckpt=runs/a", "task=recall", "task.rows=3", *attn, script="evaluate.py")
+        assert (code, err) == (0, "")
+        cells = table_of("runs/a/recall.csv")
+        assert {cell["length"] for cell in cells} == {"24", "48", "96", "192"}
+        assert {cell["row"] for cell in cells if cell["grid"] == "size"} == {"2", "4", "8"}  # 16 pairs need more ids
+        for length in ("24", "192"):
+            depths = [cell for cell in cells if (cell["grid"], cell["length"]) == ("depth", length)]
+            assert sum(int(cell["answers"]) for cell in depths) == 3 * 2
+        assert Path("runs/a/recall.png").read_bytes().startswith(b"\x89PNG")
+        assert "Recall, trained on 24 tokens, size 2" in out
+    written = Path("runs/a/recall.csv").read_text()
+    for option, message in (
+        ("task.sizes=[2,10]", "task.sizes: data.task.vocab_size (20) must be at least 22 for 10 pairs"),
+        ("task.lengths=[2,3]", "task.lengths: 2, 3 tokens are too few for a row of the task"),
+        ("task.depths=0", "task.depths must be at least 1, got 0"),
+    ):
+        assert message in refused(invoke, "ckpt=runs/a", "task=recall", option)
+    assert Path("runs/a/recall.csv").read_text() == written
+
+
+def test_a_model_is_told_which_measures_are_not_for_it(invoke: Invoke, text: None) -> None:
+    code, _, err = invoke(*SHORT, *KINDS["mlm"][0], "run_dir=runs/mlm")
+    assert code == 0, err
+    for task in ("copying", "prefix", "recall"):
+        expected = (
+            f"error: task={task} is for models that predict each next token (objective=clm), which this one does not\n"
+        )
+        assert refused(invoke, "ckpt=runs/mlm", f"task={task}") == expected
+    assert "task=perplexity with task.carry is for models" in refused(invoke, "ckpt=runs/mlm", "task.carry=true")
+    code, _, err = invoke("ckpt=runs/mlm", "task=backends", "task.windows=1", script="evaluate.py")
+    assert (code, err) == (0, "")
+    lines = table_of("runs/mlm/backends.csv")
+    assert {line["state_bytes"] for line in lines} == {""}
+    assert lines[0]["bits_per_byte"]
+    run_of(invoke)
+    assert "task=recall asks a model that was trained on data=synthetic" in refused(
+        invoke, "ckpt=runs/a", "task=recall"
+    )

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from performer_lm.attention.base import AttentionFactory
 from performer_lm.building import build_model
 from performer_lm.checkpoint.files import Checkpoint
 from performer_lm.checkpoint.sizes import check_memory, check_sizes
@@ -24,12 +25,14 @@ OBJECTIVES: dict[str, type[Objective]] = {
 BACKEND = ".backend."  # keys of what a backend owns: it may change between saving and opening
 
 
-def open_model(checkpoint: Checkpoint, *, attn: Mapping[str, Any] | None = None) -> tuple[LanguageModel, Tokenizer]:
+def open_model(
+    checkpoint: Checkpoint, *, attn: Mapping[str, Any] | AttentionFactory | None = None
+) -> tuple[LanguageModel, Tokenizer]:
     """Rebuild model and tokenizer from a checkpoint, on the CPU, in evaluation mode.
 
     Args:
         checkpoint: of `read`.
-        attn: a plain config section of another attention backend; None for the one it was trained with.
+        attn: another attention backend, as a plain config section or a factory; None for the one it was trained with.
 
     Raises:
         ValueError: for a description that is none, weights that do not fit the model, or a tokenizer that does not.
@@ -98,7 +101,7 @@ def open_objective(checkpoint: Checkpoint, model: LanguageModel, tokenizer: Toke
     return objective
 
 
-def _with_backend(section: Mapping[str, Any], attn: Mapping[str, Any]) -> dict[str, Any]:
+def _with_backend(section: Mapping[str, Any], attn: Mapping[str, Any] | AttentionFactory) -> dict[str, Any]:
     """Return a model's section with another backend in each of its stacks."""
     found = {
         name: _with_backend(value, attn) if isinstance(value, Mapping) else value for name, value in section.items()

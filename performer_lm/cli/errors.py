@@ -114,7 +114,7 @@ def _text(error: BaseException) -> str:
 def _is_out_of_memory(error: BaseException) -> bool:
     if not isinstance(error, MemoryError | RuntimeError):
         return False
-    from performer_lm.training.memory import is_out_of_memory  # imports torch, as whatever raised this has done
+    from performer_lm.memory import is_out_of_memory  # imports torch, as whatever raised this has done
 
     return is_out_of_memory(error)
 

@@ -17,13 +17,13 @@ from rich.console import Console
 
 from performer_lm.checkpoint import Checkpoint
 from performer_lm.data.module import WindowData
+from performer_lm.memory import peak_memory, reset_peak_memory, sizes_told
 from performer_lm.training.callbacks.saving import Checkpoints
 from performer_lm.training.callbacks.stopping import StopOnSignal, requeue
 from performer_lm.training.callbacks.throughput import Throughput
 from performer_lm.training.folder import RunFolder
 from performer_lm.training.loggers.base import RunLogger
 from performer_lm.training.loggers.record import MetricsLogger
-from performer_lm.training.memory import peak_memory, reset_peak_memory, sizes_told
 from performer_lm.training.processes import started_processes
 from performer_lm.training.report import card, open_log, point_latest, spared
 from performer_lm.training.resume import best_score, resume_command

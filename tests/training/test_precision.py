@@ -10,7 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from performer_lm.attention.favor import FavorAttention
-from performer_lm.evaluation.bits_per_byte import measure_bits_per_byte
+from performer_lm.evaluation.perplexity import measure_perplexity
+from performer_lm.evaluation.scoring import score_windows
 from performer_lm.nn.mixing import LogDecay
 from performer_lm.objectives import Losses, NextToken
 from performer_lm.performer import Performer
@@ -146,7 +147,10 @@ def test_validation_finds_what_evaluation_finds(start: Callable[..., Run], preci
     run.fit()
     windows: Any = run.data.val_dataloader().dataset._windows  # type: ignore[attr-defined]
     with run.trainer.precision_plugin.forward_context():
-        found = measure_bits_per_byte(run.task.measured, windows, objective=run.task.objective, batch_size=4)
+        found = measure_perplexity(
+            score_windows(run.task.measured, windows, objective=run.task.objective, batch_size=4),
+            byte_lengths=windows.byte_lengths,
+        )
     assert (
         run.saving.best
         <= float(run.trainer.callback_metrics["val/bpb"])

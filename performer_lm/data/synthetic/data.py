@@ -38,9 +38,9 @@ class TaskWindows(Windows):
 
     def _draw(self, block: int) -> Indices:
         random = np.random.default_rng([self._seed, block])
-        ids, answers = self._task.draw(random, count=BLOCK, context=self._context)
+        rows = self._task.draw(random, count=BLOCK, context=self._context)
         filled = np.full((BLOCK, self._context + 1), IGNORE)
-        filled[:, : ids.shape[1]] = np.where(answers, ids, shown(ids))
+        filled[:, : rows.ids.shape[1]] = np.where(rows.answers, rows.ids, shown(rows.ids))
         return filled
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -61,13 +61,13 @@ class SyntheticData(WindowData):
     def __init__(self, *, task: Task, validation_bytes: Count, **options: Unpack[WindowOptions]) -> None:
         super().__init__(**options)
         task.check(context=self.context)
-        self._task = task
+        self.task = task
         self._validation_bytes = validation_bytes
         self._unseen = TaskWindows(task, seed=HELD_OUT, context=self.context)
 
     def prepare(self) -> None:
-        self.tokenizer = SymbolTokenizer(names=self._task.names)
-        self.training = TaskWindows(self._task, seed=self._seed, context=self.context)
+        self.tokenizer = SymbolTokenizer(names=self.task.names)
+        self.training = TaskWindows(self.task, seed=self._seed, context=self.context)
         lengths = self.tokenizer.byte_lengths()
         targets = self._first_targets().numpy()
         sizes = np.where(targets == IGNORE, 0, lengths[np.maximum(targets, 0)]).sum(1)
@@ -75,9 +75,9 @@ class SyntheticData(WindowData):
         self.validation = self.held_out = FiniteWindows(self._unseen, count=count, byte_lengths=lengths)
 
     def fingerprint(self) -> dict[str, Any]:
-        options = {name.removeprefix("_"): value for name, value in vars(self._task).items() if name != "names"}
+        options = {name.removeprefix("_"): value for name, value in vars(self.task).items() if name != "names"}
         return {
-            "task": type(self._task).__name__,
+            "task": type(self.task).__name__,
             **options,
             "context": self.context,
             "batch_size": self.batch_size,

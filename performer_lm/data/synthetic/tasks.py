@@ -18,16 +18,35 @@ Symbols = Annotated[int, Ge(2), Le(2**20)]
 
 
 class Rows(NamedTuple):
-    """Generated rows, and which of their ids are answers; `(b, at most n + 1)` each."""
+    """Generated rows, and where in the row what an id repeats stands, if it is an answer; `(b, at most n + 1)` each."""
 
     ids: Indices
-    answers: NDArray[np.bool_]
+    sources: Indices
+    """-1 for ids that are no answers."""
+
+    @property
+    def answers(self) -> NDArray[np.bool_]:
+        """Return which ids are answers."""
+        return self.sources >= 0
 
 
 class Task(ABC):
     """A distribution of rows, whose ids are spelled by `names`."""
 
     names: list[str]
+
+    @property
+    def size(self) -> int | None:
+        """How many ids of a row are to be recalled; None for a task that has no other size than its length."""
+        return None
+
+    def resized(self, size: int) -> "Task":
+        """Return the same task of another size.
+
+        Raises:
+            ValueError: for a size that the ids are too few for, or a task without one.
+        """
+        raise ValueError(f"{type(self).__name__} has no other size than its length")
 
     @abstractmethod
     def check(self, *, context: int) -> None:
@@ -54,7 +73,8 @@ class Copy(Task):
         length = context // 2
         sequence = random.integers(self._symbols, size=(count, length))
         separator = np.full((count, 1), self._symbols)
-        return _answered(np.concatenate((sequence, separator), axis=1), sequence)
+        sources = np.broadcast_to(np.arange(length), sequence.shape)
+        return _answered(np.concatenate((sequence, separator), axis=1), sequence, sources)
 
 
 @ranged
@@ -70,6 +90,13 @@ class SelectiveCopy(Task):
         self._length: Final = length
         self.names = [*_letters("s", symbols), ".", "|"]
 
+    @property
+    def size(self) -> int:
+        return self._length
+
+    def resized(self, size: int) -> "SelectiveCopy":
+        return SelectiveCopy(symbols=self._symbols, length=size)
+
     def check(self, *, context: int) -> None:
         _check_context(context, least=2 * self._length, row=f"{self._length} symbols and their copy")
 
@@ -80,7 +107,7 @@ class SelectiveCopy(Task):
         shown = np.full((count, length + 1), noise)
         shown[:, -1] = separator
         np.put_along_axis(shown, places, sequence, axis=1)
-        return _answered(shown, sequence)
+        return _answered(shown, sequence, places)
 
 
 @ranged
@@ -99,7 +126,7 @@ class Induction(Task):
         shown = random.integers(self._symbols, size=(count, context))
         rows, places = np.arange(count), random.integers(context - 2, size=count)
         shown[rows, places] = shown[:, -1] = self._symbols
-        return _answered(shown, shown[rows, places + 1][:, None])
+        return _answered(shown, shown[rows, places + 1][:, None], places[:, None] + 1)
 
 
 @ranged
@@ -125,6 +152,13 @@ class Recall(Task):
         self._power: Final = power
         self.names = [".", *_letters("k", self._keys), *_letters("v", self._values)]
 
+    @property
+    def size(self) -> int:
+        return self._pairs
+
+    def resized(self, size: int) -> "Recall":
+        return Recall(vocab_size=1 + self._keys + self._values, pairs=size, power=self._power)
+
     def check(self, *, context: int) -> None:
         _check_context(context, least=4 * self._pairs - 1, row=f"{self._pairs} pairs and as many queries")
 
@@ -135,18 +169,17 @@ class Recall(Task):
         weights = np.arange(1, slots + 1, dtype=np.float64) ** (self._power - 1)
         places = 2 * pairs + 2 * _distinct(random, count, slots, pairs, weights=weights)
         ids = np.zeros((count, 2 * pairs + 2 * slots), dtype=np.int64)
-        answers = np.zeros_like(ids, dtype=bool)
+        sources = np.full_like(ids, -1)
         ids[:, : 2 * pairs : 2], ids[:, 1 : 2 * pairs : 2] = keys, values
         np.put_along_axis(ids, places, keys, axis=1)
         np.put_along_axis(ids, places + 1, values, axis=1)
-        np.put_along_axis(answers, places + 1, True, axis=1)
-        return Rows(ids, answers)
+        np.put_along_axis(sources, places + 1, 2 * np.arange(pairs)[None] + 1, axis=1)
+        return Rows(ids, sources)
 
 
-def _answered(shown: Indices, answers: Indices) -> Rows:
-    """Return rows of the ids shown, with the answers after them."""
-    counted = np.concatenate((np.zeros_like(shown, dtype=bool), np.ones_like(answers, dtype=bool)), axis=1)
-    return Rows(np.concatenate((shown, answers), axis=1), counted)
+def _answered(shown: Indices, answers: Indices, sources: Indices) -> Rows:
+    """Return rows of the ids shown, with the answers after them, which stand at `sources` before."""
+    return Rows(np.concatenate((shown, answers), 1), np.concatenate((np.full_like(shown, -1), sources), 1))
 
 
 def _distinct(

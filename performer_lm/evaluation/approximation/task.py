@@ -3,13 +3,11 @@
 Letters: `b` batch, `h` heads, `i` queries, `j` keys, `m` features, `n` tokens.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, final
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -17,7 +15,6 @@ from torch import Tensor
 
 from performer_lm.attention.base import Attention
 from performer_lm.attention.favor import FavorAttention
-from performer_lm.data.windows import IGNORE, FiniteWindows
 from performer_lm.evaluation.approximation.draws import Finding, count_measurements, is_drawn, measure_draws, redrawn
 from performer_lm.evaluation.approximation.layer import Weights, materialise_weights
 from performer_lm.evaluation.approximation.model import Vectors, favor_layers, watch
@@ -29,12 +26,11 @@ from performer_lm.evaluation.approximation.tables import (
     tabulate_heads,
     write_findings,
 )
-from performer_lm.evaluation.base import Evaluation, Subject
+from performer_lm.evaluation.base import Evaluation, Subject, check_writable, open_console, pick_windows
 from performer_lm.language_model import LanguageModel
 from performer_lm.ranges import Count, Whole, ranged
 
 DRAWN = 4  # heads of a layer that are drawn where nobody chose
-CANDIDATES = 8  # windows looked at for each that is taken
 
 
 @ranged
@@ -83,15 +79,12 @@ class MeasureApproximation(Evaluation):
         for attention in layers.values():
             for count in self.num_features if is_drawn(attention) else ():
                 redrawn(attention, num_features=count, index=0)
-        if not os.access(folder, os.W_OK):
-            raise ValueError(f"{folder} cannot be written to, and that is where table and pictures would go")
+        check_writable(folder)
 
     def __call__(self, subject: Subject) -> float:
         """Return the total variation from softmax of the features that the model runs, mean over layers and heads."""
-        windows = pick_windows(subject.data.held_out, self.sequences).to(subject.model.head.weight.device)
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console.width = 160  # a file has no edge to wrap at
+        windows = pick_windows(subject.data.held_out, self.sequences).to(subject.device)
+        console = open_console()
         findings = self._sweep(subject, windows, console)
         weights = self._materialise(subject, windows[:1, : self.tokens + 1])
         written = list(self._write(findings, weights, subject))  # first, for a reader of the tables may go away
@@ -172,12 +165,3 @@ class MeasureApproximation(Evaluation):
 def ask(subject: Subject, windows: Tensor) -> None:
     """Run a model on windows as its objective does."""
     subject.objective.ask(subject.model, windows, step=None, separator=subject.data.separator)
-
-
-def pick_windows(windows: FiniteWindows, count: int) -> Tensor:
-    """Return the longest of evenly spaced windows, `(count, n + 1)`, cut to the shortest of them: without fill."""
-    places = np.unique(np.linspace(0, len(windows) - 1, min(len(windows), CANDIDATES * count)).astype(np.int64))
-    rows = windows.rows(places)
-    lengths = (rows != IGNORE).sum(dim=1)
-    taken = lengths.argsort(descending=True, stable=True)[:count].sort().values
-    return rows[taken, : int(lengths[taken].min())]

@@ -28,7 +28,8 @@ def test_a_row_is_a_function_of_the_seed_and_its_number():
 
 
 def test_everything_is_read_and_only_answers_count():
-    ids, answers = RECALL.draw(np.random.default_rng([5, 0]), count=BLOCK, context=30)
+    rows = RECALL.draw(np.random.default_rng([5, 0]), count=BLOCK, context=30)
+    ids, answers = rows.ids, rows.answers
     inputs, targets = shift(TaskWindows(RECALL, seed=5, context=30).rows(np.arange(BLOCK)))
     assert inputs.tolist() == ids.tolist()
     counted = targets != IGNORE

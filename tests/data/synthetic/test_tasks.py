@@ -1,10 +1,13 @@
 import re
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
+from performer_lm.data.ids import Indices
 from performer_lm.data.synthetic.tasks import Copy, Induction, Recall, Rows, SelectiveCopy, Task, _distinct
 
 TASKS: list[Task] = [
@@ -15,8 +18,18 @@ TASKS: list[Task] = [
 ]
 
 
-def draw(task: Task, context: int, *, count: int = 50, seed: int = 0) -> Rows:
+class Answered(NamedTuple):
+    ids: Indices
+    answers: NDArray[np.bool_]
+
+
+def draw_rows(task: Task, context: int, *, count: int = 50, seed: int = 0) -> Rows:
     return task.draw(np.random.default_rng(seed), count=count, context=context)
+
+
+def draw(task: Task, context: int, *, count: int = 50, seed: int = 0) -> Answered:
+    rows = draw_rows(task, context, count=count, seed=seed)
+    return Answered(rows.ids, rows.answers)
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: type(task).__name__)
@@ -31,6 +44,30 @@ def test_rows_fit_a_window_of_ids_that_have_names(task, context, seed):
     assert not answers[:, 0].any()
     assert np.array_equal(draw(task, context, seed=seed).ids, ids)
     assert not np.array_equal(draw(task, context, seed=seed + 1).ids, ids)
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: type(task).__name__)
+@given(context=st.integers(11, 70))
+def test_an_answer_repeats_the_id_at_its_source_which_stands_before_it(task, context):
+    ids, sources = draw_rows(task, context)
+    rows, places = np.nonzero(sources >= 0)
+    assert (sources[rows, places] < places).all()
+    assert np.array_equal(ids[rows, places], ids[rows, sources[rows, places]])
+
+
+@pytest.mark.parametrize("task", [TASKS[1], TASKS[3]], ids=["SelectiveCopy", "Recall"])
+def test_a_resized_task_has_the_same_ids_and_as_many_answers_as_its_size(task):
+    assert draw(task, 40).answers.sum(1).tolist() == [task.size] * 50
+    larger = task.resized(task.size + 2)
+    assert larger.names == task.names
+    assert draw(larger, 40).answers.sum(1).tolist() == [task.size + 2] * 50
+    same = task.resized(task.size)
+    assert np.array_equal(draw(same, 40).ids, draw(task, 40).ids)
+
+
+def test_a_task_of_one_size_says_so():
+    with pytest.raises(ValueError, match=r"^Copy has no other size than its length$"):
+        TASKS[0].resized(3)
 
 
 @given(context=st.integers(2, 40))

@@ -8,7 +8,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from performer_lm import checkpoint
 from performer_lm.data.windows import FiniteWindows
-from performer_lm.evaluation.bits_per_byte import measure_bits_per_byte
+from performer_lm.evaluation.perplexity import measure_perplexity
+from performer_lm.evaluation.scoring import score_windows
 from performer_lm.training.callbacks.ema import WeightAverage, average_weights
 from performer_lm.training.run import Run
 
@@ -71,10 +72,15 @@ def test_validation_and_opening_use_the_average(start: Start, options: list[str]
     saved = checkpoint.read(Path("runs/a") / LAST)
     model, _ = checkpoint.open_model(saved)
     windows: FiniteWindows = run.data.val_dataloader().dataset._windows  # type: ignore[attr-defined]
-    measured = measure_bits_per_byte(model, windows, objective=run.task.objective, batch_size=4)
+    measured = measure_perplexity(
+        score_windows(model, windows, objective=run.task.objective, batch_size=4), byte_lengths=windows.byte_lengths
+    )
     assert measured.bits_per_byte == pytest.approx(found, rel=1e-5)
     raw = saved._replace(weights={k.removeprefix("model."): v for k, v in saved.content["state_dict"].items()})
-    unlike = measure_bits_per_byte(checkpoint.open_model(raw)[0], windows, objective=run.task.objective, batch_size=4)
+    unlike = measure_perplexity(
+        score_windows(checkpoint.open_model(raw)[0], windows, objective=run.task.objective, batch_size=4),
+        byte_lengths=windows.byte_lengths,
+    )
     assert unlike.bits_per_byte != pytest.approx(found, rel=1e-4)
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from performer_lm.training.memory import peak_memory, reset_peak_memory, sizes_told
+from performer_lm.memory import peak_memory, reset_peak_memory, sizes_told
 
 CPU = torch.device("cpu")
 needs_status = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell")
