@@ -10,7 +10,8 @@ from performer_lm.checkpoint import Checkpoint
 from performer_lm.cli.errors import usage_errors
 from performer_lm.cli.run_data import read_data_section
 from performer_lm.interop.export.card import Training
-from performer_lm.interop.export.folder import check_place, export as write_folder
+from performer_lm.interop.export.folder import check_place
+from performer_lm.interop.export.folder import export as write_folder
 
 
 def export(cfg: DictConfig) -> None:

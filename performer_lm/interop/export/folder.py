@@ -7,7 +7,7 @@ modeling_performer.py      but for a model that is Llama's by another name
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +19,6 @@ from performer_lm.attention.hybrid import HybridAttention
 from performer_lm.attention.kv_cache import CachedAttention
 from performer_lm.attention.local import LocalAttention
 from performer_lm.attention.split import SplitAttention
-from performer_lm.building import TARGET
 from performer_lm.data.tokenizer import Tokenizer
 from performer_lm.interop.export.card import Training, write_card
 from performer_lm.interop.export.library import export_tokenizer
@@ -101,7 +100,7 @@ def export(
         "tokenizer.json": exported.library.to_str(pretty=True),
         "tokenizer_config.json": _as_json(exported.config | length),
         "README.md": card,
-        **({} if plain else {CODE: assemble(_targets(section))}),
+        **({} if plain else {CODE: assemble()}),
     }
     weights = {name: value.detach().clone() for name, value in (llama_weights if plain else own_weights)(model).items()}
     _write(out, texts, weights)
@@ -165,16 +164,6 @@ def own_weights(model: PerformerLM) -> dict[str, Tensor]:
     return {f"model.{name}": value for name, value in found.items()}
 
 
-def _targets(section: Any) -> Iterator[str]:
-    """Yield the names of all classes that a section builds."""
-    if isinstance(section, Mapping):
-        if TARGET in section:
-            yield section[TARGET]
-        section = list(section.values())
-    for item in section if isinstance(section, list) else ():
-        yield from _targets(item)
-
-
 def _write(out: Path, texts: Mapping[str, str], weights: Mapping[str, Tensor]) -> None:
     """Write a folder beside its place, and move it there whole."""
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -184,6 +173,7 @@ def _write(out: Path, texts: Mapping[str, str], weights: Mapping[str, Tensor]) -
         for name, text in texts.items():
             (new / name).write_text(text, encoding="utf-8")
         save_file(dict(weights), new / "model.safetensors", metadata={"format": "pt"})
+        (new / "model.safetensors").chmod((new / "config.json").stat().st_mode)  # safetensors lets nobody else read it
         if out.is_dir():
             os.replace(out, old)
         os.replace(new, out)

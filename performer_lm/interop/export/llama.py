@@ -29,7 +29,6 @@ from performer_lm.nn.norm import RMSNorm
 from performer_lm.nn.positions import NoAbsolutePositions, Rotary
 from performer_lm.nn.residual import Reversible
 
-
 ATTENTION_PARTS: Final = {"project_in", "positions", "backend", "output"}  # beside others, attention is no Llama's
 BRANCH_PARTS: Final = {"norm", "body", "dropout"}
 

@@ -19,6 +19,7 @@ from transformers.utils.generic import can_return_tuple
 from performer_lm.attention.base import select_rows
 from performer_lm.building import build
 from performer_lm.model import PerformerLM
+from performer_lm.ops.checks import check_mask
 from performer_lm.performer import PerformerState
 
 PACKAGE = build.__module__.rpartition(".")[0]
@@ -131,7 +132,7 @@ class PerformerForCausalLM(PreTrainedModel, GenerationMixin):
         """Return the embedding of tokens."""
         return self.model.embedding
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         """Set the embedding of tokens."""
         self.model.embedding = value
 
@@ -139,7 +140,7 @@ class PerformerForCausalLM(PreTrainedModel, GenerationMixin):
         """Return the output layer."""
         return self.model.head
 
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Set the output layer."""
         self.model.head = new_embeddings
 
@@ -181,7 +182,7 @@ class PerformerForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is None and use_cache:
             cache = DynamicCache()
         if cache is None:
-            x = self.model.hidden(input_ids, mask=unless_all(attention_mask))
+            x = self.model.hidden(input_ids, mask=find_padding(attention_mask, input_ids))
         else:
             x = self._extend(input_ids, attention_mask, cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -194,7 +195,7 @@ class PerformerForCausalLM(PreTrainedModel, GenerationMixin):
     def _extend(self, tokens: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
         """Read tokens `(b, n)` after those of a cache, and return the vectors `(b, n, dim)`."""
         layers = self._layers_of(cache)
-        mask = unless_all(None if mask is None else mask[:, -tokens.shape[1] :])
+        mask = find_padding(None if mask is None else mask[:, -tokens.shape[1] :], tokens)
         if layers[0].state is None:
             mask = self.model.check_prompt(tokens, mask)
             state = self.model.init_state(len(tokens))
@@ -222,8 +223,13 @@ class PerformerForCausalLM(PreTrainedModel, GenerationMixin):
         return cache.layers
 
 
-def unless_all(mask: Tensor | None) -> Tensor | None:
-    """Return a mask, or None where it keeps all tokens; a compiler is not asked for values."""
+def find_padding(mask: Tensor | None, tokens: Tensor) -> Tensor | None:
+    """Return the mask of tokens `(b, n)` as bool, or None where nothing is padding; a compiler is not asked for values.
+
+    Raises:
+        ValueError: for a mask that is not of these tokens.
+    """
+    mask = check_mask(mask, tokens.shape, name="attention_mask")
     if mask is None or torch.compiler.is_compiling() or mask.is_meta:
         return mask
     return None if bool(mask.all()) else mask

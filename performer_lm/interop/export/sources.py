@@ -1,14 +1,15 @@
 """The package's own sources in one file, which transformers copies and imports as it stands.
 
-The modules that a model needs are found by the imports in their sources, and kept as text under a package name of
-their own, so that they neither need this package nor meet another version of it. `modeling.py` follows as plain code:
+The modules of models are found by the imports in their sources, and kept as text under a package name of their own, so
+that they neither need this package nor meet another version of it. `modeling.py` follows as plain code:
 transformers saves a model again by copying the file in which its class stands.
 """
 
 import ast
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +19,7 @@ ROOT: Final = Path(performer_lm.__file__).parent
 OWN: Final = "performer_lm"
 WRAPPER: Final = "performer_lm.interop.export.modeling"
 STAND_INS: Final = "performer_lm.interop.export.stand_ins"
+PARTS: Final = ("attention", "nn")  # folders of the classes that a config may name
 REPLACED: Final = ("annotated_types", "einops")
 
 HEAD: Final = '''\
@@ -65,27 +67,24 @@ if not any(getattr(finder, "package", None) == "{package}" for finder in sys.met
 """
 
 
-def assemble(targets: Iterable[str]) -> str:
-    """Return the text of `modeling_performer.py`.
-
-    Args:
-        targets: dotted names of the classes that a model's section builds.
-    """
+@cache
+def assemble() -> str:
+    """Return the text of `modeling_performer.py`, which is one for all models of this version."""
     wrapper = _path_of(WRAPPER).read_text()
-    modules = _needed({name.rpartition(".")[0] for name in targets} | set(_imports(wrapper)))
-    texts = {name: _path_of(name).read_text() for name in sorted(modules)}
+    texts = {name: _path_of(name).read_text() for name in sorted(_needed(wrapper))}
     digest = hashlib.sha256("".join(f"{name}\n{text}" for name, text in texts.items()).encode()).hexdigest()
     package = f"{OWN}_export_{digest[:12]}"
-    parts = [HEAD]
-    for name, text in texts.items():
-        key = package + name.removeprefix(OWN)
-        parts.append(f'SOURCES["{key}"] = {_quoted(_renamed(text, package))}\n')
-    return "".join([*parts, START.format(package=package), _without_imports(wrapper, package)])
+    sources = [
+        f'SOURCES["{package}{name.removeprefix(OWN)}"] = {_quoted(_renamed(text, package))}\n'
+        for name, text in texts.items()
+    ]
+    return "".join([HEAD, *sources, START.format(package=package), _without_imports(wrapper, package)])
 
 
-def _needed(modules: set[str]) -> set[str]:
-    """Return modules with all that they import of this package, and the stand-ins."""
-    found, waiting = {STAND_INS}, [*modules]
+def _needed(wrapper: str) -> set[str]:
+    """Return the modules that the wrapper imports or a config may name, with all that they import of this package."""
+    parts = {f"{OWN}.{folder}.{path.stem}" for folder in PARTS for path in (ROOT / folder).glob("[!_]*.py")}
+    found, waiting = {STAND_INS}, [*parts, *_imports(wrapper)]
     while waiting:
         name = waiting.pop()
         if name not in found:

@@ -79,7 +79,7 @@ def repeat(x: Tensor, pattern: str, **sizes: int) -> Tensor:
 def einsum(*tensors_and_pattern: Any) -> Tensor:
     """Multiply and sum tensors over named axes, as `einops.einsum` does."""
     *tensors, pattern = tensors_and_pattern
-    names = sorted({name for name in pattern.replace("->", " ").replace(",", " ").split()})
+    names = sorted(set(pattern.replace("->", " ").replace(",", " ").split()))
     letters = {name: chr(ord("a") + place) for place, name in enumerate(names)}
     words = pattern.replace("->", " -> ").replace(",", " , ").split()
     return torch.einsum("".join(letters.get(word, word) for word in words), *tensors)
