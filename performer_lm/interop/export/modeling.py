@@ -128,11 +128,17 @@ class PerformerForCausalLM(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         """Leave the weights as their constructors made them."""
 
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+        """Let `generate` ask a cache for its length before the first forward."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        if model_kwargs.get(CACHE) is not None:
+            self._layers_of(model_kwargs[CACHE])
+
     def get_input_embeddings(self) -> nn.Module:
         """Return the embedding of tokens."""
         return self.model.embedding
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         """Set the embedding of tokens."""
         self.model.embedding = value
 
@@ -140,7 +146,7 @@ class PerformerForCausalLM(PreTrainedModel, GenerationMixin):
         """Return the output layer."""
         return self.model.head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
         """Set the output layer."""
         self.model.head = new_embeddings
 
