@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from math import prod
+from math import log, prod
 from pathlib import Path
 from typing import Any
 
@@ -418,3 +418,34 @@ def test_a_failed_export_leaves_the_earlier_one_and_nothing_else(
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]
     export(checkpoint.build(section), BYTES, section, tmp_path / "out", training=Training(7))
     assert json.loads((tmp_path / "out/config.json").read_text())["num_hidden_layers"] == 1
+
+
+@pytest.mark.slow  # imports lm_eval
+@pytest.mark.filterwarnings("default")  # of that library and of what it imports
+def test_the_evaluation_harness_finds_the_bits_per_byte_of_the_model(exported: Any, tmp_path: Path) -> None:
+    lm_eval = pytest.importorskip("lm_eval", reason="needs the extra `eval`")
+    from datasets import Dataset
+    from lm_eval.tasks import TaskManager
+
+    model, _ = exported()
+    texts = ["def main():", "é ☃ 𝄞 and more", "x"]
+    task = {
+        "task": "own",
+        "custom_dataset": lambda **_: {"test": Dataset.from_list([{"text": text} for text in texts])},
+        **{"test_split": "test", "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}"},
+        "metric_list": [{"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}],
+    }
+    found = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(tmp_path / "out"), "trust_remote_code": True, "dtype": "float32"},
+        tasks=[task],
+        task_manager=TaskManager(include_defaults=False),
+        **{"device": "cpu", "batch_size": 2, "bootstrap_iters": 0},
+    )
+    nats = 0.0
+    for text in texts:
+        ids = torch.tensor([[BYTES.end_id, *BYTES.encode(text).tolist()]])
+        with torch.inference_mode():
+            nats += float(torch.nn.functional.cross_entropy(model(ids)[0, :-1], ids[0, 1:], reduction="sum"))
+    expected = nats / log(2) / sum(len(text.encode()) for text in texts)
+    assert found["results"]["own"]["bits_per_byte,none"] == pytest.approx(expected, rel=1e-5)
