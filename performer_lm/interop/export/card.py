@@ -47,7 +47,7 @@ A causal language model of {parameters:,} parameters, trained with performer-lm.
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # this folder, or the name of the repository
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder{trust})
 model = AutoModelForCausalLM.from_pretrained(folder{trust})
 inputs = tokenizer("Once", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))

@@ -129,6 +129,8 @@ def describe(model: PerformerLM, section: Mapping[str, Any], *, context: int | N
         "auto_map": {
             "AutoConfig": "modeling_performer.PerformerConfig",
             "AutoModelForCausalLM": "modeling_performer.PerformerForCausalLM",
+            # by this name alone `transformers serve` finds a model that brings its own code
+            "AutoModelForDecision": "modeling_performer.PerformerForCausalLM",
         },
         "model_type": "performer_lm",
         "num_attention_heads": backends[0].heads,
