@@ -432,7 +432,12 @@ def test_the_evaluation_harness_finds_the_bits_per_byte_of_the_model(exported: A
     task = {
         "task": "own",
         "custom_dataset": lambda **_: {"test": Dataset.from_list([{"text": text} for text in texts])},
-        **{"test_split": "test", "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}"},
+        **{
+            "test_split": "test",
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "{{text}}",
+        },
         "metric_list": [{"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}],
     }
     found = lm_eval.simple_evaluate(

@@ -7,4 +7,5 @@ stand_ins.py   what takes the place of einops and annotated_types there
 llama.py       models that are Llama's by another name, which need no code of ours
 library.py     tokenizers as a `tokenizer.json`
 card.py        README.md
+program.py     a model as programs of torch.export
 """
