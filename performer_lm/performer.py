@@ -182,7 +182,7 @@ class Performer(Redrawable):
             raise ValueError(f"{x.shape[1]} tokens are more than the {max_len} learned positions")
         if segments is not None and self.cross_attend:
             raise ValueError("segments: packed documents have one context for all; give each a row of its own")
-        seen = self._context(len(x), context, context_mask)
+        seen = self._context(x.shape[0], context, context_mask)
         info = TokenInfo(find_places(x, mask, segments), mask, segments, seen)
         x = self.dropout(self.absolute(x, info.places))
         return self.norm(self.residual.run(self.branches, x, info))

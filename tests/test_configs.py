@@ -43,6 +43,7 @@ COMMAND_LINES = {
     "evaluate backends": ["task=backends"],
     "evaluate copying": ["task=copying"],
     "evaluate recall": ["task=recall"],
+    "export": [],
 }
 
 

@@ -42,7 +42,7 @@ class TokenShift(nn.Module):
 
         The tail is the shifted channels of the last token.
         """
-        tail = self.init_tail(len(x), device=x.device, dtype=x.dtype) if tail is None else tail
+        tail = self.init_tail(x.shape[0], device=x.device, dtype=x.dtype) if tail is None else tail
         if mask is not None:
             x = x * mask[..., None].to(x.dtype)
         parts = list(x.split(self.size, dim=2))  # what does not divide stays at the end, unshifted
@@ -99,7 +99,7 @@ class ShortConvolution(nn.Module):
         if mask is not None:
             x = x * mask[..., None].to(x.dtype)
         kept = self.taps - 1
-        tail = x.new_zeros(len(x), kept, x.shape[2]) if tail is None else tail.to(x.dtype)
+        tail = x.new_zeros(x.shape[0], kept, x.shape[2]) if tail is None else tail.to(x.dtype)
         mixed = short_convolution(x, tail, self.weight.to(x.dtype), segments=segments)
         next_tail = x[:, x.shape[1] - kept :] if x.shape[1] > kept else torch.cat((tail, x), dim=1)[:, x.shape[1] :]
         return F.silu(mixed), next_tail.clone()  # a clone, so that a decoding state does not hold on to all of x

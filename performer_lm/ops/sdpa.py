@@ -75,7 +75,7 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]) 
     if matrix is not None and is_one_row and _rounds_bias(queries):
         out = _attend_one_query(queries, keys, values, matrix, scale=terms.scale)
     else:
-        is_causal = terms.causal and matrix is None and terms.queries > 1
+        is_causal = terms.causal and matrix is None and bool(terms.queries > 1)
         out = _run_kernel(queries, keys, values, matrix, causal=is_causal, scale=terms.scale)[..., : v.shape[-1]]
     if sees_none is not None:
         out = out.masked_fill(sees_none[..., None], 0.0)

@@ -51,6 +51,11 @@ class ByteLevelTokenizer(Tokenizer):
         self._library = tokenizers.Tokenizer(model)
         self._library.pre_tokenizer = split_at(split)
 
+    @property
+    def library(self) -> Any:
+        """Return the library's tokenizer, which encodes words."""
+        return self._library
+
     def encode_batch(self, texts: Sequence[Text]) -> list[Ids]:
         return encode_in_runs(self._library, texts)
 

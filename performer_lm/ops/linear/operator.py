@@ -15,7 +15,7 @@ from torch import Tensor
 
 from performer_lm.ops.linear.sequence import Trace, attend, pull
 from performer_lm.ops.linear.state import Geometry, LinearState
-from performer_lm.ops.linear.tokens import Tokens, cut
+from performer_lm.ops.linear.tokens import Tokens, count_parts
 from performer_lm.ops.maps import Maps
 from performer_lm.ops.precision import no_autocast
 
@@ -62,7 +62,7 @@ def _(
     leaves: Sequence[Tensor], given: str, code: str, tile: int, block: int, one_scale: bool, triton: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens, (sums, exponent), _ = _take_apart(leaves, given, code)
-    rows, blocks = tokens.queries.shape[:3], 1 if triton else len(list(cut(tokens.queries.shape[2], block, tile)))
+    rows, blocks = tokens.queries.shape[:3], 1 if triton else count_parts(tokens.queries.shape[2], block, tile)
     return (
         sums.new_empty(*rows, tokens.values.shape[-1]),
         exponent.new_empty(rows),

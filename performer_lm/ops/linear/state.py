@@ -53,6 +53,7 @@ def choose_geometry(sums: Tensor, *, block: int | None) -> Geometry:
         block: tokens per block where the caller wants another number.
     """
     b, g, m = sums.shape[:3]
+    b = 1 if torch.compiler.is_exporting() else b  # a program that is exported serves batches of any size
     on_host = sums.device.type == "cpu"
     if block is None:
         fitting = (CACHED if on_host else HELD) / max(1, b * g * m)

@@ -7,6 +7,7 @@ Letters: `b` batch, `h` heads, `g` key heads, `r` = h / g queries per key, `n` t
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -50,6 +51,12 @@ def cut(n: int, block: int, tile: int) -> Iterator[slice]:
         size = size - size % tile if size > tile else size
         yield slice(start, start + size)
         start += size
+
+
+def count_parts(n: int, block: int, tile: int) -> int:
+    """Return into how many parts `cut` cuts n tokens; of a symbolic n without asking for its value."""
+    rest = n % block
+    return n // block + -(-rest // block) + torch.sym_min(1, rest // tile) * -(-(rest % tile) // tile)
 
 
 def take_block(tokens: Tokens, part: slice, tile: int, scratch: Scratch) -> Tokens:

@@ -1,5 +1,6 @@
 """Linear attention in blocks equals its quadratic definition: any length, split, mask, documents and decay."""
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from performer_lm.ops.linear import LinearState, absorb_keys, causal_linear_atte
 from performer_lm.ops.linear import causal as linear_causal
 from performer_lm.ops.linear import chunks as linear_chunks
 from performer_lm.ops.linear import state as linear_state
+from performer_lm.ops.linear.tokens import count_parts, cut
 from performer_lm.ops.maps import Exponential
 
 FLOAT64 = 1e-10
@@ -271,3 +273,8 @@ def test_how_many_tokens_a_block_has_moves_results_by_rounding_only(backward: bo
     tensors = [x.requires_grad_(backward) for x in inputs(300)]
     out, _ = blockwise(*tensors, chunk_size=None)
     assert (out - quadratic(*tensors)).abs().max() < FLOAT64
+
+
+def test_the_parts_of_a_cut_are_counted_without_cutting() -> None:
+    for tile, tiles, n in product((1, 3, 32), (1, 2, 4), range(300)):
+        assert count_parts(n, tile * tiles, tile) == len([*cut(n, tile * tiles, tile)])
