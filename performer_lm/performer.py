@@ -55,6 +55,7 @@ class Performer(Redrawable):
         gate: whether each head's output is normalised and gated.
         token_shift: whether part of each branch's input channels is the neighbours' (not for cross-attention).
         qk_norm: bound of the learned temperature of normalised queries and keys; None leaves them as they are.
+        head_norm: factory of the norms of each head's queries and keys, called with dim_head; None for none.
         qkv_bias: whether the projections to q, k, v have biases.
         out_bias: whether the projections of the heads' outputs have biases.
         absolute: factory of positions added to the input, called with dim; None adds none.
@@ -91,6 +92,7 @@ class Performer(Redrawable):
         gate: bool = False,
         token_shift: bool = False,
         qk_norm: Positive | None = None,
+        head_norm: Callable[..., nn.Module] | None = None,
         qkv_bias: bool = False,
         out_bias: bool = False,
         absolute: Callable[..., AbsolutePositions] | None = None,
@@ -110,6 +112,8 @@ class Performer(Redrawable):
             raise ValueError("convolution needs a causal model: set convolution to 0 (token_shift looks both ways)")
         if reversible and recompute:
             raise ValueError("reversible already recomputes: set recompute to false")
+        if qk_norm is not None and head_norm is not None:
+            raise ValueError("qk_norm and head_norm both set the length of queries and keys: set one of them to null")
         local_each = [local_heads] * depth if isinstance(local_heads, int) else list(local_heads)
         if len(local_each) != depth:
             raise ValueError(f"local_heads must be one number or one per layer ({depth}), got {local_each}")
@@ -125,6 +129,7 @@ class Performer(Redrawable):
             "key_heads": heads if key_heads is None else key_heads,
             "gate": gate,
             "qk_norm": qk_norm,
+            "head_norm": head_norm,
             "qkv_bias": qkv_bias,
             "out_bias": out_bias,
         }
