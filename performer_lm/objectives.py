@@ -174,7 +174,7 @@ class MaskedTokens(Objective):
         Raises:
             ValueError: for a tokenizer without a mask token.
         """
-        self.mask_id, self.words = tokenizer.special_id("mask"), tokenizer.end_id
+        self.mask_id, self.words = tokenizer.special_id("mask"), tokenizer.num_pieces
 
     def ask(self, model: PerformerLM, windows: Tensor, *, step: int | None, separator: int | None = None) -> Prediction:
         """Ask for the chosen among the windows' first n tokens."""
