@@ -38,6 +38,7 @@ COMMAND_LINES = {
     "train with masks": ["data=mixture", "objective=mlm", "model=performer_encoder", "optimizer=adamw", "schedule=wsd"],
     "train a task": ["data=synthetic", "attn=relu", "model/absolute=axial", "model/positions=rotary"],
     "generate": [],
+    "convert": [],
     "evaluate": ["task=approximation", "attn=local"],
 }
 
