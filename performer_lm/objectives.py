@@ -76,6 +76,18 @@ class Objective(ABC):
         """Take ids from the tokenizer; to be called before the first use."""
         del tokenizer
 
+    def sources(self) -> dict[str, str]:
+        """Return digests, by name, of other files that are learned from: a run goes on only with the same."""
+        return {}
+
+    def join(self, model: LanguageModel) -> None:
+        """Choose what of a model learns; to be called after `adopt`, before its optimizer is made.
+
+        Raises:
+            ValueError: for a model that cannot learn so.
+        """
+        del model
+
     @abstractmethod
     def ask(self, model: Any, windows: Tensor, *, step: int | None, separator: int | None = None) -> Prediction:
         """Show a model windows `(b, n + 1)`, filled up with `IGNORE`.

@@ -131,7 +131,7 @@ def _weight_files(folder: Path) -> list[Path]:
         return [single]
     if index.exists():
         listed = _read_json(index).get("weight_map")
-        names = [*listed.values()] if isinstance(listed, dict) else [listed]
+        names: list[Any] = [*listed.values()] if isinstance(listed, dict) else [listed]
         for name in names:
             if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
                 raise ValueError(f"{index}: weight_map names {short(name)}, which is no file of safetensors beside it")
