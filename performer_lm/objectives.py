@@ -254,6 +254,12 @@ def token_losses(head: nn.Linear, hidden: Tensor, targets: Tensor, *, chunk_size
     return losses.reshape(targets.shape)
 
 
+def kl_divergence(wanted: Tensor, logits: Tensor) -> Tensor:
+    """Return the divergence `(...)` in nats of logits `(..., vocab)` from those that are wanted."""
+    told = wanted.log_softmax(-1)
+    return (told.exp() * (told - logits.log_softmax(-1))).sum(-1)
+
+
 def choose_chunk_size(tokens: int, *, vocab_size: int) -> int:
     """Return how many tokens' logits to hold at once: all of them, or a chunk where they would be many."""
     return tokens if tokens * vocab_size <= WHOLE else max(1, PIECE // vocab_size)

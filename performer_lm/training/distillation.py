@@ -20,7 +20,7 @@ from performer_lm.language_model import LanguageModel
 from performer_lm.model import PerformerLM
 from performer_lm.nn.attention import MultiHeadAttention
 from performer_lm.nn.branch import TokenInfo
-from performer_lm.objectives import Losses, NextToken, Objective, Prediction, choose_chunk_size
+from performer_lm.objectives import Losses, NextToken, Objective, Prediction, choose_chunk_size, kl_divergence
 from performer_lm.ops.precision import sum_dtype
 from performer_lm.ops.terms import slices
 from performer_lm.ranges import Count, Fraction, Positive, ranged
@@ -188,12 +188,6 @@ def layer_error(body: MultiHeadAttention, seen: Seen) -> Tensor:
     out = body(seen.x, seen.info)
     wanted = seen.out.to(sum_dtype(seen.out))
     return (out - wanted).square().mean(-1) / wanted.square().mean().clamp(min=torch.finfo(wanted.dtype).tiny)
-
-
-def kl_divergence(wanted: Tensor, logits: Tensor) -> Tensor:
-    """Return the divergence `(...)` in nats of logits `(..., vocab)` from those that are wanted."""
-    told = wanted.log_softmax(-1)
-    return (told.exp() * (told - logits.log_softmax(-1))).sum(-1)
 
 
 class _Rows:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from performer_lm import checkpoint
 from performer_lm.data.tokenizer import ByteTokenizer
 from performer_lm.model import PerformerLM
-from performer_lm.training.distillation import Distillation, Layerwise, kl_divergence
+from performer_lm.objectives import kl_divergence
+from performer_lm.training.distillation import Distillation, Layerwise
 from performer_lm.training.loggers.record import read_metrics
 from performer_lm.training.optim import parameter_groups
 from performer_lm.training.run import Run
