@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, final
+from typing import Final, NamedTuple, final
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from performer_lm.objectives import NextToken, choose_chunk_size, kl_divergence
 from performer_lm.ops.precision import sum_dtype
 from performer_lm.ops.terms import slices
 from performer_lm.ranges import Count, Fraction, ranged
+
+NEXT: Final = NextToken(chunk_size=None)
 
 
 class Apart(NamedTuple):
@@ -62,14 +64,18 @@ class PlanHybrid(Evaluation):
         student = subject.model
         assert isinstance(student, PerformerLM)
         teacher = self._open(student, subject.folder).to(student.head.weight.device)
-        windows = [*_windows(subject.data.held_out, self.sequences, subject.data.batch_size)]
-        lengths = torch.from_numpy(subject.data.held_out.byte_lengths)
+        device, separator = student.head.weight.device, subject.data.separator
+        windows = [x.to(device) for x in _windows(subject.data.held_out, self.sequences, subject.data.batch_size)]
+        lengths, known = (
+            torch.from_numpy(subject.data.held_out.byte_lengths),
+            read(teacher, windows, separator=separator),
+        )
 
         def measure(*restored: int) -> Apart:
             with with_layers(student, teacher, restored):
-                return measure_apart(student, teacher, windows, lengths, separator=subject.data.separator)
+                return measure_apart(student, teacher, windows, known, lengths, separator=separator)
 
-        own = measure_apart(teacher, teacher, windows, lengths, separator=subject.data.separator)
+        own = measure_apart(teacher, teacher, windows, known, lengths, separator=separator)
         swapped, depth = measure(), len(student.performer.layers)
         each = [measure(layer) for layer in range(depth)]
         order = sorted(range(depth), key=lambda layer: each[layer].divergence)
@@ -122,6 +128,7 @@ def measure_apart(
     student: PerformerLM,
     teacher: PerformerLM,
     windows: list[Tensor],
+    known: list[Tensor],
     lengths: Tensor,
     *,
     separator: int | None,
@@ -132,27 +139,31 @@ def measure_apart(
         student: in evaluation mode.
         teacher: of the same ids.
         windows: batches of ids, `(b, n + 1)`.
+        known: of `read`, by the teacher.
         lengths: bytes of text that each id stands for.
         separator: the id that begins a document where tokens see their own document only.
     """
-    objective = NextToken(chunk_size=None)
     divergence = nats = text = torch.zeros((), dtype=torch.float64)
     tokens = 0
-    for batch in windows:
-        rows = batch.to(student.head.weight.device)
-        hidden, targets = objective.ask(student, rows, step=None, separator=separator)
-        known, _ = objective.ask(teacher, rows, step=None, separator=separator)
+    for batch, of_teacher in zip(windows, known, strict=True):
+        hidden, targets = NEXT.ask(student, batch, step=None, separator=separator)
         asked = targets != IGNORE
-        hidden, known, wanted = hidden[asked], known[asked], targets[asked]
+        hidden, told, wanted = hidden[asked], of_teacher[asked], targets[asked]
         for each in slices(len(wanted), choose_chunk_size(2 * len(wanted), vocab_size=student.head.out_features)):
-            logits, told = student.head(hidden[each]), teacher.head(known[each])
-            logits, told = logits.to(sum_dtype(logits)), told.to(sum_dtype(told))
-            divergence = divergence + kl_divergence(told, logits).sum().cpu().double()
+            logits, theirs = student.head(hidden[each]), teacher.head(told[each])
+            logits, theirs = logits.to(sum_dtype(logits)), theirs.to(sum_dtype(theirs))
+            divergence = divergence + kl_divergence(theirs, logits).sum().cpu().double()
             nats = nats + F.cross_entropy(logits, wanted[each], reduction="sum").cpu().double()
         tokens, text = tokens + len(wanted), text + lengths[wanted.cpu()].sum().double()
     if not text:
         raise ValueError("the text is too short: not one token of it stands for text")
     return Apart(float(divergence) / tokens, float(nats / text) / math.log(2))
+
+
+@torch.inference_mode()
+def read(teacher: PerformerLM, windows: list[Tensor], *, separator: int | None) -> list[Tensor]:
+    """Return the vectors `(b, n, dim)` that the teacher's output layer reads, of each batch of windows."""
+    return [NEXT.ask(teacher, batch, step=None, separator=separator).hidden for batch in windows]
 
 
 def _windows(windows: FiniteWindows, count: int, batch_size: int) -> Iterator[Tensor]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from performer_lm import checkpoint
 from performer_lm.data.tokenizer import ByteTokenizer
-from performer_lm.evaluation.hybrid import measure_apart, with_layers
+from performer_lm.evaluation.hybrid import measure_apart, read, with_layers
 from performer_lm.model import PerformerLM
 from performer_lm.objectives import kl_divergence
 
@@ -46,11 +46,11 @@ def test_with_all_layers_restored_a_student_is_its_teacher(teacher: PerformerLM,
     student: PerformerLM = checkpoint.build(section(model_section, "attn=favor", "attn.num_features=4")).eval()
     checkpoint.load_weights(student, teacher.state_dict(), source="teacher")
     windows = [torch.randint(0, 256, (2, 17)), torch.randint(0, 256, (1, 17))]
-    lengths = torch.ones(257, dtype=torch.int64)
+    lengths, known = torch.ones(257, dtype=torch.int64), read(teacher, windows, separator=None)
 
     def divergence(*restored: int) -> float:
         with with_layers(student, teacher, restored):
-            return measure_apart(student, teacher, windows, lengths, separator=None).divergence
+            return measure_apart(student, teacher, windows, known, lengths, separator=None).divergence
 
     wanted = [kl_divergence(teacher(ids[:, :-1]), student(ids[:, :-1])).flatten() for ids in windows]
     assert divergence() == pytest.approx(float(torch.cat(wanted).mean()), rel=1e-4)
