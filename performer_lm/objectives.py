@@ -76,6 +76,18 @@ class Objective(ABC):
         """Take ids from the tokenizer; to be called before the first use."""
         del tokenizer
 
+    def sources(self) -> dict[str, str]:
+        """Return digests, by name, of other files that are learned from: a run goes on only with the same."""
+        return {}
+
+    def join(self, model: LanguageModel) -> None:
+        """Choose what of a model learns; to be called after `adopt`, before its optimizer is made.
+
+        Raises:
+            ValueError: for a model that cannot learn so.
+        """
+        del model
+
     @abstractmethod
     def ask(self, model: Any, windows: Tensor, *, step: int | None, separator: int | None = None) -> Prediction:
         """Show a model windows `(b, n + 1)`, filled up with `IGNORE`.
@@ -174,7 +186,7 @@ class MaskedTokens(Objective):
         Raises:
             ValueError: for a tokenizer without a mask token.
         """
-        self.mask_id, self.words = tokenizer.special_id("mask"), tokenizer.end_id
+        self.mask_id, self.words = tokenizer.special_id("mask"), tokenizer.num_pieces
 
     def ask(self, model: PerformerLM, windows: Tensor, *, step: int | None, separator: int | None = None) -> Prediction:
         """Ask for the chosen among the windows' first n tokens."""
@@ -240,6 +252,12 @@ def token_losses(head: nn.Linear, hidden: Tensor, targets: Tensor, *, chunk_size
     logits = logits.to(sum_dtype(logits))
     losses = F.cross_entropy(logits, targets.reshape(-1), ignore_index=IGNORE, reduction="none")
     return losses.reshape(targets.shape)
+
+
+def kl_divergence(wanted: Tensor, logits: Tensor) -> Tensor:
+    """Return the divergence `(...)` in nats of logits `(..., vocab)` from those that are wanted."""
+    told = wanted.log_softmax(-1)
+    return (told.exp() * (told - logits.log_softmax(-1))).sum(-1)
 
 
 def choose_chunk_size(tokens: int, *, vocab_size: int) -> int:

@@ -56,6 +56,7 @@ class Performer(Redrawable):
         gate: whether each head's output is normalised and gated.
         token_shift: whether part of each branch's input channels is the neighbours' (not for cross-attention).
         qk_norm: bound of the learned temperature of normalised queries and keys; None leaves them as they are.
+        head_norm: factory of the norms of each head's queries and keys, called with dim_head; None for none.
         qkv_bias: whether the projections to q, k, v have biases.
         out_bias: whether the projections of the heads' outputs have biases.
         absolute: factory of positions added to the input, called with dim; None adds none.
@@ -92,6 +93,7 @@ class Performer(Redrawable):
         gate: bool = False,
         token_shift: bool = False,
         qk_norm: Positive | None = None,
+        head_norm: Callable[..., nn.Module] | None = None,
         qkv_bias: bool = False,
         out_bias: bool = False,
         absolute: Callable[..., AbsolutePositions] | None = None,
@@ -111,6 +113,8 @@ class Performer(Redrawable):
             raise ValueError("convolution needs a causal model: set convolution to 0 (token_shift looks both ways)")
         if reversible and recompute:
             raise ValueError("reversible already recomputes: set recompute to false")
+        if qk_norm is not None and head_norm is not None:
+            raise ValueError("qk_norm and head_norm both set the length of queries and keys: set one of them to null")
         if local_heads is None:
             group = heads // (key_heads or heads)
             local_heads = heads // 4 // group * group
@@ -129,6 +133,7 @@ class Performer(Redrawable):
             "key_heads": heads if key_heads is None else key_heads,
             "gate": gate,
             "qk_norm": qk_norm,
+            "head_norm": head_norm,
             "qkv_bias": qkv_bias,
             "out_bias": out_bias,
         }

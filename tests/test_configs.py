@@ -39,6 +39,7 @@ COMMAND_LINES = {
     "train a task": ["data=synthetic", "attn=relu", "model/absolute=axial", "model/positions=rotary"],
     "generate": [],
     "serve": ["attn=flash"],
+    "convert": [],
     "evaluate": ["task=approximation", "attn=local"],
     "evaluate backends": ["task=backends"],
     "evaluate copying": ["task=copying"],

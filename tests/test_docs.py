@@ -14,6 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tokenizers
+import torch
+from safetensors.torch import save_file
+from tokenizers import decoders, models, pre_tokenizers
+
+from performer_lm.interop.llama import list_weights
+from performer_lm.interop.settings import Settings
+from performer_lm.interop.transformers_folder import read_shape
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -87,12 +95,30 @@ def write_texts(folder: Path) -> None:
         (folder / f"stories/{split}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in part))
 
 
+def write_model(folder: Path) -> None:
+    """Write the model of transformers that documents name: of the Llama shape, tiny, and of bytes."""
+    names = sorted(pre_tokenizers.ByteLevel.alphabet())
+    library = tokenizers.Tokenizer(models.BPE({name: place for place, name in enumerate(names)}, []))
+    library.pre_tokenizer, library.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    library.add_special_tokens(["</s>"])
+    sizes = {"vocab_size": 257, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+    config = {"model_type": "llama", "num_attention_heads": 4, "eos_token_id": 256, **sizes}
+    shape = read_shape(Settings(config, source="config.json"))
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(sizes, generator=generator) / 6 for name, sizes in list_weights(shape)}
+    folder.mkdir()
+    library.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(weights, folder / "model.safetensors")
+
+
 @pytest.mark.readme
 @pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
 def test_every_command_works_in_order(
     document: Path, invoke: Invoke, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_texts(tmp_path)
+    write_model(tmp_path / "theirs")
     monkeypatch.setattr(sys, "stdin", io.StringIO())  # of a reader who types nothing
     if any("ckpt=" in word for command in scripts(document)[:1] for word in command):
         assert invoke(*shortened("train.py", [], cache))[0] == 0  # a document may start from a trained model

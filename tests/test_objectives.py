@@ -84,7 +84,7 @@ def test_a_chunk_holds_something() -> None:
 class Words:
     """A tokenizer of 39 words and a mask."""
 
-    end_id = 39
+    num_pieces = 39
 
     def special_id(self, name: str) -> int:
         assert name == "mask"

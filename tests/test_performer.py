@@ -59,7 +59,7 @@ shared_options = {
     "key_heads": st.sampled_from([1, 2, 4]),
     "gate": st.booleans(),
     "token_shift": st.booleans(),
-    "qk_norm": st.sampled_from([None, 3.0]),
+    "lengths": st.sampled_from([{}, {"qk_norm": 3.0}, {"head_norm": RMSNorm}]),
     "qkv_bias": st.booleans(),
     "out_bias": st.booleans(),
     "positions": st.sampled_from(
@@ -107,8 +107,8 @@ crossing_mix = st.fixed_dictionaries(shared_options | {"attn": st.sampled_from(A
 
 def build(mix: dict[str, Any], **more: Any) -> Performer:
     """Build a small stack in which every weight does something."""
-    options = {key: value for key, value in mix.items() if key not in ("attn", "residual", "norms")}
-    options |= mix["residual"] | mix["norms"] | more
+    options = {key: value for key, value in mix.items() if key not in ("attn", "residual", "norms", "lengths")}
+    options |= mix["residual"] | mix["norms"] | mix.get("lengths", {}) | more
     stack = Performer(
         dim=DIM,
         depth=DEPTH,

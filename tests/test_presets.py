@@ -40,6 +40,9 @@ def test_every_preset_runs(preset: str, invoke: Invoke, monkeypatch: pytest.Monk
     monkeypatch.setattr(record, "draw_metrics", lambda *arguments, **options: None)
     Path("text.txt").write_text("".join(f"line {index} says {index * 37 % 101}\n" for index in range(2000)))
     words, cfg = shortened(preset)
+    if "teacher" in cfg.objective:
+        assert invoke("debug=fast", "data=files", "data.path=text.txt", "attn=flash", "run_dir=runs/teacher")[0] == 0
+        words += ["init=runs/teacher", "attn=favor"]
     swept = cfg.hydra.sweeper.get("params") or {}
     code, _, err = invoke(*(["-m"] if swept else []), *words, "run_dir=runs/a")
     assert code == 0, err

@@ -22,6 +22,7 @@ from performer_lm.wording import first_line, short
 OBJECTIVES: dict[str, type[Objective]] = {
     f"performer_lm.objectives.{each.__name__}": each for each in (NextToken, MaskedTokens, SourceToTarget)
 }
+TAUGHT = "performer_lm.training.distillation."  # objectives with a teacher, which are measured by next tokens
 BACKEND = ".backend."  # keys of what a backend owns: it may change between saving and opening
 
 
@@ -90,6 +91,8 @@ def open_objective(checkpoint: Checkpoint, model: LanguageModel, tokenizer: Toke
         raise ValueError(f"{checkpoint.path} was trained on {short(section)}, which is no objective of performer_lm")
     section = dict(section)
     name = section.pop("_target_", None)
+    if isinstance(name, str) and name.startswith(TAUGHT):
+        name, section = next(iter(OBJECTIVES)), {"chunk_size": section.get("chunk_size")}
     if not isinstance(name, str) or name not in OBJECTIVES:
         raise ValueError(f"{checkpoint.path} was trained on {short(name)}, which is no objective of performer_lm")
     try:

@@ -18,7 +18,10 @@ from performer_lm.building import did_you_mean, escape
 from performer_lm.cli.annotations import leaves
 from performer_lm.cli.errors import UsageError
 
-PATHS = ("cache_dir", "ckpt", "init", "out", "path", "prompts", "run_dir", "save_state", "state", "validation_path")
+PATHS = (
+    *("cache_dir", "ckpt", "init", "out", "path", "prompts", "run_dir", "save_state", "source", "state", "teacher"),
+    "validation_path",
+)
 # by the last name of the key: data.path, data.corpora.files.path, tokenizer.path
 FREE_TEXT = (*PATHS, "prompt", "stop")
 REFUSED = {  # options of Hydra's that load what no check sees

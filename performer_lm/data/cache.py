@@ -208,7 +208,7 @@ def _read(folder: Path, tokenizer: Tokenizer, content_hash: str) -> TokenCache |
 
 
 def _dtype_of(tokenizer: Tokenizer) -> np.dtype[Any]:
-    return np.min_scalar_type(tokenizer.end_id)
+    return np.min_scalar_type(max(tokenizer.end_id, tokenizer.num_pieces - 1))
 
 
 def _map_all(folder: Path, manifest: dict[str, Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:

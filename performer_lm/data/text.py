@@ -243,9 +243,7 @@ class TextData(WindowData):
             documents = np.searchsorted(self._bounds, [first, last])
             text += int(cache.validation_sizes[documents[0] : documents[1]].sum())
             tokens += last - first - int(documents[1] - documents[0])
-        lengths = np.full(cache.tokenizer.vocab_size, text / max(tokens, 1), dtype=np.float32)
-        lengths[cache.tokenizer.end_id :] = 0
-        return lengths
+        return cache.tokenizer.equal_lengths(text / max(tokens, 1))
 
 
 def _check_weights(names: Sequence[str], weights: Mapping[str, float] | None) -> list[float] | None:

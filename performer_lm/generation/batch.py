@@ -102,7 +102,7 @@ def _search(model: LanguageModel, tokenizer: Tokenizer, prefix: Prefix, rows: li
     """Search for the likeliest rows of each prompt, one prompt after the other."""
     for index, own in enumerate(rows):
         one = select_rows(prefix, prefix.tokens.new_tensor([index]))
-        found = search_beams(model, one, end_id=tokenizer.end_id, wanted=len(own), **options)
+        found = search_beams(model, one, end_ids=tokenizer.end_ids, wanted=len(own), **options)
         del own[int(found.scores.isfinite().sum()) :]  # where there are fewer continuations than were wanted
         for row, tokens, log_probs in zip(own, found.tokens.tolist(), found.log_probs.tolist(), strict=False):
             for token, log_prob in zip(tokens, log_probs, strict=True):
@@ -122,7 +122,7 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], *, may_be_empty
             ids = tokenizer.encode(prompt).tolist()
         except ValueError as error:
             raise ValueError(f"prompt {number}: {error}" if len(prompts) > 1 else str(error)) from error
-        found.append(ids or ([] if may_be_empty else [tokenizer.end_id]))
+        found.append(ids if may_be_empty else tokenizer.begin(ids))
     return found
 
 

@@ -3,6 +3,7 @@
 Letters: `w` beams, `n` new tokens.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ def search_beams(
     beams: int,
     max_new_tokens: int,
     sampler: Sampler,
-    end_id: int,
+    end_ids: Sequence[int],
     wanted: int = 1,
 ) -> Beams:
     """Find the continuations of the highest probability, among those that end and those of `max_new_tokens`.
@@ -44,7 +45,7 @@ def search_beams(
         beams: rows followed at once.
         max_new_tokens: how many tokens a row has at most.
         sampler: whose biases, bans and penalties count, and whose temperature and filters do not.
-        end_id: the token that ends a row.
+        end_ids: tokens that end a row, which from then on has the first of them.
         wanted: how many of the beams the caller looks at: the search ends when so many are certain.
 
     Raises:
@@ -56,11 +57,11 @@ def search_beams(
     scores = torch.full((beams,), float("-inf"), device=logits.device, dtype=precise(logits.device))
     scores[0] = 0.0  # the others are copies
     tokens, log_probs = seen.new_empty(beams, 0), scores.new_empty(beams, 0)
-    ended = torch.zeros_like(scores, dtype=torch.bool)
+    ended, ends = torch.zeros_like(scores, dtype=torch.bool), prefix.tokens.new_tensor(end_ids)
     for index in range(max_new_tokens):
         more = sampler.adjust(logits, seen=seen, mask=kept).to(scores.dtype).log_softmax(-1)
         stays = torch.full_like(more, float("-inf"))
-        stays[:, end_id] = 0.0
+        stays[:, end_ids[0]] = 0.0
         totals = scores[:, None] + torch.where(ended[:, None], stays, more)
         scores, places = totals.flatten().topk(beams)
         rows, ids = places // logits.shape[-1], places % logits.shape[-1]
@@ -68,7 +69,7 @@ def search_beams(
         tokens = torch.cat((tokens[rows], ids[:, None]), dim=1)
         own = log_probs_of(ids, logits).to(scores.dtype).masked_fill(ended, 0.0)
         log_probs = torch.cat((log_probs[rows], own[:, None]), dim=1)
-        ended = ended | (ids == end_id)
+        ended = ended | torch.isin(ids, ends)
         if index + 1 == max_new_tokens or bool(ended[:wanted].all()):  # the others can only lose
             break
         if sampler.reach:

@@ -55,8 +55,8 @@ class Session:
             ValueError: for text that the tokenizer cannot write, and where learned positions end.
         """
         ids = [*self._unread, *self.tokenizer.encode(text).tolist()]
-        if self.prefix is None and not ids:
-            ids = [self.tokenizer.end_id]
+        if self.prefix is None:
+            ids = self.tokenizer.begin(ids)
         tokens = torch.tensor([ids], device=self._device, dtype=torch.int64)
         self.prefix = read(self.model, tokens, after=self.prefix, max_new_tokens=self.max_new_tokens)
         self._unread = []

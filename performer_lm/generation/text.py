@@ -16,7 +16,7 @@ class Row:
     """The continuation of a prompt as its tokens come: text up to the first stop string, tokens, log-probabilities.
 
     Args:
-        tokenizer: whose tokens come; its `end_id` ends the row.
+        tokenizer: whose tokens come; any of its `end_ids` ends the row.
         stop: strings that end the text, which leaves them out; each may span tokens.
 
     Raises:
@@ -48,7 +48,7 @@ class Row:
         if found:
             self._held = self._held[: min(found)[1]]  # of the one complete first, however the text is cut into tokens
             return self.close("stop")
-        if token == self._tokenizer.end_id:
+        if token in self._tokenizer.end_ids:
             return self.close("end")
         return self._give(len(self._held) - max((_overlap(self._held, stop) for stop in self._stop), default=0))
 

@@ -42,6 +42,7 @@ class MultiHeadAttention(Body):
         gate: whether each head's output is RMS-normalised and passes a sigmoid gate.
         positions: factory of the position scheme.
         qk_norm: bound of the learned temperature of normalised queries and keys; None leaves them as they are.
+        head_norm: factory of the norms of each head's queries and keys, called with dim_head; None for none.
         qkv_bias: whether the projections to q, k and v have biases.
         out_bias: whether the projection back to the stream has one.
     """
@@ -61,6 +62,7 @@ class MultiHeadAttention(Body):
         gate: bool,
         positions: Callable[..., Positions],
         qk_norm: float | None,
+        head_norm: Callable[..., nn.Module] | None,
         qkv_bias: bool,
         out_bias: bool,
     ) -> None:
@@ -71,6 +73,8 @@ class MultiHeadAttention(Body):
         self.project_in = nn.Linear(dim, channels, bias=qkv_bias)
         self.convolution = ShortConvolution(channels, taps=convolution) if convolution else None
         self.norm = _qk_norm(qk_norm, key_heads=key_heads, dim_head=dim_head)
+        self.query_norm = None if head_norm is None else head_norm(dim_head)
+        self.key_norm = None if head_norm is None else head_norm(dim_head)
         self.positions = positions(dim_head=dim_head)
         self.decay = LogDecay(dim, key_heads=key_heads) if decay else None
         self.backend = attn(heads=heads, key_heads=key_heads, dim_head=dim_head, dim_value=dim_head, layer=layer)
@@ -115,8 +119,7 @@ class MultiHeadAttention(Body):
             qkv, tail = self.convolution(qkv, tail, mask=info.mask, segments=info.segments)
         heads = rearrange(qkv, "b n (h d) -> b h n d", h=sum(self.heads_each))
         q, k, v = heads.split(self.heads_each, dim=1)
-        if self.norm is not None:
-            q, k = self.norm(q), self.norm(k)
+        q, k = _normed(q, self.norm, self.query_norm), _normed(k, self.norm, self.key_norm)
         q, k = self.positions(q, k, info.places)
         return q, k, v, tail
 
@@ -142,6 +145,7 @@ class CrossAttention(Body):
         layer: int,
         gate: bool,
         qk_norm: float | None,
+        head_norm: Callable[..., nn.Module] | None,
         qkv_bias: bool,
         out_bias: bool,
     ) -> None:
@@ -150,6 +154,8 @@ class CrossAttention(Body):
         self.project_query = nn.Linear(dim, heads * dim_head, bias=qkv_bias)
         self.project_context = nn.Linear(dim, 2 * key_heads * dim_head, bias=qkv_bias)
         self.norm = _qk_norm(qk_norm, key_heads=key_heads, dim_head=dim_head)
+        self.query_norm = None if head_norm is None else head_norm(dim_head)
+        self.key_norm = None if head_norm is None else head_norm(dim_head)
         self.backend = attn(heads=heads, key_heads=key_heads, dim_head=dim_head, dim_value=dim_head, layer=layer)
         if not self.backend.attends_across:
             raise ValueError(
@@ -188,12 +194,12 @@ class CrossAttention(Body):
 
     def _queries(self, x: Tensor) -> Tensor:
         q = rearrange(self.project_query(x), "b n (h d) -> b h n d", h=self.heads)
-        return q if self.norm is None else self.norm(q)
+        return _normed(q, self.norm, self.query_norm)
 
     def _keys_and_values(self, context: Context) -> tuple[Tensor, Tensor]:
         both = self.project_context(context.vectors)
         k, v = rearrange(both, "b j (two g d) -> two b g j d", two=2, g=self.key_heads)
-        return (k if self.norm is None else self.norm(k)), v
+        return _normed(k, self.norm, self.key_norm), v
 
 
 class HeadOutput(nn.Module):
@@ -216,6 +222,12 @@ class HeadOutput(nn.Module):
 
 def _qk_norm(bound: float | None, *, key_heads: int, dim_head: int) -> QueryKeyNorm | None:
     return None if bound is None else QueryKeyNorm(key_heads=key_heads, dim_head=dim_head, bound=bound)
+
+
+def _normed(x: Tensor, *norms: nn.Module | None) -> Tensor:
+    for norm in norms:
+        x = x if norm is None else norm(x)
+    return x
 
 
 def _required(context: Context | None) -> Context:

@@ -72,6 +72,9 @@ def _carry_optimizer(resumed: Checkpoint, model: LanguageModel, optimizer: Optim
     new = [_named(part, model) for part in _parts(fresh)]
     with torch.device("meta"):
         before: LanguageModel = build_model(resumed.section["model"])
+    learns = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for name, parameter in before.named_parameters():
+        parameter.requires_grad_(learns.get(name, True))
     old = [_named(part, before) for part in _parts(content["optimizer_states"][0])]
     known = {} if is_other else {name: state for part in old for name, state in part.items()}
     parameters = dict(model.named_parameters())

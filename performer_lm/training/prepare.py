@@ -107,6 +107,7 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
     objective.adopt(data.tokenizer)
     model_section["vocab_size"] = data.tokenizer.vocab_size
     section = _describe(cfg, model_section, data, trainer)
+    section["training"] |= objective.sources()
     if cfg.ckpt == AUTO and not is_named:
         resumed, notes = open_newest(section, cfg)
     if resumed:
@@ -114,6 +115,7 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
         notes += check_resumed(resumed, section, max_steps=trainer.max_steps, allow=cfg.resume.allow)
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     model: LanguageModel = build_model(model_section)
+    objective.join(model)
     if resumed:
         notes += carry_over(resumed, model, optimizer, section, is_allowed=bool(cfg.resume.allow))
     elif given:
@@ -179,6 +181,8 @@ def _describe(cfg: DictConfig, model: dict[str, Any], data: WindowData, trainer:
     )
     section["validation"] = validation_digest(data.validation, plain(cfg.objective))
     section["init"] = None if cfg.init is None else describe_given(cfg.init)
+    if teacher := section["training"]["objective"].get("teacher"):
+        section["training"]["objective"]["teacher"] = describe_given(teacher)
     return section
 
 

@@ -154,7 +154,6 @@ class StreamData(WindowData):
         lengths: Any = self.tokenizer.byte_lengths()
         size = sum(map(len, texts))
         if int(lengths[ids].sum()) != size:
-            lengths = np.full(self.tokenizer.vocab_size, size / max(len(ids) - len(texts) - 1, 1), dtype=np.float32)
-            lengths[self.tokenizer.end_id :] = 0
+            lengths = self.tokenizer.equal_lengths(size / max(len(ids) - len(texts) - 1, 1))
         spans = stream_spans(len(ids), context=self.context)
         return listed_windows(HostIds(ids), spans, context=self.context, byte_lengths=lengths)

@@ -1,7 +1,8 @@
 """Text to ids and back, byte by byte: every id stands for some bytes of text.
 
 A tokenizer is its table of pieces, `pieces[id] -> bytes`, so bits per byte can be counted from ids alone. After the
-pieces comes the end of a document, then special tokens by name; neither stands for bytes, and no text spells them.
+pieces comes the end of a document, unless it is one of them, then special tokens by name; neither stands for bytes, and
+no text spells them.
 Tokenizers are saved as plain data (`to_dict`), which a checkpoint holds and `tokenizer_from_dict` checks before it
 builds anything.
 """
@@ -19,20 +20,39 @@ from performer_lm.wording import did_you_mean, short
 Ids = NDArray[np.int64]
 Text = str | bytes
 
+MOST_IDS: Final = 1 << 22
+
 
 class Tokenizer(ABC):
     """A table of byte pieces and a way to write text with them.
 
     Args:
         pieces: the bytes that each id stands for.
-        specials: names of special tokens, whose ids follow the end's.
+        specials: names of special tokens, whose ids follow all others.
+        end_ids: of the pieces, those that end a text; the first ends documents. Without them, the end is an id of its
+            own, after the pieces'.
+        begin_id: of the pieces, the one that stands before a text to be continued; None for none.
     """
 
-    def __init__(self, pieces: Sequence[bytes], *, specials: Sequence[str] = ()) -> None:
+    chat_template: str | None = None
+    """The Jinja template that writes `messages` as a text, for `encode_marked`; None where a model knows no turns."""
+
+    def __init__(
+        self,
+        pieces: Sequence[bytes],
+        *,
+        specials: Sequence[str] = (),
+        end_ids: Sequence[int] = (),
+        begin_id: int | None = None,
+    ) -> None:
         _check_specials(specials)
-        self._pieces = [*pieces, b"", *(b"" for _ in specials)]
-        self.end_id: Final[int] = len(pieces)
-        self.specials: Final[dict[str, int]] = {name: len(pieces) + 1 + place for place, name in enumerate(specials)}
+        self.num_pieces: Final[int] = len(pieces)
+        self.end_ids: Final[tuple[int, ...]] = tuple(end_ids) or (len(pieces),)
+        self.end_id: Final[int] = self.end_ids[0]
+        self.begin_id: Final[int | None] = begin_id
+        first = len(pieces) + (not end_ids)
+        self._pieces = [*pieces, *(b"" for _ in range(first - len(pieces))), *(b"" for _ in specials)]
+        self.specials: Final[dict[str, int]] = {name: first + place for place, name in enumerate(specials)}
         self.vocab_size: Final[int] = len(self._pieces)
 
     @abstractmethod
@@ -51,11 +71,22 @@ class Tokenizer(ABC):
     @final
     def to_dict(self) -> dict[str, Any]:
         """Return plain data from which `tokenizer_from_dict` builds an equal tokenizer."""
-        return {**self._plain(), **({"specials": list(self.specials)} if self.specials else {})}
+        options = {"specials": list(self.specials), "chat_template": self.chat_template}
+        return self._plain() | {name: value for name, value in options.items() if value}
 
     def encode(self, text: Text) -> Ids:
         """Return the ids `(n,)` of a text; `decode_bytes` gives back its bytes exactly."""
         return self.encode_batch([text])[0]
+
+    def encode_marked(self, text: str) -> Ids:
+        """Return the ids of a text that may spell the tokenizer's own special tokens, as a chat template does."""
+        return self.encode(text)
+
+    def begin(self, ids: Sequence[int]) -> list[int]:
+        """Return the ids of a text to be continued as a model is given them: never none, after `begin_id` if any."""
+        if self.begin_id is not None:
+            return [self.begin_id, *ids]
+        return list(ids) or [self.end_id]
 
     def special_id(self, name: str) -> int:
         """Return the id of a special token.
@@ -85,6 +116,12 @@ class Tokenizer(ABC):
     def byte_lengths(self) -> Ids:
         """Return how many bytes of text each id stands for, `(vocab,)`."""
         return np.array([len(piece) for piece in self._pieces], dtype=np.int64)
+
+    def equal_lengths(self, each: float) -> NDArray[np.float32]:
+        """Return `each` for the ids of text, and 0 for the ends and special tokens, `(vocab,)`."""
+        lengths = np.full(self.vocab_size, each, dtype=np.float32)
+        lengths[[*self.end_ids, *self.specials.values()]] = 0
+        return lengths
 
 
 @final

@@ -12,11 +12,13 @@ import struct
 from base64 import b64decode
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, Final, final
 
+import numpy as np
 import tokenizers
 
-from performer_lm.data.tokenizer.base import Ids, Text, Tokenizer
+from performer_lm.data.tokenizer.base import MOST_IDS, Ids, Text, Tokenizer
 from performer_lm.data.tokenizer.byte_level import encode_in_runs, unspell
 from performer_lm.data.tokenizer.utf8 import as_str
 from performer_lm.wording import first_line, short
@@ -35,28 +37,55 @@ class LibraryTokenizer(Tokenizer):
     Args:
         content: a parsed `tokenizer.json`; ValueError, in one line, where the library does not take it.
         specials: names of further special tokens; theirs are the ids after the file's own and the end's.
+        size: ids of the table, where a model has room for more than the file names.
+        end_ids: of the file's own ids, those that end a text; none: the end is an id after them.
+        begin_id: of the file's own ids, the one that stands before a text to be continued.
     """
 
-    def __init__(self, *, content: Mapping[str, Any], specials: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        content: Mapping[str, Any],
+        specials: Sequence[str] = (),
+        size: int | None = None,
+        end_ids: Sequence[int] = (),
+        begin_id: int | None = None,
+    ) -> None:
         self._content = dict(content)
+        self._options = {"size": size, "end_ids": list(end_ids), "begin_id": begin_id}
         with _library_errors():
             for name in ("normalizer", "decoder"):
                 _check_growth(name, self._content.get(name))
             self._library = tokenizers.Tokenizer.from_str(json.dumps(_settled(self._content)))
             self._library.encode_special_tokens = True  # a text that spells one is a text
-            pieces = _pieces(self._library, self._content)
-        super().__init__(pieces, specials=specials)
+            pieces = _padded(_pieces(self._library, self._content), size)
+        marks = [*end_ids, *([] if begin_id is None else [begin_id])]
+        if wrong := next((token for token in marks if not 0 <= token < len(pieces)), None):
+            raise ValueError(f"tokenizer.json: it has {len(pieces):,} ids, and none is {wrong}")
+        for token in marks:
+            pieces[token] = b""
+        super().__init__(pieces, specials=specials, end_ids=end_ids, begin_id=begin_id)
 
     def encode_batch(self, texts: Sequence[Text]) -> list[Ids]:
         strings = [as_str(text) for text in texts]
         with _library_errors():
             encoded = encode_in_runs(self._library, strings)
-        if any(bool((ids >= self.end_id).any()) for ids in encoded):
+        if any(bool((ids >= self.num_pieces).any()) for ids in encoded):
             raise ValueError("tokenizer.json: it gives ids that are not in its vocabulary")
         return encoded
 
+    def encode_marked(self, text: str) -> Ids:
+        with _library_errors():
+            return np.array(self._marking.encode(as_str(text), add_special_tokens=False).ids, dtype=np.int64)
+
+    @cached_property
+    def _marking(self) -> Any:
+        """The same tokenizer, for which a text that spells a special token is that token."""
+        return tokenizers.Tokenizer.from_str(json.dumps(_settled(self._content)))
+
     def _plain(self) -> dict[str, Any]:
-        return {"kind": "tokenizer_json", "content": self._content}
+        options = {name: value for name, value in self._options.items() if value not in (None, [])}
+        return {"kind": "tokenizer_json", "content": self._content, **options}
 
 
 def read_library(plain: dict[str, Any], *, specials: Sequence[str]) -> LibraryTokenizer:
@@ -64,7 +93,14 @@ def read_library(plain: dict[str, Any], *, specials: Sequence[str]) -> LibraryTo
     content = plain.get("content")
     if not isinstance(content, dict):
         raise ValueError(f"tokenizer data: content ({short(content)}) must be a parsed tokenizer.json")
-    return LibraryTokenizer(content=content, specials=specials)
+    options = {name: plain[name] for name in ("size", "end_ids", "begin_id") if name in plain}
+    for name, value in options.items():
+        numbers = value if isinstance(value, list) and name == "end_ids" else [value]
+        if not all(type(number) is int and 0 <= number <= MOST_IDS for number in numbers):
+            raise ValueError(f"tokenizer data: {name} ({short(value)}) must be whole numbers up to {MOST_IDS:,}")
+    if not isinstance(options.get("end_ids", []), list):
+        raise ValueError(f"tokenizer data: end_ids ({short(options['end_ids'])}) must be a list")
+    return LibraryTokenizer(content=content, specials=specials, **options)
 
 
 def _settled(content: dict[str, Any]) -> dict[str, Any]:
@@ -103,6 +139,13 @@ def _pieces(library: Any, content: dict[str, Any]) -> list[bytes]:
         if not entry.special:
             pieces[token] = entry.content.encode("utf-8")
     return pieces
+
+
+def _padded(pieces: list[bytes], size: int | None) -> list[bytes]:
+    """Return the table with room for `size` ids; those that the file does not name stand for nothing."""
+    if size is not None and size < len(pieces):
+        raise ValueError(f"tokenizer.json: it has {len(pieces):,} ids, and there is room for {size:,}")
+    return pieces + [b""] * ((size or 0) - len(pieces))
 
 
 def _spoken(library: Any, tokens: list[int]) -> dict[int, bytes]:

@@ -2,7 +2,7 @@
 
 from typing import Any, Final
 
-from performer_lm.data.tokenizer.base import Tokenizer
+from performer_lm.data.tokenizer.base import MOST_IDS, Tokenizer
 from performer_lm.data.tokenizer.byte_pairs import read_byte_pairs
 from performer_lm.data.tokenizer.characters import ByteTokenizer, read_characters
 from performer_lm.data.tokenizer.library import read_library
@@ -21,8 +21,6 @@ READERS: Final[dict[str, Any]] = {
     "word_pieces": read_word_pieces,
 }
 
-MOST_IDS: Final = 1 << 22
-
 
 def tokenizer_from_dict(plain: Any) -> Tokenizer:
     """Build the tokenizer that `to_dict` described, running nothing of it, or raise ValueError in one line."""
@@ -35,5 +33,9 @@ def tokenizer_from_dict(plain: Any) -> Tokenizer:
     for name, value in plain.items():
         if isinstance(value, list | str) and len(value) > MOST_IDS:
             raise ValueError(f"tokenizer data: {short(name)} has {len(value):,} entries; at most {MOST_IDS:,} are read")
+    chat_template = plain.get("chat_template")
+    if chat_template is not None and not isinstance(chat_template, str):
+        raise ValueError(f"tokenizer data: chat_template ({short(chat_template)}) must be a text")
     tokenizer: Tokenizer = READERS[kind](plain, specials=specials)
+    tokenizer.chat_template = chat_template
     return tokenizer

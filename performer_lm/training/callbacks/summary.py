@@ -25,6 +25,7 @@ class ModelSummary(RunCallback):
             task, data = cast(Any, pl_module), cast(Any, trainer).datamodule
             with torch.device("meta"):
                 sketch = build_model(task.section["model"])
+            task.objective.join(sketch)
             cost = measure_cost(sketch, task.objective, context=data.context)
             sequences, precision = data.share(trainer).micro_batch, str(trainer.precision)
             log.info("%s", describe_cost(cost, context=data.context, sequences=sequences, precision=precision))

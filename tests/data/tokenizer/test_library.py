@@ -37,6 +37,53 @@ def test_a_file_that_loses_text_still_gives_pieces_to_print(tokenizer_json):
     assert tokenizer.token_bytes(vocabulary["[UNK]"]) == b""
 
 
+def test_ends_and_room_of_a_model_are_ids_of_the_table(tokenizer_json):
+    content = tokenizer_json("gpt2")
+    end, size = content["model"]["vocab"]["<|endoftext|>"], 2 * len(content["model"]["vocab"])
+    tokenizer = LibraryTokenizer(content=content, size=size, end_ids=[end, 9], begin_id=7, specials=["mask"])
+    tokenizer.chat_template = "{{ messages }}"
+    assert (tokenizer.end_id, tokenizer.end_ids, tokenizer.begin_id) == (end, (end, 9), 7)
+    assert (tokenizer.num_pieces, tokenizer.special_id("mask"), tokenizer.vocab_size) == (size, size, size + 1)
+    assert {tokenizer.token_bytes(token) for token in (end, 7, 9, size - 1, size)} == {b""}
+    assert tokenizer.begin([5]) == [7, 5]
+    lengths = tokenizer.equal_lengths(2.5)
+    assert [token for token in range(size + 1) if not lengths[token]] == sorted({end, 9, size})
+    again = tokenizer_from_dict(json.loads(json.dumps(tokenizer.to_dict())))
+    assert again.to_dict() == tokenizer.to_dict()
+    assert (again.end_ids, again.begin_id, again.vocab_size) == (tokenizer.end_ids, 7, size + 1)
+    assert again.chat_template == "{{ messages }}"
+
+
+def test_without_ends_of_its_own_a_text_begins_after_the_end(tokenizer_json):
+    tokenizer = LibraryTokenizer(content=tokenizer_json("gpt2"))
+    assert (tokenizer.begin([]), tokenizer.begin([5])) == ([tokenizer.end_id], [5])
+    assert (tokenizer.end_ids, tokenizer.num_pieces) == ((tokenizer.end_id,), tokenizer.end_id)
+    assert set(tokenizer.to_dict()) == {"kind", "content"}
+
+
+def test_only_where_it_is_asked_for_a_text_spells_special_tokens(tokenizer_json):
+    content = tokenizer_json("gpt2")
+    tokenizer, end = LibraryTokenizer(content=content), content["model"]["vocab"]["<|endoftext|>"]
+    text = "return <|endoftext|> name"
+    assert end not in tokenizer.encode(text)
+    marked = tokenizer.encode_marked(text).tolist()
+    assert marked.count(end) == 1
+    assert tokenizer.decode(marked) == "return  name"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 3}, "ids, and there is room for 3"),
+        ({"end_ids": [10**6]}, "and none is 1000000"),
+        ({"begin_id": 10**6}, "and none is 1000000"),
+    ],
+)
+def test_ids_that_the_table_does_not_have_are_refused(tokenizer_json, options, message):
+    with pytest.raises(ValueError, match=message):
+        LibraryTokenizer(content=tokenizer_json("gpt2"), **options)
+
+
 def test_what_makes_encoding_random_or_shorter_is_left_out(tokenizer_json):
     content = tokenizer_json("gpt2")
     content["model"]["dropout"] = 0.5

@@ -51,6 +51,11 @@ def endless(levels: int = 60) -> Any:
         ({"kind": "symbols", "names": ["a", "a"]}, "names (['a', 'a']) must be a list of different words"),
         ({"kind": "symbols", "names": [""]}, "names ([''])"),
         ({"kind": "tokenizer_json", "content": []}, "content ([]) must be a parsed tokenizer.json"),
+        ({"kind": "tokenizer_json", "content": {}, "size": 2**40}, "size (1099511627776) must be whole numbers up to"),
+        ({"kind": "tokenizer_json", "content": {}, "end_ids": 1}, "end_ids (1) must be a list"),
+        ({"kind": "tokenizer_json", "content": {}, "end_ids": [-1]}, "end_ids ([-1]) must be whole numbers up to"),
+        ({"kind": "tokenizer_json", "content": {}, "begin_id": True}, "begin_id (True) must be whole numbers up to"),
+        ({"kind": "bytes", "chat_template": 3}, "chat_template (3) must be a text"),
     ],
 )
 def test_foreign_data_is_refused_in_one_line(plain, message):
