@@ -87,7 +87,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
         table.add_column(column, justify="left" if index < labels else "right")
     for row in rows:
         table.add_row(*row)
-    open_console().print(table)
+    open_console().print(table, markup=False)  # names are of files, which may hold brackets
 
 
 def spread_places(windows: FiniteWindows, count: int | None) -> Indices:
