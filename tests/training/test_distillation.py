@@ -155,9 +155,14 @@ def test_a_stage_resumes_bit_for_bit(objective: str, start: Start, teacher: Perf
     checkpoint.open_objective(whole, *checkpoint.open_model(whole))  # next tokens
 
 
-def test_a_changed_teacher_is_refused(start: Start, teacher: PerformerLM) -> None:
+def test_an_option_may_change_on_the_way_and_the_teacher_may_not(start: Start, teacher: PerformerLM) -> None:
     words = [*STAGE, "callbacks.samples=null", "run_dir=runs/a", "trainer.max_steps=2"]
     start(*words).fit()
+    faster = start(
+        *words[:-2], "ckpt=runs/a", "trainer.max_steps=4", "optimizer.lr=2e-3", "resume.allow=[optimizer.lr]"
+    )
+    assert not [note for note in faster.notes if "optimizer starts anew" in note]
+    faster.run_folder.release()
     content = checkpoint.read(Path(TEACHER)).content
     content["state_dict"]["model.head.weight"] += 1
     checkpoint.save(content, Path(TEACHER))
