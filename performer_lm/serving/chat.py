@@ -15,29 +15,21 @@ from performer_lm.wording import first_line
 Messages = Sequence[dict[str, Any]]
 
 
-def find_template(tokenizer: Tokenizer) -> str | None:
-    """Return the chat template of a tokenizer; None where there is none."""
-    template = getattr(tokenizer, "chat_template", None)
-    return template if isinstance(template, str) else None
-
-
 def encode_messages(tokenizer: Tokenizer, messages: Messages) -> list[int]:
     """Return the ids of the prompt that asks for the answer to messages; a template may spell special tokens.
 
     Raises:
         ValueError: without a template, or for messages that it does not take.
     """
-    template = find_template(tokenizer)
-    if template is None:
+    if tokenizer.chat_template is None:
         raise ValueError("this model's tokenizer has no chat template: /v1/completions continues plain text")
     try:
-        text = _compile(template).render(
+        text = _compile(tokenizer.chat_template).render(
             messages=messages, add_generation_prompt=True, bos_token="", eos_token="", tools=None
         )
     except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
         raise ValueError(f"messages: the chat template refuses them: {first_line(error)}") from error
-    encode = getattr(tokenizer, "encode_marked", tokenizer.encode)
-    return encode(text).tolist() or [tokenizer.end_id]
+    return tokenizer.encode_marked(text).tolist() or [tokenizer.end_id]
 
 
 @lru_cache(maxsize=4)

@@ -16,6 +16,8 @@ from performer_lm import checkpoint
 from performer_lm.generation.decode import decode
 from performer_lm.generation.sampling import Sampler
 from performer_lm.interop.convert import convert, open_source
+from performer_lm.interop.export.card import Training
+from performer_lm.interop.export.folder import export
 
 Write = Callable[..., Path]
 Invoke = Callable[..., tuple[int, str, str]]
@@ -291,3 +293,25 @@ def test_smollm2_says_that_the_capital_of_france_is_paris(
     assert (code, "Paris" in out) == (0, True), out
     assert tokenizer.encode("12 34").tolist() != tokenizer.encode("1234").tolist()
     assert len(tokenizer.encode("1234")) == 4  # digits stand apart, as SmolLM2 was trained with
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_word_embeddings": True}, {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}]
+)
+def test_what_is_converted_and_exported_is_what_it_was(
+    changes: dict[str, Any], folder: Write, transformers: Any, tmp_path: Path
+) -> None:
+    path = folder("Llama", **changes)
+    file = tmp_path / "ours.ckpt"
+    checkpoint.save(convert(open_source(path)), file)
+    ours = checkpoint.read(file)
+    model, tokenizer = checkpoint.open_model(ours)
+    export(model, tokenizer, ours.section["model"], tmp_path / "back", training=Training(1))
+    there, back = (transformers.AutoModelForCausalLM.from_pretrained(each) for each in (path, tmp_path / "back"))
+    assert type(back) is type(there)
+    weights = back.state_dict()
+    assert {name: torch.equal(value, weights[name]) for name, value in there.state_dict().items()} == dict.fromkeys(
+        weights, True
+    )
+    settings = json.loads((tmp_path / "back/tokenizer_config.json").read_text())
+    assert settings["chat_template"] == tokenizer.chat_template
