@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from performer_lm.building import build_model
 from performer_lm.checkpoint import AVERAGES, Checkpoint
-from performer_lm.checkpoint.opening import fit_backend
+from performer_lm.checkpoint.opening import BACKEND, fit_backend
 from performer_lm.language_model import LanguageModel
 from performer_lm.training.optim import DECAYS, MATRICES, parameter_groups
 
@@ -74,7 +74,8 @@ def _carry_optimizer(resumed: Checkpoint, model: LanguageModel, optimizer: Optim
         before: LanguageModel = build_model(resumed.section["model"])
     learns = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for name, parameter in before.named_parameters():
-        parameter.requires_grad_(learns.get(name, True))
+        if BACKEND not in name:  # of its own a backend decides itself
+            parameter.requires_grad_(learns.get(name, True))
     old = [_named(part, before) for part in _parts(content["optimizer_states"][0])]
     known = {} if is_other else {name: state for part in old for name, state in part.items()}
     parameters = dict(model.named_parameters())

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from performer_lm import checkpoint
+from performer_lm.checkpoint.opening import BACKEND
 from performer_lm.data.tokenizer import Tokenizer
 from performer_lm.data.windows import IGNORE
 from performer_lm.language_model import LanguageModel
@@ -147,9 +148,10 @@ class Layerwise(Taught):
             raise ValueError(
                 "objective=layerwise teaches another attention, and this is the teacher's: type attn=favor"
             )
-        model.requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            if BACKEND not in name:  # of its own a backend decides itself
+                parameter.requires_grad_(False)
         for body in _attentions(model):
-            body.backend.requires_grad_(True)
             heads, key_heads, _ = body.heads_each
             rows = body.project_in.out_features // sum(body.heads_each) * (heads + key_heads)
             for parameter in body.project_in.parameters():
