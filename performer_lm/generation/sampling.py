@@ -153,14 +153,19 @@ class Sampler:
         if self.temperature == 0:
             return logits.argmax(-1)
         logits = (logits - logits.amax(-1, keepdim=True)).float() / max(self.temperature, LEAST)
-        if self.top_k is not None and self.top_k < logits.shape[-1]:
+        vocab, places = logits.shape[-1], None
+        if self.top_k is not None and self.top_k < vocab:
             logits = keep_top_k(logits, self.top_k)
+            if self.top_p is not None or self.typical_p is not None:  # they sort: these tokens, not the vocabulary
+                logits, places = logits.topk(self.top_k)
         if self.top_p is not None:
             logits = keep_top_p(logits, self.top_p)
         if self.min_p is not None:
             logits = keep_min_p(logits, self.min_p)
         if self.typical_p is not None:
             logits = keep_typical(logits, self.typical_p)
+        if places is not None:
+            logits = logits.new_full((len(logits), vocab), -math.inf).scatter(1, places, logits)
         return draw(logits.softmax(-1), generator)
 
     @property
