@@ -5,7 +5,7 @@ Letters: `b` batch, `n` tokens, `j` tokens of the context.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any, NamedTuple, cast
+from typing import Annotated, Any, Final, NamedTuple, cast
 
 import torch
 from annotated_types import Ge, Le
@@ -22,6 +22,9 @@ from performer_lm.nn.positions import AbsolutePositions, NoAbsolutePositions, Po
 from performer_lm.nn.residual import Plain, Recomputed, Residual, Reversible
 from performer_lm.ops.checks import check_batch, check_mask, check_segments
 from performer_lm.ranges import Positive, Share, Size, Whole, ranged
+
+SHARP_WIDTH: Final = 32
+"""Width from which heads are worth making local: the narrowest that was measured (docs/recipe.md)."""
 
 
 class PerformerState(NamedTuple):
@@ -50,7 +53,7 @@ class Performer(Redrawable):
         key_heads: key and value heads per layer, a divisor of heads; None for as many as heads.
         local: factory of the local heads' backend; needed where `local_heads` asks for some.
         local_heads: how many of each layer's heads see a local window only: one number, or one per layer; None for a
-            quarter of them, in whole key heads.
+            quarter of them, in whole key heads, where heads are at least 32 wide (docs/recipe.md).
         convolution: taps of the short causal convolution on q, k, v; 0 for none.
         decay: whether heads fade their keys by a data-dependent `log_decay`; causal only.
         gate: whether each head's output is normalised and gated.
@@ -115,9 +118,10 @@ class Performer(Redrawable):
             raise ValueError("reversible already recomputes: set recompute to false")
         if qk_norm is not None and head_norm is not None:
             raise ValueError("qk_norm and head_norm both set the length of queries and keys: set one of them to null")
+        width = dim // heads if dim_head is None else dim_head
         if local_heads is None:
             group = heads // (key_heads or heads)
-            local_heads = heads // 4 // group * group
+            local_heads = heads // 4 // group * group if width >= SHARP_WIDTH else 0
         local_each = [local_heads] * depth if isinstance(local_heads, int) else list(local_heads)
         if len(local_each) != depth:
             raise ValueError(f"local_heads must be one number or one per layer ({depth}), got {local_each}")
@@ -129,7 +133,7 @@ class Performer(Redrawable):
         shared: dict[str, Any] = {
             "dim": dim,
             "heads": heads,
-            "dim_head": dim // heads if dim_head is None else dim_head,
+            "dim_head": width,
             "key_heads": heads if key_heads is None else key_heads,
             "gate": gate,
             "qk_norm": qk_norm,

@@ -404,15 +404,20 @@ def test_learned_positions_end_somewhere() -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "key_heads", "expected"),
-    [(1, None, 0), (2, None, 0), (3, 1, 0), (4, None, 1), (4, 2, 0), (8, None, 2), (8, 2, 0), (8, 4, 2), (16, 4, 4)],
+    ("heads", "key_heads", "width", "expected"),
+    [
+        *[(1, None, 32, 0), (2, None, 32, 0), (3, 1, 32, 0), (4, None, 32, 1), (4, 2, 32, 0), (8, None, 32, 2)],
+        *[(8, 2, 32, 0), (8, 4, 32, 2), (16, 4, 32, 4), (4, None, 64, 1), (4, None, 16, 0)],
+    ],
 )
-def test_a_quarter_of_the_heads_is_local_in_whole_key_heads(heads: int, key_heads: int | None, expected: int) -> None:
+def test_a_quarter_of_wide_heads_is_local_in_whole_key_heads(
+    heads: int, key_heads: int | None, width: int, expected: int
+) -> None:
     stack = Performer(
         dim=16,
         depth=1,
         heads=heads,
-        dim_head=2,
+        dim_head=width,
         key_heads=key_heads,
         attn=BACKENDS["flash"],
         local=partial(LocalAttention, window=3),

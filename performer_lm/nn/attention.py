@@ -119,7 +119,10 @@ class MultiHeadAttention(Body):
             qkv, tail = self.convolution(qkv, tail, mask=info.mask, segments=info.segments)
         heads = rearrange(qkv, "b n (h d) -> b h n d", h=sum(self.heads_each))
         q, k, v = heads.split(self.heads_each, dim=1)
-        q, k = _normed(q, self.norm, self.query_norm), _normed(k, self.norm, self.key_norm)
+        if self.norm is not None:
+            q, k = self.norm(q), self.norm(k)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
         q, k = self.positions(q, k, info.places)
         return q, k, v, tail
 
@@ -194,12 +197,14 @@ class CrossAttention(Body):
 
     def _queries(self, x: Tensor) -> Tensor:
         q = rearrange(self.project_query(x), "b n (h d) -> b h n d", h=self.heads)
-        return _normed(q, self.norm, self.query_norm)
+        q = q if self.norm is None else self.norm(q)
+        return q if self.query_norm is None else self.query_norm(q)
 
     def _keys_and_values(self, context: Context) -> tuple[Tensor, Tensor]:
         both = self.project_context(context.vectors)
         k, v = rearrange(both, "b j (two g d) -> two b g j d", two=2, g=self.key_heads)
-        return _normed(k, self.norm, self.key_norm), v
+        k = k if self.norm is None else self.norm(k)
+        return (k if self.key_norm is None else self.key_norm(k)), v
 
 
 class HeadOutput(nn.Module):
@@ -222,12 +227,6 @@ class HeadOutput(nn.Module):
 
 def _qk_norm(bound: float | None, *, key_heads: int, dim_head: int) -> QueryKeyNorm | None:
     return None if bound is None else QueryKeyNorm(key_heads=key_heads, dim_head=dim_head, bound=bound)
-
-
-def _normed(x: Tensor, *norms: nn.Module | None) -> Tensor:
-    for norm in norms:
-        x = x if norm is None else norm(x)
-    return x
 
 
 def _required(context: Context | None) -> Context:
