@@ -102,7 +102,7 @@ def _search(model: LanguageModel, tokenizer: Tokenizer, prefix: Prefix, rows: li
     """Search for the likeliest rows of each prompt, one prompt after the other."""
     for index, own in enumerate(rows):
         one = select_rows(prefix, prefix.tokens.new_tensor([index]))
-        found = search_beams(model, one, end_ids=tokenizer.end_ids, wanted=len(own), **options)
+        found = search_beams(model, one, end_id=tokenizer.end_ids, wanted=len(own), **options)
         del own[int(found.scores.isfinite().sum()) :]  # where there are fewer continuations than were wanted
         for row, tokens, log_probs in zip(own, found.tokens.tolist(), found.log_probs.tolist(), strict=False):
             for token, log_prob in zip(tokens, log_probs, strict=True):

@@ -32,7 +32,7 @@ def search_beams(
     beams: int,
     max_new_tokens: int,
     sampler: Sampler,
-    end_ids: Sequence[int],
+    end_id: int | Sequence[int],
     wanted: int = 1,
 ) -> Beams:
     """Find the continuations of the highest probability, among those that end and those of `max_new_tokens`.
@@ -45,7 +45,7 @@ def search_beams(
         beams: rows followed at once.
         max_new_tokens: how many tokens a row has at most.
         sampler: whose biases, bans and penalties count, and whose temperature and filters do not.
-        end_ids: tokens that end a row, which from then on has the first of them.
+        end_id: the token that ends a row, or several of them; from then on the row has the first.
         wanted: how many of the beams the caller looks at: the search ends when so many are certain.
 
     Raises:
@@ -57,6 +57,7 @@ def search_beams(
     scores = torch.full((beams,), float("-inf"), device=logits.device, dtype=precise(logits.device))
     scores[0] = 0.0  # the others are copies
     tokens, log_probs = seen.new_empty(beams, 0), scores.new_empty(beams, 0)
+    end_ids = [end_id] if isinstance(end_id, int) else list(end_id)
     ended, ends = torch.zeros_like(scores, dtype=torch.bool), prefix.tokens.new_tensor(end_ids)
     for index in range(max_new_tokens):
         more = sampler.adjust(logits, seen=seen, mask=kept).to(scores.dtype).log_softmax(-1)

@@ -143,7 +143,7 @@ def test_a_session_goes_on_from_a_row_of_a_batch_without_its_padding(lively_mode
     for go_on in (
         Session(model, BYTES, seed=0, **options).resume,  # type: ignore[arg-type]
         lambda after: complete(model, BYTES, ["a"], after=after, **options),  # type: ignore[arg-type]
-        lambda prefix: search_beams(model, prefix, beams=2, end_ids=[0], **options),  # type: ignore[arg-type]
+        lambda prefix: search_beams(model, prefix, beams=2, end_id=0, **options),  # type: ignore[arg-type]
     ):
         with pytest.raises(ValueError, match="one row goes on, and this state holds 2"):
             go_on(batch)

@@ -31,7 +31,7 @@ def test_enough_beams_are_an_exhaustive_search(lively_model: Build, attn: str) -
             log_probs = model(torch.tensor([[*prompt[0].tolist(), *row]]))[0, 3:-1].log_softmax(-1)
         scored.append((float(log_probs[range(len(row)), row].sum()), row))
     scored.sort(reverse=True)
-    options = {"max_new_tokens": 4, "sampler": Sampler(), "end_ids": [END]}
+    options = {"max_new_tokens": 4, "sampler": Sampler(), "end_id": END}
     prefix = read(model, prompt)
     found = search_beams(model, prefix, beams=40, wanted=len(scored), **options)  # type: ignore[arg-type]
     torch.testing.assert_close(found.scores[: len(scored)], torch.tensor([score for score, _ in scored]).double())

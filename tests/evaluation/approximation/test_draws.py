@@ -20,7 +20,9 @@ def run_sweep(model: Any, counts: list[int], redraws: int = 2, n: int = 24, **op
 
 @pytest.mark.parametrize("features", ["positive", "hyperbolic", "optimal"])
 def test_the_model_s_own_numbers_give_its_own_features(lively_model: Build, features: str) -> None:
-    model = lively_model("attn=favor", f"attn/features={features}", "attn.features.centred=true")
+    model = lively_model(
+        "attn=favor", f"attn/features={features}", "attn.features.centred=true", "attn.num_features=64"
+    )
     for attention in favor_layers(model).values():
         own: Any = attention.features
         same, other = (redrawn(attention, num_features=64, index=own.index + more) for more in (0, 1))
@@ -35,7 +37,7 @@ def test_the_model_s_own_numbers_give_its_own_features(lively_model: Build, feat
 
 
 def test_what_is_found_is_what_a_diagnosis_finds(lively_model: Build) -> None:
-    model = lively_model("attn=hybrid", "attn.pattern=[favor,flash]")
+    model = lively_model("attn=hybrid", "attn.pattern=[favor,flash]", "attn.backends.favor.num_features=64")
     state = {name: value.clone() for name, value in model.state_dict().items()}
     steps: list[None] = []
     torch.manual_seed(3)
