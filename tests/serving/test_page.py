@@ -70,15 +70,15 @@ async def until(command: Command, script: str) -> None:
         await asyncio.sleep(0.05)
 
 
-async def use(command: Command, screenshot: Path) -> dict[str, Any]:
-    """Fill in the page, let it stream, point at a token, and return what it shows."""
+async def use(command: Command, screenshot: Path, *, count: int) -> dict[str, Any]:
+    """Fill in the page, let it stream `count` tokens, point at one, and return what it shows."""
     await until(command, "typeof at === 'function' && at('model').textContent === 'tiny'")
     values = {"prompt": "é <b>line</b> ", "max_tokens": "40", "seed": "3", "temperature": "1", "top_k": ""}
     await evaluate(
         command, "".join(f"at({json.dumps(name)}).value = {json.dumps(text)};" for name, text in values.items())
     )
     await evaluate(command, "at('go').click()")
-    await until(command, "!at('go').disabled && at('count').textContent === '40'")
+    await until(command, f"!at('go').disabled && at('count').textContent === '{count}'")
     box = await evaluate(
         command,
         "(({left, top, width, height}) => [left + width / 2, top + height / 2])"
@@ -112,7 +112,7 @@ def test_the_page_streams_text_and_shows_probabilities(
 
     async def visit(url: str) -> dict[str, Any]:
         async with browsing(tmp_path / "profile", url) as command:
-            return await use(command, screenshot)
+            return await use(command, screenshot, count=len(row.tokens))
 
     with serve(model) as served:
         shown = asyncio.run(visit(served.url))
