@@ -84,6 +84,7 @@ STACKS = [(model, attn) for attn in ("favor", "flash", "exact", "linear") for mo
 def test_the_first_20_losses_are_those_on_record(invoke: Invoke, text: None, model: str, attn: str) -> None:
     words = [f"model={model}", f"attn={attn}", "trainer.max_steps=20", "trainer.val_every=20", "trainer.log_every=1"]
     words += ["model.local.window=32"]  # of performer_classic's local heads, within the context
+    words += ["attn.num_features=64"] * (attn == "favor")  # the default when they were recorded
     code, _, err = invoke(*TINY, *words, "run_dir=runs/a", "~callbacks.samples")
     assert code == 0, err
     found = [row["train/loss"] for row in read_metrics(Path("runs/a/metrics.jsonl")) if "train/loss" in row]
