@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, final
 
 import torch
-from torch import Tensor
 
 from performer_lm import checkpoint
 from performer_lm.attention.base import AttentionFactory
+from performer_lm.attention.joining import count_bytes
 from performer_lm.data.windows import shift
 from performer_lm.evaluation.base import (
     Evaluation,
@@ -36,7 +36,7 @@ TRAINED: Final = "as trained"
 
 
 class Line(NamedTuple):
-    """What a backend makes of the weights, None where it cannot be measured."""
+    """Figures of the weights under a backend; None where it cannot take them."""
 
     backend: str
     bits_per_byte: float | None
@@ -121,13 +121,7 @@ def _state_bytes(subject: Subject) -> int | None:
     if not subject.model.decodes:
         return None
     tokens = shift(pick_windows(subject.data.held_out, 1))[0].to(subject.device)
-    return _count_bytes(subject.model.start(tokens, max_len=tokens.shape[1])[1])
-
-
-def _count_bytes(state: Any) -> int:
-    if isinstance(state, Tensor):
-        return state.nbytes
-    return sum(map(_count_bytes, state)) if isinstance(state, tuple | list) else 0
+    return count_bytes(subject.model.start(tokens, max_len=tokens.shape[1])[1])
 
 
 def _cells(line: Line) -> list[str]:

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, NamedTuple, final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 from performer_lm import checkpoint
 from performer_lm.attention.hybrid import HybridAttention
 from performer_lm.data.windows import IGNORE, FiniteWindows
-from performer_lm.evaluation.base import Evaluation, Subject
+from performer_lm.evaluation.base import Evaluation, Subject, spread_places
 from performer_lm.language_model import LanguageModel
 from performer_lm.model import PerformerLM
 from performer_lm.nn.attention import MultiHeadAttention
@@ -168,7 +167,7 @@ def read(teacher: PerformerLM, windows: list[Tensor], *, separator: int | None) 
 
 def _windows(windows: FiniteWindows, count: int, batch_size: int) -> Iterator[Tensor]:
     """Yield batches of as many windows, evenly spread over the text."""
-    places = np.unique(np.linspace(0, len(windows) - 1, min(count, len(windows))).astype(np.int64))
+    places = spread_places(windows, count)
     for each in slices(len(places), batch_size):
         yield windows.rows(places[each])
 

@@ -1,4 +1,4 @@
-"""What the server refuses, and how it ends: one line each, in OpenAI's form."""
+"""Refusals and endings of the server: one line each, in OpenAI's form."""
 
 import json
 import math

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class Training(NamedTuple):
-    """What is known of a model's training."""
+    """Facts of a model's training, for its card; None where they were not recorded."""
 
     steps: int
     data: Mapping[str, Any] | None = None  # the section of the run's config
