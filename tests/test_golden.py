@@ -129,3 +129,14 @@ def test_every_choice_composes(choice: str) -> None:
         except ConfigCompositionException:  # a group that the default does without
             cfg = compose("train", overrides=[*above, f"+{group}={name}"])
     assert cfg
+
+
+@pytest.mark.slow
+def test_auto_goes_on_from_a_run_that_began_with_earlier_defaults(invoke: Invoke) -> None:
+    folder = Path("runs/old/checkpoints")
+    folder.mkdir(parents=True)
+    shutil.copy(GOLDEN / "backends" / "favor.ckpt", folder / "last.ckpt")
+    record.write_text(Path("text.txt"))
+    code, out, err = invoke(*record.RUN, *record.CASES["favor"], "ckpt=auto")
+    assert code == 0, err
+    assert "resumed at step 4" in out

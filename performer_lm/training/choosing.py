@@ -5,6 +5,7 @@ Going back to an older checkpoint is said in a line; starting over, where there 
 
 import os
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from omegaconf import DictConfig
 from performer_lm import checkpoint
 from performer_lm.checkpoint import Checkpoint
 from performer_lm.training.folder import is_config_of
-from performer_lm.training.resume import is_like
+from performer_lm.training.resume import is_like, keep_former_defaults
 
 AUTO = "auto"
 
@@ -59,12 +60,13 @@ def open_last(run: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def open_newest(
-    section: Mapping[str, Any], cfg: DictConfig, *, runs: Path = Path("runs")
+    section: Mapping[str, Any], cfg: DictConfig, *, typed: Sequence[str] = (), runs: Path = Path("runs")
 ) -> tuple[Checkpoint | None, list[str]]:
     """Return the checkpoint that `ckpt=auto` goes on from where no folder is named, and notes on it.
 
     It is the newest run below `runs` like this one, and of its checkpoints the one that `open_last` takes. Args: the
-    section that the run would save; its config, by which a run is known whose checkpoints do not open.
+    section that the run would save; its config, by which a run is known whose checkpoints do not open; the options of
+    the model that were typed.
 
     Raises:
         ValueError: where all checkpoints of that run are damaged: starting over has to be typed.
@@ -75,7 +77,10 @@ def open_newest(
         was_like = False
         for path in checkpoint.candidates(run):
             try:
-                if not is_like(checkpoint.peek(path).section, section):
+                saved = checkpoint.peek(path).section
+                model = deepcopy(section["model"])
+                keep_former_defaults(model, saved["model"], typed=typed)
+                if not is_like(saved, {**section, "model": model}):
                     break
                 was_like = True
                 return checkpoint.read(path), [*_passed_over(passed), *_fallen_back(problems, path)]

@@ -92,9 +92,9 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
     given = (resumed or open_given(cfg.init)) if cfg.init is not None else None
     if given:
         take_model(cfg, given, overrides=overrides)
-    model_section = plain(cfg.model)
+    model_section, typed = plain(cfg.model), typed_paths(overrides, "model", "attn")
     if resumed:
-        keep_former_defaults(model_section, resumed.section["model"], typed=typed_paths(overrides, "model", "attn"))
+        keep_former_defaults(model_section, resumed.section["model"], typed=typed)
     sketch = _sketch_model(model_section, context=cfg.data.context, overrides=overrides)
     data = _build_data(cfg, given, overrides)
     objective.check(sketch, packed=data.is_packed, answers=data.has_answers)
@@ -109,8 +109,10 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
     section = _describe(cfg, model_section, data, trainer)
     section["training"] |= objective.sources()
     if cfg.ckpt == AUTO and not is_named:
-        resumed, notes = open_newest(section, cfg)
+        resumed, notes = open_newest(section, cfg, typed=typed)
     if resumed:
+        keep_former_defaults(model_section, resumed.section["model"], typed=typed)
+        section["model"] = dict(model_section)
         section["init"] = resumed.section.get("init")
         notes += check_resumed(resumed, section, max_steps=trainer.max_steps, allow=cfg.resume.allow)
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
