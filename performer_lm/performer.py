@@ -15,12 +15,12 @@ from performer_lm.attention.base import AttentionFactory
 from performer_lm.attention.favor import Redrawable
 from performer_lm.attention.split import SplitAttention
 from performer_lm.nn.attention import CrossAttention, MultiHeadAttention
-from performer_lm.nn.branch import Body, Branch, BranchState, Context, TokenInfo
+from performer_lm.nn.branch import Body, Branch, BranchState, Context, Plain, Recomputed, Residual, TokenInfo
 from performer_lm.nn.initial import initialise
 from performer_lm.nn.mixing import TokenShift
 from performer_lm.nn.positions import AbsolutePositions, NoAbsolutePositions, Positions, find_places
-from performer_lm.nn.residual import Plain, Recomputed, Residual, Reversible
-from performer_lm.ops.checks import check_batch, check_mask, check_segments
+from performer_lm.nn.reversible import Reversible
+from performer_lm.ops.checks import check_batch, check_mask, check_per_key
 from performer_lm.ranges import Positive, Share, Size, Whole, ranged
 
 SHARP_WIDTH: Final = 32
@@ -184,8 +184,7 @@ class Performer(Redrawable):
             ValueError: for a mask or segments of another shape or dtype, a context missing or without use, or more
                 tokens than learned positions.
         """
-        mask = check_mask(mask, x.shape[:2])
-        check_segments(segments, x.shape[:2])
+        mask = check_per_key(x[:, None], mask=mask, segments=segments, log_decay=None)
         max_len = self.absolute.max_len
         if max_len is not None and x.shape[1] > max_len:
             raise ValueError(f"{x.shape[1]} tokens are more than the {max_len} learned positions")

@@ -7,6 +7,7 @@ if not os.path.exists("/dev/nvidiactl"):  # read when kernels are defined, and t
     os.environ["TRITON_INTERPRET"] = "1"
 
 import runpy
+import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -129,6 +130,39 @@ def invoke(
 
     yield run
     GlobalHydra.instance().clear()
+
+
+@pytest.fixture(scope="session")
+def kept_runs() -> dict[tuple[str, ...], tuple[Path, tuple[int, str, str]]]:
+    """Return the folders that `trained` copies, and what was told, by command line."""
+    return {}
+
+
+@pytest.fixture
+def trained(
+    invoke: Callable[..., tuple[int, str, str]],
+    text: None,
+    tmp_path_factory: pytest.TempPathFactory,
+    kept_runs: dict[tuple[str, ...], tuple[Path, tuple[int, str, str]]],
+) -> Callable[..., tuple[int, str, str]]:
+    """Return a function that leaves and returns what `train.py` would on `text.txt`, and trains each run only once."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        here = Path.cwd()
+        if words not in kept_runs:
+            folder = tmp_path_factory.mktemp("trained")
+            shutil.copy("text.txt", folder)
+            os.chdir(folder)
+            try:
+                kept_runs[words] = folder, invoke(*words)
+            finally:
+                os.chdir(here)
+        folder, told = kept_runs[words]
+        Path("runs/latest").unlink(missing_ok=True)
+        shutil.copytree(folder, here, symlinks=True, dirs_exist_ok=True)
+        return told
+
+    return run
 
 
 @pytest.fixture(scope="session")

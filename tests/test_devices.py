@@ -20,7 +20,7 @@ from performer_lm import checkpoint
 from performer_lm.attention.favor import FavorAttention
 from performer_lm.generation.sampling import Sampler
 from performer_lm.objectives import NextToken
-from performer_lm.ops import running_sum
+from performer_lm.ops import precision
 from performer_lm.training.task import Sums
 
 ROOT = Path(__file__).parents[1]
@@ -147,7 +147,7 @@ def test_a_step_calls_nothing_that_cuda_refuses_where_steps_must_repeat(
     attn: str, model_section: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = checkpoint.build(model_section(*WORDS.get(attn, [f"attn={attn}"])))
-    monkeypatch.setattr(running_sum, "_must_repeat", lambda x: True)
+    monkeypatch.setattr(precision, "_must_repeat", lambda x: True)
     with Repeats():
         nats = NextToken(chunk_size=8)(model, torch.arange(34).reshape(2, 17), step=0, separator=None).nats
         if attn not in BY_FUNCTION:

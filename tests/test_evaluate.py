@@ -28,7 +28,7 @@ KINDS = {
 
 @pytest.mark.parametrize(("options", "name"), KINDS.values(), ids=KINDS)
 def test_a_model_is_measured_by_what_it_was_trained_to_predict(
-    invoke: Invoke, text: None, options: list[str], name: str
+    invoke: Invoke, trained: Invoke, options: list[str], name: str
 ) -> None:
     code, trained, err = invoke(*SHORT, *options, "run_dir=runs/a")
     assert code == 0, err
@@ -51,14 +51,14 @@ def measured(out: str) -> tuple[int, float]:
     return int(found[1].replace(",", "")), float(found[2])
 
 
-def run_of(invoke: Invoke, *options: str) -> Path:
-    code, _, err = invoke(*SHORT, *options, "run_dir=runs/a")
+def run_of(trained: Invoke, *options: str) -> Path:
+    code, _, err = trained(*SHORT, *options, "run_dir=runs/a")
     assert code == 0, err
     return Path("runs/a/config.yaml")
 
 
-def test_all_of_the_text_that_is_given_is_measured_however_short(invoke: Invoke, text: None) -> None:
-    run_of(invoke)
+def test_all_of_the_text_that_is_given_is_measured_however_short(invoke: Invoke, trained: Invoke) -> None:
+    run_of(trained)
     lines = "".join(f"line {number}\n" for number in range(40))
     for content, context in (("x", 512), (lines, 8)):
         Path("tiny.txt").write_text(content)
@@ -74,8 +74,8 @@ def test_all_of_the_text_that_is_given_is_measured_however_short(invoke: Invoke,
     assert (code, err) == (2, "error: data.path=tiny.txt has no text: 1 document, all empty or left out\n")
 
 
-def test_without_data_it_is_what_the_run_held_out(invoke: Invoke, text: None) -> None:
-    run_of(invoke, "data.validation_fraction=0.3", "callbacks.samples.prompt=line", "data.validation_bytes=500")
+def test_without_data_it_is_what_the_run_held_out(invoke: Invoke, trained: Invoke) -> None:
+    run_of(trained, "data.validation_fraction=0.3", "callbacks.samples.prompt=line", "data.validation_bytes=500")
     code, own, err = invoke("ckpt=runs/a", script="evaluate.py")
     assert (code, err) == (0, "")
     part = measured(invoke("ckpt=runs/a", *DATA, "data.validation_fraction=0.3", script="evaluate.py")[1])
@@ -87,8 +87,8 @@ def test_without_data_it_is_what_the_run_held_out(invoke: Invoke, text: None) ->
     assert measured(out) != part
 
 
-def test_a_path_is_taken_from_the_run_as_it_was_typed(invoke: Invoke, text: None) -> None:
-    config = run_of(invoke)
+def test_a_path_is_taken_from_the_run_as_it_was_typed(invoke: Invoke, trained: Invoke) -> None:
+    config = run_of(trained)
     name = "a ${oc.env:HOME} 'b' \\${x}.txt"
     Path("text.txt").rename(name)
     config.write_text(config.read_text().replace("path: text.txt", f"path: {json.dumps(name)}"))
@@ -103,8 +103,8 @@ def test_a_path_is_taken_from_the_run_as_it_was_typed(invoke: Invoke, text: None
 ANOTHER = "; data=files data.path=FILE measures another text\n"
 
 
-def test_a_run_s_text_that_is_not_at_hand_is_one_line(invoke: Invoke, text: None, lines: str) -> None:
-    config = run_of(invoke)
+def test_a_run_s_text_that_is_not_at_hand_is_one_line(invoke: Invoke, trained: Invoke, lines: str) -> None:
+    config = run_of(trained)
     folder = config.parent.resolve()
 
     def refused(*options: str) -> str:
@@ -130,15 +130,15 @@ def test_a_run_s_text_that_is_not_at_hand_is_one_line(invoke: Invoke, text: None
     assert "data.cache_dir: unknown key" in refused("data.cache_dir=elsewhere")
 
 
-def test_a_run_s_config_is_read_as_a_stranger_s(invoke: Invoke, text: None) -> None:
-    config = run_of(invoke)
+def test_a_run_s_config_is_read_as_a_stranger_s(invoke: Invoke, trained: Invoke) -> None:
+    config = run_of(trained)
     config.write_text(config.read_text().replace("performer_lm.data.sources.files", "os.system"))
     code, out, err = invoke("ckpt=runs/a", script="evaluate.py")
     assert (code, out, err) == (2, "", f"error: {config.resolve()} does not say what text the run had\n")
 
 
-def test_a_model_that_gives_no_number_is_told_by_its_exit_code(invoke: Invoke, text: None) -> None:
-    run_of(invoke)
+def test_a_model_that_gives_no_number_is_told_by_its_exit_code(invoke: Invoke, trained: Invoke) -> None:
+    run_of(trained)
     for path in Path("runs/a/checkpoints").glob("step=*.ckpt"):
         content = torch.load(path, weights_only=True)
         content["state_dict"]["model.head.weight"][0] = float("nan")
@@ -178,9 +178,9 @@ def test_random_features_are_compared_with_softmax(
     assert "heads come closer to softmax than equal weights do" in out
 
 
-def test_what_cannot_be_compared_is_one_line(invoke: Invoke, text: None) -> None:
+def test_what_cannot_be_compared_is_one_line(invoke: Invoke, trained: Invoke) -> None:
     for attn in ("favor", "flash"):
-        code, _, err = invoke(*SHORT, f"attn={attn}", f"run_dir=runs/{attn}")
+        code, _, err = trained(*SHORT, f"attn={attn}", f"run_dir=runs/{attn}")
         assert code == 0, err
     for run, arguments, message in (
         ("flash", [], "this model runs none (FlashAttention); attn=favor opens the same weights"),
@@ -262,8 +262,8 @@ def test_copying_has_a_column_for_each_checkpoint_of_one_tokenizer(invoke: Invok
     assert Path("runs/a/copying.csv").read_text() == written
 
 
-def test_bits_per_byte_is_perplexity_by_its_earlier_name(invoke: Invoke, text: None) -> None:
-    run_of(invoke)
+def test_bits_per_byte_is_perplexity_by_its_earlier_name(invoke: Invoke, trained: Invoke) -> None:
+    run_of(trained)
     found = [invoke("ckpt=runs/a", task, script="evaluate.py") for task in ("task=perplexity", "task=bits_per_byte")]
     assert found[0] == found[1]
     assert re.search(r"accuracy [\d.]+, perplexity [\d.]+\n", found[0][1])
@@ -284,8 +284,8 @@ def test_bits_per_byte_is_perplexity_by_its_earlier_name(invoke: Invoke, text: N
     assert "these windows do not go on from one another" in refused(invoke, *cropped)
 
 
-def test_generation_is_held_against_the_forward(invoke: Invoke, text: None) -> None:
-    run_of(invoke)
+def test_generation_is_held_against_the_forward(invoke: Invoke, trained: Invoke) -> None:
+    run_of(trained)
     code, out, err = invoke("ckpt=runs/a", "task=prefix", script="evaluate.py")
     assert (code, err) == (0, "")
     assert re.search(r"largest difference of logits [\d.e-]+, at token \d+ of window [01]: of id \d+", out)
@@ -294,8 +294,8 @@ def test_generation_is_held_against_the_forward(invoke: Invoke, text: None) -> N
     assert re.fullmatch(r"error: generation differs from the forward by .* above task.tolerance \(0\)\n", err)
 
 
-def test_each_backend_is_measured_or_says_why_not(invoke: Invoke, text: None) -> None:
-    run_of(invoke, "attn=favor", "seed=3")
+def test_each_backend_is_measured_or_says_why_not(invoke: Invoke, trained: Invoke) -> None:
+    run_of(trained, "attn=favor", "seed=3")
     narrow = ["task=backends", "task.windows=2", "task.backends.favor.num_features=0"]
     assert "task.backends.favor.num_features must be at least 1, got 0" in refused(invoke, "ckpt=runs/a", *narrow)
     wrong = ["task.backends.hybrid.pattern=[favor,nope]", "~task.backends.chunked"]
@@ -346,7 +346,7 @@ def test_a_task_is_asked_for_more_than_it_was_trained_on(invoke: Invoke) -> None
     assert Path("runs/a/recall.csv").read_text() == written
 
 
-def test_a_model_is_told_which_measures_are_not_for_it(invoke: Invoke, text: None) -> None:
+def test_a_model_is_told_which_measures_are_not_for_it(invoke: Invoke, trained: Invoke) -> None:
     code, _, err = invoke(*SHORT, *KINDS["mlm"][0], "run_dir=runs/mlm")
     assert code == 0, err
     for task in ("copying", "prefix", "recall"):
@@ -360,7 +360,7 @@ def test_a_model_is_told_which_measures_are_not_for_it(invoke: Invoke, text: Non
     lines = table_of("runs/mlm/backends.csv")
     assert {line["state_bytes"] for line in lines} == {""}
     assert lines[0]["bits_per_byte"]
-    run_of(invoke)
+    run_of(trained)
     assert "task=recall asks a model that was trained on data=synthetic" in refused(
         invoke, "ckpt=runs/a", "task=recall"
     )

@@ -66,8 +66,10 @@ DAMAGES = [cut_to_nothing, cut_to_a_byte, cut_in_half, cut_by_a_byte, flip_a_bit
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_auto_falls_back_and_says_so_and_a_name_is_refused(damage: Callable[[Path], None], invoke: Invoke) -> None:
-    assert invoke(*TINY, "run_dir=runs/a")[0] == 0
+def test_auto_falls_back_and_says_so_and_a_name_is_refused(
+    damage: Callable[[Path], None], invoke: Invoke, trained: Invoke
+) -> None:
+    assert trained(*TINY, "run_dir=runs/a")[0] == 0
     last = Path("runs/a/checkpoints/last.ckpt").resolve()
     [before] = (path for path in checkpoint.named_by_step(last.parent) if path != last)
     damage(last)
@@ -84,8 +86,8 @@ def test_auto_falls_back_and_says_so_and_a_name_is_refused(damage: Callable[[Pat
 
 
 @pytest.mark.parametrize("damage", [make_a_folder, make_a_loop], ids=lambda damage: damage.__name__)
-def test_what_is_no_file_is_told(damage: Callable[[Path], None], invoke: Invoke) -> None:
-    assert invoke(*TINY, "run_dir=runs/a")[0] == 0
+def test_what_is_no_file_is_told(damage: Callable[[Path], None], invoke: Invoke, trained: Invoke) -> None:
+    assert trained(*TINY, "run_dir=runs/a")[0] == 0
     damage(Path("runs/a/checkpoints/last.ckpt").resolve())
     code, _, err = invoke("ckpt=runs/a/checkpoints/last.ckpt", script="generate.py")
     assert (code, len(err.splitlines())) == (2, 1)
@@ -145,8 +147,8 @@ def test_a_folder_that_refuses_the_file_is_an_error(invoke: Invoke, monkeypatch:
     assert "Traceback" not in err
 
 
-def test_two_runs_in_one_folder_are_refused(invoke: Invoke) -> None:
-    assert invoke(*TINY, "run_dir=runs/a")[0] == 0
+def test_two_runs_in_one_folder_are_refused(invoke: Invoke, trained: Invoke) -> None:
+    assert trained(*TINY, "run_dir=runs/a")[0] == 0
     script = "from pathlib import Path; from performer_lm.training.lock import RunLock; import time\n"
     script += "RunLock(Path('runs/a')); print('held', flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -227,3 +228,26 @@ def test_whatever_is_typed_generates_or_is_refused_in_clear_lines(generate: Gene
     assert all(line.startswith("error: ") and len(line) < 300 for line in told)
     assert code == 0 or not out
     assert "Traceback" not in err
+
+
+def test_a_backend_that_the_checkpoint_has_keeps_its_own_options_but_for_those_typed(
+    invoke: Callable[..., tuple[int, str, str]], model_section: Callable[..., dict[str, Any]]
+) -> None:
+    section = model_section("attn=favor", "attn/features=hyperbolic", "attn.num_features=24", vocab_size=257)
+    own = checkpoint.describe(model=section, tokenizer=ByteTokenizer(), fingerprint={}, seed=7)
+    model = checkpoint.build(section)
+    for parameter in model.parameters():
+        if not bool(parameter.any()):
+            torch.nn.init.normal_(parameter, std=0.3)
+    weights = {f"model.{key}": value for key, value in model.state_dict().items()}
+    checkpoint.save({"performer_lm": own, "state_dict": weights}, Path("c.ckpt"))
+
+    def write(*words: str) -> tuple[int, str, str]:
+        return invoke("ckpt=c.ckpt", "prompt=some text", "max_new_tokens=16", *words, script="generate.py")
+
+    as_trained = write()
+    assert as_trained[0] == 0, as_trained[2]
+    assert write("attn=favor") == as_trained
+    assert write("attn=favor", "attn.num_features=24", "attn/features=hyperbolic") == as_trained
+    code, _, err = write("attn=favor", "attn.num_features=12")
+    assert (code, err) == (0, "note: the attention backend changed: 0 of its tensors left out, 2 drawn anew\n")

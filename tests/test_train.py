@@ -127,8 +127,8 @@ def test_invalid_utf8_names_file_and_offset(invoke: Invoke) -> None:
     assert "10" in err
 
 
-def test_train_resume_generate_evaluate(invoke: Invoke) -> None:
-    code, out, err = invoke(*TINY)
+def test_train_resume_generate_evaluate(invoke: Invoke, trained: Invoke) -> None:
+    code, out, err = trained(*TINY)
     assert code == 0, err
     assert "best val bpb" in out
     assert Path("runs/latest/metrics.png").read_bytes().startswith(b"\x89PNG")
@@ -148,16 +148,16 @@ def test_train_resume_generate_evaluate(invoke: Invoke) -> None:
         assert "bits per byte" in out
 
 
-def test_generating_twice_with_one_seed_is_the_same(invoke: Invoke) -> None:
-    invoke(*TINY)
+def test_generating_twice_with_one_seed_is_the_same(invoke: Invoke, trained: Invoke) -> None:
+    trained(*TINY)
     texts = [invoke("max_new_tokens=12", "seed=3", script="generate.py")[1] for _ in range(2)]
     greedy = [invoke("max_new_tokens=12", "temperature=0", f"seed={seed}", script="generate.py")[1] for seed in (1, 2)]
     assert texts[0] == texts[1]
     assert greedy[0] == greedy[1]
 
 
-def test_what_is_printed_is_the_text_alone_and_notes_go_elsewhere(invoke: Invoke) -> None:
-    invoke(*TINY)
+def test_what_is_printed_is_the_text_alone_and_notes_go_elsewhere(invoke: Invoke, trained: Invoke) -> None:
+    trained(*TINY)
     code, out, err = invoke("attn=exact", "max_new_tokens=3", "prompt=line", script="generate.py")
     assert code == 0, err
     assert out.startswith("line")
@@ -182,8 +182,10 @@ def test_what_is_printed_is_the_text_alone_and_notes_go_elsewhere(invoke: Invoke
         (["tempreature=1"], "tempreature: unknown key; did you mean temperature?"),
     ],
 )
-def test_a_mistake_in_generating_is_one_line(invoke: Invoke, arguments: list[str], message: str) -> None:
-    invoke(*TINY)
+def test_a_mistake_in_generating_is_one_line(
+    invoke: Invoke, trained: Invoke, arguments: list[str], message: str
+) -> None:
+    trained(*TINY)
     code, out, err = invoke(*arguments, script="generate.py")
     assert (code, out) == (2, "")
     assert message in err

@@ -16,6 +16,7 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from performer_lm.ops.maps import Exponential, FeatureMap, optimal_damping
+from performer_lm.ops.precision import widen
 from performer_lm.ops.projections import default_num_features, draw_projection
 from performer_lm.ranges import Count, ranged
 
@@ -208,15 +209,12 @@ class SoftmaxFeatures(RandomFeatures):
         """Keep the running average in float32 at least: in bfloat16 small steps round away."""
         super()._apply(fn, recurse)
         if self.momentum is not None:
-            self.mean_square, self.pending = (
-                buffer.to(torch.promote_types(buffer.dtype, torch.float32))
-                for buffer in (self.mean_square, self.pending)
-            )
+            self.mean_square, self.pending = widen(self.mean_square), widen(self.pending)
         return self
 
     def maps(self) -> tuple[FeatureMap, FeatureMap]:
         """Return one map for both sides, but for the norm |x|^2 / 2, which cancels in a query and is left out."""
-        rows = self.projection.to(torch.promote_types(self.projection.dtype, torch.float32))
+        rows = widen(self.projection)
         rows = torch.cat([rows, -rows], dim=1) if self.antithetic else rows
         scale = self.dim_head**-0.25
         tensors: tuple[Tensor, ...] = (rows,)

@@ -11,12 +11,9 @@ from torch import Tensor, nn
 from performer_lm.attention.feature_maps import AttentionFeatures, DrawOptions, FeatureSizes, RandomFeatures
 from performer_lm.ops.hashing import mix_seed
 from performer_lm.ops.maps import ACTIVATIONS, POSITIVE, Exponential, FeatureMap, Generalized, Taylor, Trigonometric
+from performer_lm.ops.precision import widen
 from performer_lm.ops.projections import haar
 from performer_lm.ranges import NotNegative, ranged
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @ranged
@@ -41,7 +38,7 @@ class GeneralizedFeatures(RandomFeatures):
 
     def maps(self) -> tuple[FeatureMap, FeatureMap]:
         """Return f(W x) + epsilon for both sides."""
-        weight = _wide(self.projection) * self.dim_head**-0.25
+        weight = widen(self.projection) * self.dim_head**-0.25
         both = Generalized((weight,), activation=self.activation, epsilon=self.epsilon)
         return both, both
 
@@ -59,7 +56,7 @@ class TrigonometricFeatures(RandomFeatures):
 
     def maps(self) -> tuple[FeatureMap, FeatureMap]:
         """Return the same map for both sides."""
-        both = Trigonometric((_wide(self.projection),), scale=self.dim_head**-0.25)
+        both = Trigonometric((widen(self.projection),), scale=self.dim_head**-0.25)
         return both, both
 
 
@@ -91,7 +88,7 @@ class TaylorFeatures(AttentionFeatures):
     def maps(self) -> tuple[FeatureMap, FeatureMap]:
         """Return the map of x = q d^-1/4 for both sides."""
         scale = self.dim_head**-0.25
-        both = Taylor((), scale=scale) if self.projection is None else Taylor((_wide(self.projection) * scale,))
+        both = Taylor((), scale=scale) if self.projection is None else Taylor((widen(self.projection) * scale,))
         return both, both
 
 
@@ -118,5 +115,5 @@ class IdentityFeatures(AttentionFeatures):
 
     def maps(self) -> tuple[FeatureMap, FeatureMap]:
         """Return exp(x) for both sides."""
-        both = Exponential((_wide(self.identity),))
+        both = Exponential((widen(self.identity),))
         return both, both

@@ -115,17 +115,13 @@ class SplitAttention(Attention[SplitState]):
             check_log_decay(x, k.shape[:-1], name=name)
         if not self.takes_beta:
             refuse_beta(beta)
-        of_heads = zip(*(x.split(self.heads_each if x is q else self.keys_each, dim=1) for x in (q, k, v)), strict=True)
         of_keys: list[dict[str, Any]] = [{}, {}]
-        for name, x in (("log_decay", log_decay), ("beta", beta)):
-            for group, part, own in zip(
-                (self.everywhere, self.nearby), _parts(x, self.keys_each), of_keys, strict=True
-            ):
-                if part is not None and (name != "beta" or group.takes_beta):
-                    own[name] = part
-        first, last = of_heads
+        if log_decay is not None:
+            of_keys[0]["log_decay"], of_keys[1]["log_decay"] = log_decay.split(self.keys_each, dim=1)
+        if beta is not None:
+            groups = (self.everywhere, self.nearby)
+            for own, group, part in zip(of_keys, groups, beta.split(self.keys_each, dim=1), strict=True):
+                own |= {"beta": part} if group.takes_beta else {}
+        qkv = q.split(self.heads_each, dim=1), k.split(self.keys_each, dim=1), v.split(self.keys_each, dim=1)
+        first, last = zip(*qkv, strict=True)
         return (first, of_keys[0]), (last, of_keys[1])
-
-
-def _parts(x: Tensor | None, sizes: list[int]) -> tuple[Tensor | None, ...]:
-    return (None,) * len(sizes) if x is None else x.split(sizes, dim=1)

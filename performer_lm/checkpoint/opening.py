@@ -3,7 +3,7 @@
 The size that a file declares is held against its weights on the meta device before any memory is asked for.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from performer_lm.attention.base import AttentionFactory
 from performer_lm.building import build_model
+from performer_lm.checkpoint.backend import with_backend
 from performer_lm.checkpoint.files import Checkpoint
 from performer_lm.checkpoint.sizes import check_memory, check_sizes
 from performer_lm.data.tokenizer import Tokenizer, tokenizer_from_dict
@@ -27,19 +28,25 @@ BACKEND = ".backend."  # keys of what a backend owns: it may change between savi
 
 
 def open_model(
-    checkpoint: Checkpoint, *, attn: Mapping[str, Any] | AttentionFactory | None = None
+    checkpoint: Checkpoint,
+    *,
+    attn: Mapping[str, Any] | AttentionFactory | None = None,
+    typed: Sequence[str] | None = None,
 ) -> tuple[LanguageModel, Tokenizer]:
     """Rebuild model and tokenizer from a checkpoint, on the CPU, in evaluation mode.
 
     Args:
         checkpoint: of `read`.
         attn: another attention backend, as a plain config section or a factory; None for the one it was trained with.
+        typed: of `with_backend`: the options of `attn` that count where the checkpoint has this backend.
 
     Raises:
         ValueError: for a description that is none, weights that do not fit the model, or a tokenizer that does not.
     """
     source, weights = str(checkpoint.path), checkpoint.weights
-    section = checkpoint.section["model"] if attn is None else _with_backend(checkpoint.section["model"], attn)
+    section = checkpoint.section["model"]
+    if attn is not None:
+        section = with_backend(section, attn, typed=typed, source=source)
     with _named(source):
         tokenizer = tokenizer_from_dict(checkpoint.section["tokenizer"])
     with _named(f"{source} does not fit the model"):
@@ -102,14 +109,6 @@ def open_objective(checkpoint: Checkpoint, model: LanguageModel, tokenizer: Toke
     objective.check(model, packed=False, answers=False)
     objective.adopt(tokenizer)
     return objective
-
-
-def _with_backend(section: Mapping[str, Any], attn: Mapping[str, Any] | AttentionFactory) -> dict[str, Any]:
-    """Return a model's section with another backend in each of its stacks."""
-    found = {
-        name: _with_backend(value, attn) if isinstance(value, Mapping) else value for name, value in section.items()
-    }
-    return {**found, "attn": attn} if "attn" in section else found
 
 
 def _without_unfit(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

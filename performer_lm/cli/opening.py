@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from performer_lm.cli.argv import unresolved
 from performer_lm.cli.run_data import TOKENIZER, read_data_section
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Opened(NamedTuple):
 def open_from(cfg: DictConfig) -> Opened:
     """Return the model that the config names.
 
+    Where `attn` names the backend that the checkpoint has, this keeps its own options but for those that were typed.
     Random projections belong to the model, not to this process: where `attn` asks for another backend, it draws those
     of the training run's seed, whatever `seed` is here.
 
@@ -38,11 +40,13 @@ def open_from(cfg: DictConfig) -> Opened:
         ValueError: for a checkpoint that is not there or does not open, or a device that is not.
     """
     from performer_lm import checkpoint
+    from performer_lm.checkpoint.backend import typed_paths
 
     opened = checkpoint.read(checkpoint.find(cfg.ckpt or "latest"))
     trained = OmegaConf.create({"seed": opened.section["seed"], "attn": cfg.get("attn")})
     plain: Any = OmegaConf.to_container(trained, resolve=True)
-    model, tokenizer = checkpoint.open_model(opened, attn=plain["attn"])
+    typed = typed_paths(unresolved(HydraConfig.get().overrides.task), "attn")
+    model, tokenizer = checkpoint.open_model(opened, attn=plain["attn"], typed=typed if "attn" in typed else None)
     return Opened(model.to(find_device(cfg.device)), tokenizer, opened)
 
 
@@ -60,7 +64,7 @@ def open_data(cfg: DictConfig, opened: Opened) -> "WindowData":
 
     given: Any = OmegaConf.to_container(cfg.data, resolve=True)
     if "_target_" in given:
-        typed: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+        typed = unresolved(HydraConfig.get().overrides.task)
         return _prepare(given, opened.tokenizer, whole=not any(PART in override for override in typed))
     run = checkpoint.holder(opened.checkpoint.path)
     if not (run / "config.yaml").exists():

@@ -10,7 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from performer_lm.ops.running_sum import running_sum
+from performer_lm.ops.precision import running_sum
 
 LEAST: Final = 1e-20  # lower temperatures and stronger penalties choose no other token, and would leave float32
 

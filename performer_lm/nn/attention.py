@@ -85,8 +85,8 @@ class MultiHeadAttention(Body):
 
     def forward(self, x: Tensor, info: TokenInfo) -> Tensor:
         """Attend over whole sequences `(b, n, dim)`."""
-        q, k, v, _ = self._project(x, None, info)
-        out = self.backend(q, k, v, causal=self.causal, mask=info.mask, segments=info.segments, **self._of_keys(x))
+        qkv, of_keys, _ = self._project(x, None, info)
+        out = self.backend(*qkv, causal=self.causal, mask=info.mask, segments=info.segments, **of_keys)
         return self.output(out, x)
 
     def init_state(
@@ -98,8 +98,8 @@ class MultiHeadAttention(Body):
 
     def extend(self, x: Tensor, state: AttentionState, info: TokenInfo) -> tuple[Tensor, AttentionState]:
         """Append n tokens `(b, n, dim)` causally; pads stand on the left."""
-        q, k, v, tail = self._project(x, state.tail, info)
-        out, backend = self.backend.extend(q, k, v, state.backend, mask=info.mask, **self._of_keys(x))
+        qkv, of_keys, tail = self._project(x, state.tail, info)
+        out, backend = self.backend.extend(*qkv, state.backend, mask=info.mask, **of_keys)
         return self.output(out, x), AttentionState(backend, tail)
 
     def count_flops(self, tokens: int, *, context: int) -> int:
@@ -107,13 +107,13 @@ class MultiHeadAttention(Body):
         projections = super().count_flops(tokens, context=context)
         return projections + self.backend.count_flops(tokens, tokens, causal=self.causal)
 
-    def _of_keys(self, x: Tensor) -> dict[str, Tensor]:
-        """Return what a token says of its keys beside the vectors: how fast they fade, how much of them is written."""
-        found = {} if self.decay is None else {"log_decay": self.decay(x)}
-        return found | ({"beta": self.backend.beta(x)} if self.backend.takes_beta else {})
+    def _project(
+        self, x: Tensor, tail: Tensor | None, info: TokenInfo
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor], Tensor | None]:
+        """Return q `(b, h, n, d)`, k and v `(b, g, n, d)`; log_decay and beta `(b, g, n)`; the next convolution tail.
 
-    def _project(self, x: Tensor, tail: Tensor | None, info: TokenInfo) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Return q `(b, h, n, d)`, k and v `(b, g, n, d)`, and the next convolution tail."""
+        Log_decay and beta stand under their names where there are any.
+        """
         qkv = self.project_in(x)
         if self.convolution is not None:
             qkv, tail = self.convolution(qkv, tail, mask=info.mask, segments=info.segments)
@@ -124,7 +124,10 @@ class MultiHeadAttention(Body):
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         q, k = self.positions(q, k, info.places)
-        return q, k, v, tail
+        of_keys = {} if self.decay is None else {"log_decay": self.decay(x)}
+        if self.backend.takes_beta:
+            of_keys["beta"] = self.backend.beta(x)
+        return (q, k, v), of_keys, tail
 
 
 class CrossAttention(Body):

@@ -1,16 +1,22 @@
-"""A branch of a layer: the vectors that attention or feed-forward adds to the stream, and the decoding state.
+"""A branch of a layer: the vectors that attention or feed-forward adds to the stream, and how these add up.
+
+A scheme of residual streams carries one or two of them through the branches: each reads the last stream, and the output
+is added. Decoding, which needs no backward, goes through `open`, `add` and `close` one branch at a time.
 
 Letters: `b` batch, `n` tokens, `j` tokens of the context.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from performer_lm.nn.mixing import TokenShift
+
+Streams = tuple[Tensor, ...]
 
 
 class Context(NamedTuple):
@@ -124,3 +130,45 @@ class Branch(nn.Module):
     def _weigh(self, out: Tensor) -> Tensor:
         out = self.dropout(out)
         return out if self.gate is None else out * self.gate.to(out.dtype)
+
+
+class Residual(ABC):
+    """A scheme of residual streams."""
+
+    def open(self, x: Tensor) -> Streams:
+        """Return the streams that x `(b, n, dim)` starts."""
+        return (x,)
+
+    def add(self, streams: Streams, given: Tensor) -> Streams:
+        """Add the output of a branch that read the last stream."""
+        return (streams[-1] + given,)
+
+    def close(self, streams: Streams) -> Tensor:
+        """Return the result of the streams, `(b, n, dim)`."""
+        return streams[-1]
+
+    @abstractmethod
+    def run(self, branches: Sequence[Branch], x: Tensor, info: TokenInfo) -> Tensor:
+        """Map x `(b, n, dim)` through all branches."""
+
+
+class Plain(Residual):
+    """One stream, x + f(x); autograd keeps what each branch needs (pre-norm: arXiv 2002.04745)."""
+
+    def run(self, branches: Sequence[Branch], x: Tensor, info: TokenInfo) -> Tensor:
+        """Map x `(b, n, dim)` through all branches, kept whole by autograd."""
+        for branch in branches:
+            x = x + branch(x, info)
+        return x
+
+
+class Recomputed(Plain):
+    """One stream; the backward computes each branch anew from the input, which alone is kept (arXiv 1604.06174)."""
+
+    def run(self, branches: Sequence[Branch], x: Tensor, info: TokenInfo) -> Tensor:
+        """Map x `(b, n, dim)` through all branches, keeping one `(b, n, dim)` each."""
+        if not torch.is_grad_enabled():
+            return super().run(branches, x, info)
+        for branch in branches:
+            x = x + checkpoint(branch, x, info, use_reentrant=False, preserve_rng_state=branch.training)
+        return x

@@ -7,6 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from performer_lm.ops.precision import widen
 from performer_lm.ranges import Count, NotNegative, Positive, ranged
 
 
@@ -21,7 +22,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(..., dim)` to `(..., dim)` in x's dtype."""
-        return F.rms_norm(_widen(x), self.gain.shape, _widen(self.gain), self.eps).to(x.dtype)
+        return F.rms_norm(widen(x), self.gain.shape, widen(self.gain), self.eps).to(x.dtype)
 
 
 @ranged
@@ -36,8 +37,8 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(..., dim)` to `(..., dim)` in x's dtype."""
-        gain, offset = _widen(self.gain), _widen(self.offset)
-        return F.layer_norm(_widen(x), self.gain.shape, gain, offset, self.eps).to(x.dtype)
+        gain, offset = widen(self.gain), widen(self.offset)
+        return F.layer_norm(widen(x), self.gain.shape, gain, offset, self.eps).to(x.dtype)
 
 
 @ranged
@@ -51,7 +52,7 @@ class ScaleNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(..., dim)` to `(..., dim)` in x's dtype; vectors shorter than `eps` are not scaled up further."""
-        wide = _widen(x)
+        wide = widen(x)
         return (wide * (self.gain / wide.norm(dim=-1, keepdim=True).clamp(min=self.eps))).to(x.dtype)
 
 
@@ -91,10 +92,6 @@ class QueryKeyNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale queries `(b, h, i, d)` or keys `(b, g, j, d)` to the learned length, in the same dtype."""
-        length = (self.bound * _widen(self.logit).sigmoid()).sqrt() * self.root_width
+        length = (self.bound * widen(self.logit).sigmoid()).sqrt() * self.root_width
         each = length.repeat_interleave(x.shape[1] // len(length))
-        return (F.normalize(_widen(x), dim=-1) * rearrange(each, "h -> h 1 1")).to(x.dtype)
-
-
-def _widen(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+        return (F.normalize(widen(x), dim=-1) * rearrange(each, "h -> h 1 1")).to(x.dtype)

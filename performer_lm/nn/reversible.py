@@ -17,7 +17,33 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from performer_lm.nn.branch import Branch, TokenInfo
+from performer_lm.nn.branch import Branch, Residual, Streams, TokenInfo
+
+
+class Reversible(Residual):
+    """Two streams that swap, (a, b) -> (b, a + f(b)); the backward computes the inputs from the outputs.
+
+    (RevNet, arXiv 1707.04585; Reformer, arXiv 2001.04451.) The memory does not grow with depth. Both streams start as
+    x, and the result is their mean, so that branches that give zeros return x.
+    """
+
+    def open(self, x: Tensor) -> Streams:
+        """Return two streams, both x."""
+        return x, x
+
+    def add(self, streams: Streams, given: Tensor) -> Streams:
+        """Swap the streams, and add to the stream that the branch did not read."""
+        a, b = streams
+        return b, a + given
+
+    def close(self, streams: Streams) -> Tensor:
+        """Return the mean of both streams."""
+        a, b = streams
+        return 0.5 * (a + b)
+
+    def run(self, branches: Sequence[Branch], x: Tensor, info: TokenInfo) -> Tensor:
+        """Map x `(b, n, dim)` through all branches, keeping the last streams alone."""
+        return self.close(run_reversible(branches, x, info))
 
 
 @torch.compiler.disable  # a compiled model calls this as it is

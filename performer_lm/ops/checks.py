@@ -44,12 +44,6 @@ def check_mask(mask: Tensor | None, shape: Shape, *, name: str = "mask") -> Tens
     return mask.bool()
 
 
-def check_segments(segments: Tensor | None, shape: Shape) -> None:
-    """Raise ValueError unless document ids, if there are any, are integers of this shape."""
-    if segments is not None and (not _is_integer(segments) or _is_bool(segments) or segments.shape != shape):
-        raise _refusal("segments", "integer, one document id for each token given", "shape", shape, segments)
-
-
 def check_log_decay(log_decay: Tensor | None, shape: Shape, *, name: str = "log_decay") -> None:
     """Raise ValueError unless a decay, if there is one, or what else heads have of a token, is floating point of this
     shape.
@@ -69,9 +63,11 @@ def check_per_key(
     if mask is None and segments is None and log_decay is None:
         return None
     *batch, groups, keys, _ = k.shape
-    check_segments(segments, (*batch, keys))
+    shape = (*batch, keys)
+    if segments is not None and (not _is_integer(segments) or _is_bool(segments) or segments.shape != shape):
+        raise _refusal("segments", "integer, one document id for each token given", "shape", shape, segments)
     check_log_decay(log_decay, (*batch, groups, keys))
-    return check_mask(mask, (*batch, keys), name=name)
+    return check_mask(mask, shape, name=name)
 
 
 def check_pair_mask(mask: Tensor, shape: Shape) -> Tensor:

@@ -17,10 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from performer_lm.ops.chunks import Chunks, cut, front
-from performer_lm.ops.options import Options, gather_terms
 from performer_lm.ops.precision import LOG2_E, no_autocast, sum_dtype
-from performer_lm.ops.softmax import fold_heads
-from performer_lm.ops.terms import add_block
+from performer_lm.ops.terms import Options, add_block, fold_heads, gather_terms
 
 
 def chunked_attention(

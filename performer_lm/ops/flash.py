@@ -17,10 +17,8 @@ from einops import einsum, rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from performer_lm.ops.options import Options, gather_terms
 from performer_lm.ops.precision import no_autocast, sum_dtype
-from performer_lm.ops.softmax import fold_heads
-from performer_lm.ops.terms import Terms, add_block, slices
+from performer_lm.ops.terms import Options, Terms, add_block, fold_heads, gather_terms, slices
 
 ON_CHIP = 48 * 1024  # numbers; the 192 KiB of shared memory that one A100 multiprocessor has, in float32
 

@@ -1,7 +1,12 @@
-"""Integer hashes: random bits as a pure function of counters, on any device, without a generator."""
+"""Integer hashes: random bits as a pure function of counters, on any device, without a generator.
+
+Dropout is drawn from them. Any block of its mask can be computed on its own, so exact, chunked and tiled attention drop
+the same probabilities under the same seed, forward and backward, whatever their blocks.
+"""
 
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 Number = TypeVar("Number", int, Tensor)
@@ -40,3 +45,22 @@ def mix_seed(*parts: int) -> int:
     for part in parts:
         word = _scramble(word ^ _scramble(part & _WORD))
     return word
+
+
+def keep_mask(
+    seed: int, rate: float, batch: int, heads: int, rows: range, cols: range, *, device: torch.device
+) -> Tensor:
+    """Return True where a probability is kept: `(batch, heads, rows, cols)`, each with chance `1 - rate`.
+
+    `rows` and `cols` are the places of the block in the whole i x j matrix.
+    """
+    stream = torch.arange(batch * heads, device=device).reshape(batch, heads, 1, 1)
+    row = torch.arange(rows.start, rows.stop, device=device)[:, None]
+    col = torch.arange(cols.start, cols.stop, device=device)
+    # Each counter is hashed under a key of its own, so that no two of them can stand in for each other.
+    per_seed = mix(mix(seed ^ 0x6A09E667) ^ (seed >> 32))
+    per_row = mix(mix(stream ^ 0xBB67AE85) ^ per_seed) ^ mix(row ^ 0x3C6EF372)
+    per_col = mix(col ^ 0xA54FF53A)
+    # int32 halves the traffic of the only part that has i * j elements.
+    bits = mix32_(mix(per_row).int() ^ per_col.int())
+    return bits.bitwise_and_(0x7FFFFFFF) >= round(rate * 2**31)

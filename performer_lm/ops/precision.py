@@ -1,13 +1,15 @@
-"""In which precision sums are taken, and numbers near each other told apart."""
+"""How sums are taken: in which precision, and alike every time, bit for bit, where the user asks for that."""
 
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from math import log
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 LOG2_E = 1.0 / log(2.0)
 """Logarithms are kept in units of log 2 where many are taken: exp2 is several times as fast as exp."""
+BLOCK = 256  # numbers of a running sum added up by one product with a triangle of ones
 
 
 def sum_dtype(*tensors: Tensor) -> torch.dtype:
@@ -16,6 +18,11 @@ def sum_dtype(*tensors: Tensor) -> torch.dtype:
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
+
+
+def widen(x: Tensor) -> Tensor:
+    """Return x in the dtype in which its sums are taken."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def no_autocast(device: torch.device, *, ieee: bool = True) -> AbstractContextManager[object]:
@@ -49,6 +56,28 @@ def high_low(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Split float64 into two parts of `dtype`, so that differences of near numbers lose nothing."""
     high = wide.to(dtype)
     return high, (wide - high).to(dtype)
+
+
+def running_sum(x: Tensor) -> Tensor:
+    """Return `x.cumsum(-1)` of floating point numbers `(..., n)`.
+
+    CUDA's own adds up in an order that varies, and is refused under `torch.use_deterministic_algorithms(True)`: there,
+    sums are matrix products.
+    """
+    return _sum_in_blocks(x.to(precise(x.device))).to(x.dtype) if _must_repeat(x) else x.cumsum(-1)
+
+
+def _must_repeat(x: Tensor) -> bool:
+    return x.is_cuda and torch.are_deterministic_algorithms_enabled()
+
+
+def _sum_in_blocks(x: Tensor) -> Tensor:
+    length = x.shape[-1]
+    if length <= BLOCK:
+        return x @ x.new_ones(length, length).triu()
+    inside = _sum_in_blocks(F.pad(x, (0, -length % BLOCK)).unflatten(-1, (-1, BLOCK)))
+    totals = inside[..., -1]
+    return (inside + (_sum_in_blocks(totals) - totals)[..., None]).flatten(-2)[..., :length]
 
 
 def multiplies_bfloat16(kind: str) -> bool:

@@ -18,10 +18,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from performer_lm.ops.checks import check_bias
-from performer_lm.ops.options import Options, gather_terms
 from performer_lm.ops.precision import sum_dtype
-from performer_lm.ops.softmax import fold_heads
-from performer_lm.ops.terms import ALL, Terms
+from performer_lm.ops.terms import ALL, Options, Terms, fold_heads, gather_terms
 
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 FLASH_CAPABILITY = (8, 0)  # of the CUDA devices that have the flash kernel
@@ -65,7 +63,7 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]) 
     queries, keys, values = fold_heads(q, k, v, dtype=q.dtype)
     matrix = _told_matrix(terms, queries)
     sees_none = _rows_without_keys(terms, matrix)
-    is_one_row = matrix is None and _fits_one_row(terms, queries, keys, values)
+    is_one_row = terms.queries == 1 and matrix is None and _fits_one_row(terms, queries, keys, values)
     if is_one_row:
         matrix = _one_row(terms, queries)
     else:
@@ -134,8 +132,8 @@ def _takes_groups(q: Tensor, matrix: Tensor | None) -> bool:
 def _told_matrix(terms: Terms, q: Tensor) -> Tensor | None:
     """Return what the kernel must be told beyond causal, `(b | 1, h | 1, i, j)` to be added; None if nothing."""
     is_block_on_older_keys = terms.causal and terms.queries not in (1, terms.keys)
-    told = (terms.window, terms.mask, terms.bias, terms.segments)
-    if not is_block_on_older_keys and all(term is None for term in told):
+    by_place = terms.window is not None or terms.segments is not None
+    if not (is_block_on_older_keys or by_place or terms.mask is not None or terms.bias is not None):
         return None
     matrix = q.new_zeros(1, 1, terms.queries, terms.keys)
     if terms.bias is not None:
@@ -151,8 +149,7 @@ def _fits_one_row(terms: Terms, q: Tensor, k: Tensor, v: Tensor) -> bool:
     """
     known = [terms.decay] if not _rounds_bias(q) else [terms.decay, q, k, v]
     needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in known)
-    is_plain = terms.decay is None and terms.key_mask is None
-    return terms.queries == 1 and not is_plain and not needs_gradient
+    return not needs_gradient and not (terms.decay is None and terms.key_mask is None)
 
 
 def _rounds_bias(q: Tensor) -> bool:

@@ -4,13 +4,11 @@ Letters: `b` batch, `h` heads, `g` key heads, `r` query heads per key head, `i` 
 value width.
 """
 
-import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
-from performer_lm.ops.options import gather_terms
 from performer_lm.ops.precision import no_autocast, sum_dtype
-from performer_lm.ops.terms import ALL, Block, Terms, fold_batch
+from performer_lm.ops.terms import ALL, Block, Terms, fold_heads, gather_terms
 
 
 def exact_attention(
@@ -82,12 +80,6 @@ def exact_attention(
     with no_autocast(q.device):
         out = _attend(*fold_heads(q, k, v, dtype=sum_dtype(q, k, v)), terms)
     return out.reshape(*q.shape[:-1], v.shape[-1]).to(q.dtype)
-
-
-def fold_heads(q: Tensor, k: Tensor, v: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Fold the leading dimensions into one `b` and widen to `dtype`."""
-    q, k, v = (fold_batch(x, 3).to(dtype) for x in (q, k, v))
-    return q, k, v
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:

@@ -13,6 +13,7 @@ from performer_lm.attention.joining import count_bytes, join_rows
 from performer_lm.generation.decode import Prefix, log_probs_of, pad_left
 from performer_lm.generation.sampling import Sampler
 from performer_lm.language_model import LanguageModel
+from performer_lm.ops.precision import widen
 from performer_lm.performer import PerformerState
 from performer_lm.serving.jobs import Choice, Likeliest, Told
 
@@ -104,7 +105,6 @@ class Batch:
         most = min(max(choice.job.top for choice in self.choices), self._logits.shape[1])
         if not most:
             return [[] for _ in self.choices]
-        exact = torch.promote_types(self._logits.dtype, torch.float32)
-        values, ids = self._logits.to(exact).log_softmax(-1).topk(most)
+        values, ids = widen(self._logits).log_softmax(-1).topk(most)
         rows = zip(self.choices, ids.tolist(), values.tolist(), strict=True)
         return [list(zip(own, numbers, strict=True))[: choice.job.top] for choice, own, numbers in rows]

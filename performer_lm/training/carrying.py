@@ -79,7 +79,7 @@ def _carry_optimizer(resumed: Checkpoint, model: LanguageModel, optimizer: Optim
     old = [_named(part, before) for part in _parts(content["optimizer_states"][0])]
     known = {} if is_other else {name: state for part in old for name, state in part.items()}
     parameters = dict(model.named_parameters())
-    stays = {name for part in new for name in part if _fits_all(known.get(name), parameters[name])}
+    stays = {name for part in new for name in part if _fits(known.get(name), parameters[name])}
     total = sum(len(part) for part in new)
     if len(stays) == total and [list(names) for names in old] == [list(names) for names in new]:
         return []
@@ -90,13 +90,9 @@ def _carry_optimizer(resumed: Checkpoint, model: LanguageModel, optimizer: Optim
     return [f"the optimizer starts anew on {total - len(stays)} of {total} parameters"]
 
 
-def _fits(value: Any, wanted: Tensor | None) -> bool:
-    return isinstance(value, Tensor) and wanted is not None and value.shape == wanted.shape
-
-
-def _fits_all(state: Mapping[str, Any] | None, parameter: Tensor) -> bool:
+def _fits(state: Mapping[str, Any] | None, parameter: Tensor) -> bool:
     """Return True for the state of a parameter of this shape: tensors like it, and counts; or nothing yet."""
-    return state is not None and all(_fits(value, parameter) or value.ndim == 0 for value in state.values())
+    return state is not None and all(value.shape in (parameter.shape, ()) for value in state.values())
 
 
 def _parts(state: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from performer_lm import checkpoint
 from performer_lm.checkpoint import Checkpoint
 from performer_lm.training.folder import is_config_of
-from performer_lm.training.resume import is_like, keep_former_defaults
+from performer_lm.training.resume import former_defaults, is_like, keep_former_defaults
 
 AUTO = "auto"
 
@@ -87,7 +87,7 @@ def open_newest(
             except ValueError as error:
                 problems.append(str(error))
         else:
-            if problems and (was_like or is_config_of(run, cfg)):
+            if problems and (was_like or is_config_of(run, cfg, former=former_defaults(typed))):
                 raise _none_whole(run, problems)
         passed += problems
     return None, _passed_over(passed)

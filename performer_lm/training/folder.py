@@ -7,8 +7,10 @@ checkpoints/{step=N-val_bpb=X.ckpt, best.ckpt, last.ckpt}      best and last are
 import errno
 import os
 import re
-from itertools import chain, count
+from collections.abc import Collection, Mapping
+from itertools import chain, count, zip_longest
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -113,14 +115,24 @@ class RunFolder:
                 probe.unlink(missing_ok=True)
 
 
-def is_config_of(folder: Path, cfg: DictConfig) -> bool:
-    """Return True if the `config.yaml` of a folder agrees with `cfg` on all that results depend on."""
+def is_config_of(folder: Path, cfg: DictConfig, *, former: Mapping[str, Any] | None = None) -> bool:
+    """Return True if the `config.yaml` of a folder agrees with `cfg` on all that results depend on.
+
+    Options by the names of `former` may have the values there instead.
+    """
     try:
         written = read_start(folder / "config.yaml", 2**20).decode(errors="replace")
     except OSError:
         return False
     one, other = (dict(_SECTION.findall(text)) for text in (written, _to_yaml(cfg)))
-    return all(name in one and one[name] == other[name] for name in RESULTS)
+    kept = {f"{name}: {value}" for name, value in (former or {}).items()}
+    return all(name in one and _agree(one[name], other[name], kept) for name in RESULTS)
+
+
+def _agree(written: str, wanted: str, kept: Collection[str]) -> bool:
+    """Return True if two sections are the same, but for lines of the first that are `kept` in the place of others."""
+    pairs = zip_longest(map(str.strip, written.splitlines()), map(str.strip, wanted.splitlines()), fillvalue="")
+    return all(a == b or (a in kept and a.partition(":")[0] == b.partition(":")[0]) for a, b in pairs)
 
 
 def _to_yaml(cfg: DictConfig) -> str:

@@ -4,18 +4,19 @@ The model is the checkpoint's, with the backend and the options that were typed;
 Data, objective, optimizer, schedule and all else are the command line's, and the run begins at step 0.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 from urllib.parse import quote
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 from torch import nn
 
 from performer_lm import checkpoint
 from performer_lm.checkpoint import Checkpoint
+from performer_lm.checkpoint.backend import set_path, typed_paths, with_backend
 from performer_lm.checkpoint.opening import fit_backend
 from performer_lm.data.module import WindowData
 from performer_lm.data.tokenizer import Tokenizer, tokenizer_from_dict
+from performer_lm.training.run import plain
 
 
 def open_given(name: str) -> Checkpoint:
@@ -38,11 +39,12 @@ def take_model(cfg: DictConfig, source: Checkpoint, *, overrides: Sequence[str])
     typed = typed_paths(overrides, "model")
     if "model" not in typed:
         section = {name: value for name, value in source.section["model"].items() if name != "vocab_size"}
-        wanted = _plain(cfg.model)
         for path in typed:
-            _copy(path.split(".")[1:], wanted, section)
+            set_path(path.split(".")[1:], plain(cfg.model), section)
+        if typed_attn := typed_paths(overrides, "attn"):
+            section = with_backend(section, plain(cfg.attn), typed=typed_attn, source=source.path)
         with open_dict(cfg):
-            cfg.model = _with_attn(section, cfg, typed=typed_paths(overrides, "attn"), source=source)
+            cfg.model = section
             cfg.attn = cfg.model.get("attn", cfg.attn)
 
 
@@ -67,49 +69,6 @@ def load_given(model: nn.Module, given: Checkpoint) -> list[str]:
     model.load_state_dict(weights)
     averaged = "averages of the weights" if given.content.get(checkpoint.AVERAGES) else "weights"
     return [f"starts from {given.path}, the {averaged} at step {given.content.get('global_step', 0)}", *changed]
-
-
-def typed_paths(overrides: Sequence[str], *sections: str) -> list[str]:
-    """Return the keys below sections that were set or chosen, as dotted paths; a section itself, where it was."""
-    keys = (override.partition("=")[0].lstrip("+~").partition("@") for override in overrides)
-    paths = [(package or group).replace("/", ".") for group, _, package in keys]
-    return [path for path in paths if any(path == section or path.startswith(f"{section}.") for section in sections)]
-
-
-def _with_attn(section: dict[str, Any], cfg: DictConfig, *, typed: list[str], source: Checkpoint) -> dict[str, Any]:
-    """Return a model's section with the backend that was typed, or its own with the options that were."""
-    wanted: dict[str, Any] = _plain(cfg.attn)
-    found: dict[str, Any] = {}
-    for name, value in section.items():
-        if name != "attn" or not typed:
-            found[name] = _with_attn(value, cfg, typed=typed, source=source) if isinstance(value, dict) else value
-        elif "attn" in typed:
-            found[name] = wanted
-        else:
-            if value.get("_target_") != wanted["_target_"]:
-                kinds = [str(target).rpartition(".")[2] for target in (wanted["_target_"], value.get("_target_"))]
-                raise ValueError(f"{typed[0]} is of {kinds[0]}, and {source.path} has {kinds[1]}: type attn= as well")
-            found[name] = dict(value)
-            for path in typed:
-                _copy(path.split(".")[1:], wanted, found[name])
-    return found
-
-
-def _copy(path: Sequence[str], wanted: Mapping[str, Any], section: dict[str, Any]) -> None:
-    """Set the value at a path to the wanted one; a path that is not wanted is removed."""
-    name, *rest = path
-    if name not in wanted:
-        section.pop(name, None)
-    elif rest and isinstance(wanted[name], Mapping):
-        inner = section.get(name)
-        section[name] = dict(inner) if isinstance(inner, Mapping) else {}
-        _copy(rest, wanted[name], section[name])
-    else:
-        section[name] = wanted[name]
-
-
-def _plain(section: DictConfig) -> Any:
-    return OmegaConf.to_container(section, resolve=True)
 
 
 def _name(tokenizer: Tokenizer) -> str:

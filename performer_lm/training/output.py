@@ -5,7 +5,7 @@ A run is worth more than what it prints, and `train.log` has that too.
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
@@ -35,26 +35,25 @@ class _Lasting:
 
     def write(self, text: str) -> int:
         try:
-            self._stream.write(text)
+            self._attempt(self._stream.write, text)
         except UnicodeEncodeError:
             encoding = self._stream.encoding or "ascii"
             return self.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, action: Callable[..., Any], *text: str) -> None:
+        try:
+            action(*text)
+        except UnicodeEncodeError:
+            raise
         except BlockingIOError:  # a terminal that is slow takes the next line again
             pass
         except OSError:
             self._leave()
         except (ValueError, RuntimeError):  # closed in this process, or interrupted by a signal's handler that prints
-            pass
-        return len(text)
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except BlockingIOError:
-            pass
-        except OSError:
-            self._leave()
-        except (ValueError, RuntimeError):
             pass
 
     def _leave(self) -> None:

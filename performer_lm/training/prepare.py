@@ -20,6 +20,7 @@ from performer_lm.attention.local import LocalAttention
 from performer_lm.attention.split import SplitAttention
 from performer_lm.building import build, build_model, escape
 from performer_lm.checkpoint import Checkpoint
+from performer_lm.checkpoint.backend import typed_paths
 from performer_lm.data.module import WindowData
 from performer_lm.data.tokenizer.recipes import Restored
 from performer_lm.encoder_decoder import PerformerEncoderDecoder
@@ -28,9 +29,8 @@ from performer_lm.nn.attention import MultiHeadAttention
 from performer_lm.performer import Performer
 from performer_lm.training.callbacks.base import RunCallback, RunDetails
 from performer_lm.training.callbacks.guard import NonFiniteGuard
-from performer_lm.training.callbacks.learning_rates import LearningRates
+from performer_lm.training.callbacks.learning_rates import LearningRates, NewSettings
 from performer_lm.training.callbacks.limits import FinalValidation
-from performer_lm.training.callbacks.new_settings import NewSettings
 from performer_lm.training.callbacks.progress import ProgressReport
 from performer_lm.training.callbacks.random_state import RandomState
 from performer_lm.training.callbacks.redraw import Redraw
@@ -38,31 +38,15 @@ from performer_lm.training.callbacks.saving import Checkpoints, StepBoundary
 from performer_lm.training.callbacks.stopping import StopOnSignal
 from performer_lm.training.callbacks.summary import ModelSummary
 from performer_lm.training.callbacks.throughput import Throughput
-from performer_lm.training.carrying import carry_over
-from performer_lm.training.choosing import AUTO, open_last, open_named, open_newest
 from performer_lm.training.compile import compile_stacks
 from performer_lm.training.folder import RunFolder
-from performer_lm.training.given import (
-    check_tokenizer,
-    describe_given,
-    load_given,
-    open_given,
-    take_model,
-    take_tokenizer,
-    typed_paths,
-)
+from performer_lm.training.given import check_tokenizer, describe_given, take_tokenizer
 from performer_lm.training.loggers.record import MetricsLogger
 from performer_lm.training.optim import check_scaling, parameter_groups
+from performer_lm.training.origin import Origin
 from performer_lm.training.processes import OneRun
-from performer_lm.training.restoring import check_callbacks, check_state
-from performer_lm.training.resume import (
-    best_score,
-    check_resumed,
-    forget_best,
-    keep_former_defaults,
-    share_out_anew,
-    validation_digest,
-)
+from performer_lm.training.restoring import check_callbacks
+from performer_lm.training.resume import best_score, validation_digest
 from performer_lm.training.run import Run, plain
 from performer_lm.training.sharding import check_sharding, without_samples
 from performer_lm.training.task import LanguageModelTask
@@ -87,41 +71,24 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
     check_scaling(optimizer(parameter_groups(nn.Linear(1, 1), head=nn.Identity())), precision=str(trainer.precision))
     schedule(trainer.max_steps)
     wanted = Path(cfg.run_dir) if job is None else Path(cfg.run_dir) / str(job)
-    is_named = any(override.startswith("run_dir=") for override in overrides)
-    resumed, notes = _open_known(cfg, wanted, is_named=is_named)
-    given = (resumed or open_given(cfg.init)) if cfg.init is not None else None
-    if given:
-        take_model(cfg, given, overrides=overrides)
-    model_section, typed = plain(cfg.model), typed_paths(overrides, "model", "attn")
-    if resumed:
-        keep_former_defaults(model_section, resumed.section["model"], typed=typed)
-    sketch = _sketch_model(model_section, context=cfg.data.context, overrides=overrides)
-    data = _build_data(cfg, given, overrides)
+    origin = Origin(cfg, overrides=overrides, wanted=wanted)
+    sketch = _sketch_model(plain(cfg.model), context=cfg.data.context, overrides=overrides)
+    data = _build_data(cfg, origin.given, overrides)
     objective.check(sketch, packed=data.is_packed, answers=data.has_answers)
     _check_backends(sketch, packed=data.is_packed, device=trainer.strategy.root_device)
     data.share(trainer)
 
     data.prepare()
-    if given:
-        check_tokenizer(data, given)
+    if origin.given:
+        check_tokenizer(data, origin.given)
     objective.adopt(data.tokenizer)
-    model_section["vocab_size"] = data.tokenizer.vocab_size
-    section = _describe(cfg, model_section, data, trainer)
+    section = _describe(cfg, data, trainer)
     section["training"] |= objective.sources()
-    if cfg.ckpt == AUTO and not is_named:
-        resumed, notes = open_newest(section, cfg, typed=typed)
-    if resumed:
-        keep_former_defaults(model_section, resumed.section["model"], typed=typed)
-        section["model"] = dict(model_section)
-        section["init"] = resumed.section.get("init")
-        notes += check_resumed(resumed, section, max_steps=trainer.max_steps, allow=cfg.resume.allow)
+    origin.settle(section, max_steps=trainer.max_steps)
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
-    model: LanguageModel = build_model(model_section)
+    model: LanguageModel = build_model(section["model"])
     objective.join(model)
-    if resumed:
-        notes += carry_over(resumed, model, optimizer, section, is_allowed=bool(cfg.resume.allow))
-    elif given:
-        notes += load_given(model, given)
+    origin.load(model, optimizer, section)
     if cfg.compile:
         compile_stacks(model, device=trainer.strategy.root_device)
     task = LanguageModelTask(
@@ -135,23 +102,13 @@ def prepare(cfg: DictConfig, *, overrides: Sequence[str], job: int | None = None
         separator=data.separator,
         counted=data.counted,
     )
-    if resumed:
-        check_state(resumed, trainer, task, optimizer=not cfg.resume.allow)
-        notes += forget_best(resumed, section)
-        share_out_anew(resumed.content, accumulation=trainer.accumulate_grad_batches)
-    folder = _take_folder(cfg, wanted, resumed, is_named=is_named, writes=trainer.is_global_zero)
+    origin.restore(trainer, task)
+    folder = origin.take_folder(writes=trainer.is_global_zero)
     try:
-        return _assemble(cfg, overrides, folder, resumed, data, task, trainer, notes)
+        return _assemble(cfg, overrides, folder, origin, data, task, trainer)
     except BaseException:
         folder.release()
         raise
-
-
-def _open_known(cfg: DictConfig, wanted: Path, *, is_named: bool) -> tuple[Checkpoint | None, list[str]]:
-    """Return the checkpoint that the command line names, and notes on it."""
-    if cfg.ckpt == AUTO:
-        return open_last(wanted) if is_named else (None, [])
-    return (None, []) if cfg.ckpt is None else (open_named(cfg.ckpt), [])
 
 
 def _build_data(cfg: DictConfig, given: Checkpoint | None, overrides: Sequence[str]) -> WindowData:
@@ -163,10 +120,10 @@ def _build_data(cfg: DictConfig, given: Checkpoint | None, overrides: Sequence[s
     return build(section, key="data", more={"tokenizer": Restored(plain=tokenizer.to_dict())})
 
 
-def _describe(cfg: DictConfig, model: dict[str, Any], data: WindowData, trainer: Trainer) -> dict[str, Any]:
+def _describe(cfg: DictConfig, data: WindowData, trainer: Trainer) -> dict[str, Any]:
     """Return the section of the run's checkpoints, which must be alike where the run goes on."""
     section = checkpoint.describe(
-        model=model,
+        model={**plain(cfg.model), "vocab_size": data.tokenizer.vocab_size},
         tokenizer=data.tokenizer,
         fingerprint={
             **data.fingerprint(),
@@ -192,13 +149,13 @@ def _assemble(
     cfg: DictConfig,
     overrides: Sequence[str],
     folder: RunFolder,
-    resumed: Checkpoint | None,
+    origin: Origin,
     data: WindowData,
     task: LanguageModelTask,
     trainer: Trainer,
-    notes: list[str],
 ) -> Run:
     """Build callbacks and loggers, and give them to the trainer in the order in which they run."""
+    resumed = origin.resumed
     cfg.run_dir = escape(str(folder.path))
     details = RunDetails(
         folder=folder.path,
@@ -259,19 +216,8 @@ def _assemble(
         stop=stop,
         record=record,
         console=details.console,
-        notes=notes,
+        notes=origin.notes,
     )
-
-
-def _take_folder(
-    cfg: DictConfig, wanted: Path, resumed: Checkpoint | None, *, is_named: bool, writes: bool
-) -> RunFolder:
-    """Return the folder to resume in, or a new one; `ckpt=auto` always takes the one that is named."""
-    if resumed:
-        return RunFolder(checkpoint.holder(resumed.path), writes=writes)
-    if cfg.ckpt == AUTO and is_named:
-        return RunFolder.take(wanted, writes=writes)
-    return RunFolder.create(wanted, writes=writes)
 
 
 def _sketch_model(section: dict[str, Any], *, context: int, overrides: Sequence[str]) -> LanguageModel:

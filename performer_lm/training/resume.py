@@ -68,13 +68,19 @@ def keep_former_defaults(section: dict[str, Any], saved: Mapping[str, Any], *, t
         saved: the same section of the checkpoint.
         typed: paths of the options that were typed.
     """
-    names = {path.rpartition(".")[-1] for path in typed}
+    former = former_defaults(typed)
     for name, value in section.items():
         old = saved.get(name)
         if isinstance(value, dict) and isinstance(old, Mapping):
             keep_former_defaults(value, old, typed=typed)
-        elif name in FORMER_DEFAULTS and name not in names and old == FORMER_DEFAULTS[name]:
+        elif name in former and old == former[name]:
             section[name] = old
+
+
+def former_defaults(typed: Collection[str]) -> dict[str, Any]:
+    """Return the former defaults of the options that were not typed."""
+    names = {path.rpartition(".")[-1] for path in typed}
+    return {name: value for name, value in FORMER_DEFAULTS.items() if name not in names}
 
 
 def is_like(saved: Mapping[str, Any], section: Mapping[str, Any]) -> bool:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from performer_lm.nn.branch import Branch
-from performer_lm.nn.residual import Reversible
+from performer_lm.nn.reversible import Reversible
 from performer_lm.training.callbacks.base import TrainingTask
 from performer_lm.training.callbacks.ema import WeightAverage
 from performer_lm.training.callbacks.samples import Samples

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from performer_lm.ops.chunks import cut
-from performer_lm.ops.options import gather_terms
+from performer_lm.ops.terms import gather_terms
 
 
 def gather(tokens: int, **options):

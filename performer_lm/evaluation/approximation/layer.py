@@ -13,7 +13,7 @@ from torch import Tensor
 
 from performer_lm.attention.favor import FavorAttention
 from performer_lm.evaluation.approximation.pairs import Pairs, Sight, where_precise
-from performer_lm.ops.precision import no_autocast
+from performer_lm.ops.precision import no_autocast, widen
 
 
 class Approximation(NamedTuple):
@@ -56,7 +56,7 @@ def measure_approximation(
     """
     with torch.no_grad(), no_autocast(q.device):
         attention, (q, k, v), sight = where_precise(attention, (q, k, v), sight)
-        q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
+        q, k, v = (widen(x) for x in (q, k, v))
         group = q.shape[1] // k.shape[1]
         pairs = Pairs(attention, q, k, queries=queries, **sight)
         values = v.repeat_interleave(group, dim=1)
@@ -104,7 +104,7 @@ def materialise_weights(attention: FavorAttention, q: Tensor, k: Tensor, **sight
     """
     with torch.no_grad(), no_autocast(q.device):
         attention, (q, k), sight = where_precise(attention, (q, k), sight)
-        q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
+        q, k = (widen(x) for x in (q, k))
         found = [(block.implied, block.exact) for block in Pairs(attention, q, k, **sight).blocks()]
     return Weights(*(torch.cat(blocks, dim=2) for blocks in zip(*found, strict=True)))
 

@@ -27,7 +27,7 @@ from performer_lm.nn.branch import Branch
 from performer_lm.nn.feed_forward import FeedForward
 from performer_lm.nn.norm import RMSNorm
 from performer_lm.nn.positions import NoAbsolutePositions, Rotary
-from performer_lm.nn.residual import Reversible
+from performer_lm.nn.reversible import Reversible
 
 ATTENTION_PARTS: Final = {"project_in", "positions", "backend", "output"}  # beside others, attention is no Llama's
 BRANCH_PARTS: Final = {"norm", "body", "dropout"}

@@ -11,7 +11,6 @@ import copy
 import logging
 from typing import Annotated, Any, cast
 
-import torch
 from annotated_types import Gt, Lt
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from performer_lm.checkpoint import AVERAGES
 from performer_lm.language_model import LanguageModel
+from performer_lm.ops.precision import widen
 from performer_lm.ranges import ranged
 from performer_lm.training.callbacks.base import RunCallback, TrainingTask
 
@@ -47,10 +47,7 @@ class WeightAverage(RunCallback):
         task = cast(TrainingTask, pl_module)
         self.model = copy.deepcopy(task.model, {id(buffer): buffer for buffer in task.model.buffers()})
         self.model.eval().requires_grad_(False)
-        self.averages = {
-            name: value.data.to(torch.promote_types(value.dtype, torch.float32))
-            for name, value in self.model.named_parameters()
-        }
+        self.averages = {name: widen(value.data) for name, value in self.model.named_parameters()}
         if self._saved is not None:
             for name in self.averages.keys() & self._saved.keys():  # another backend may own others
                 self.averages[name].copy_(self._saved[name])

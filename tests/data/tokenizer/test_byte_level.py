@@ -35,7 +35,7 @@ def test_training_is_the_same_in_every_process_on_any_number_of_threads(source):
     words = " ".join(f"word{number * 7919 % 300} other{number % 17}" for number in range(4000)).encode()
     texts = [*source, words]
     found = []
-    for seed, threads in ((1, "true"), (2, "true"), (3, "false")):
+    for seed, threads in ((1, "true"), (2, "false")):
         done = subprocess.run(
             [sys.executable, "-c", PROGRAM, *(text.hex() for text in texts)],
             capture_output=True,
@@ -45,7 +45,7 @@ def test_training_is_the_same_in_every_process_on_any_number_of_threads(source):
         )
         found.append(json.loads(done.stdout))
     here = {kind: train(texts, vocab_size=700).to_dict() for kind, train in TRAINERS.items()}
-    assert found == [json.loads(json.dumps(here))] * 3
+    assert found == [json.loads(json.dumps(here))] * 2
 
 
 @pytest.mark.parametrize("kind", TRAINERS)

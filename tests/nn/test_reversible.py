@@ -21,7 +21,7 @@ from performer_lm.nn.branch import Branch, TokenInfo
 from performer_lm.nn.feed_forward import FeedForward
 from performer_lm.nn.norm import RMSNorm
 from performer_lm.nn.positions import NoPositions
-from performer_lm.nn.residual import Reversible
+from performer_lm.nn.reversible import Reversible
 from performer_lm.performer import Performer
 
 linear = partial(

@@ -3,8 +3,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from performer_lm.ops import running_sum as module
-from performer_lm.ops.running_sum import BLOCK, running_sum
+from performer_lm.ops import precision
+from performer_lm.ops.precision import BLOCK, running_sum
 
 
 class RefuseCumsum(TorchDispatchMode):
@@ -23,7 +23,7 @@ def test_sums_by_products_are_running_sums_with_their_gradient(length: int, monk
         return out, torch.autograd.grad((out * weights).sum(), x)[0]
 
     wanted = both()
-    monkeypatch.setattr(module, "_must_repeat", lambda x: True)
+    monkeypatch.setattr(precision, "_must_repeat", lambda x: True)
     with RefuseCumsum():
         found = both()
     for one, other in zip(found, wanted, strict=True):

@@ -1,0 +1,71 @@
+"""A run that goes on with the defaults of an earlier version says so wherever its config is read."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from performer_lm.training.run import Run
+
+Start = Callable[..., Run]
+FORMER = ["attn.num_features=64", "model.heads=8", "model.local_heads=0"]  # none is a default of debug=fast today
+SEQ2SEQ = ["model=performer_seq2seq", "objective=seq2seq", "debug=[]", "data.batch_size=4", "data.context=64"]
+SEQ2SEQ += [
+    "trainer.max_steps=4",
+    "trainer.val_every=2",
+    "data.validation_bytes=4096",
+    "trainer.log_every=1",
+    "model.dim=32",
+]
+
+
+def values_of(section: Any, name: str) -> list[Any]:
+    """Return all values of a name in plain data, whatever holds them."""
+    if not isinstance(section, dict):
+        return []
+    return [value for key, value in section.items() if key == name] + [
+        value for each in section.values() for value in values_of(each, name)
+    ]
+
+
+def begun(run: Run) -> Any:
+    """Return the config that a run writes as it begins, and let its folder go."""
+    run.run_folder.open(run.cfg)
+    run.run_folder.release()
+    return OmegaConf.to_container(OmegaConf.load(run.folder / "config.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("model", "began", "ckpt"),
+    [([], FORMER, "ckpt=runs/a"), (SEQ2SEQ, FORMER[:1], "ckpt=auto")],
+    ids=["decoder", "seq2seq"],
+)
+def test_the_config_of_a_resumed_run_says_what_runs(
+    start: Start, model: list[str], began: list[str], ckpt: str
+) -> None:
+    start(*model, *began, "run_dir=runs/a").fit()
+    run = start(*model, ckpt, "trainer.max_steps=5")
+    assert run.folder.resolve() == Path("runs/a").resolve()
+    config = begun(run)
+    assert {*values_of(config["model"], "num_features")} == {config["attn"]["num_features"]} == {64}
+    for name in ("heads", "local_heads", "num_features"):
+        assert values_of(config["model"], name) == values_of(run.task.section["model"], name)
+
+
+def test_what_was_typed_stands_in_the_config_and_damage_starts_nothing_over(start: Start) -> None:
+    start(*FORMER, "run_dir=runs/a").fit()
+    with pytest.raises(ValueError, match="num_features was 64, is 32"):
+        start("attn.num_features=32", "ckpt=runs/a")
+    config = begun(start("attn.num_features=32", "ckpt=runs/a", "resume.allow=[model.attn]", "trainer.max_steps=5"))
+    assert (config["attn"]["num_features"], config["model"]["attn"]["num_features"]) == (32, 32)
+    assert config["model"]["heads"] == 8
+    begun(start("ckpt=runs/a", "trainer.max_steps=5"))
+    for path in Path("runs/a/checkpoints").glob("step=*.ckpt"):
+        path.write_bytes(b"spoilt")
+    with pytest.raises(ValueError, match="no checkpoint of runs/a is whole"):
+        start("ckpt=auto")
+    other = start("ckpt=auto", "attn.num_features=32")  # which never was a default
+    assert other.resumed is None
+    other.run_folder.release()
