@@ -183,7 +183,9 @@ def test_every_backend_trains_and_decodes_on_every_accelerator(tmp_path: Path) -
     jobs += [f"attn/features={name}" for name in FEATURES if name != "trig"]  # of an order; trig has none
     jobs += ["attn=exact model.key_heads=2", "model.dim_head=32", *MODELS]
     jobs = [f"{device} {job}" for device in ("cuda", "mps") for job in jobs]
-    jobs = [job for job in jobs if not ("mps" in job and "flash" in job)]  # torch's build for Apple alone knows the kernel
+    jobs = [
+        job for job in jobs if not ("mps" in job and "flash" in job)
+    ]  # torch's build for Apple alone knows the kernel
     for job, told in looks(tmp_path, *jobs).items():
         assert told["decoding"] == 0, job
         if job.removeprefix("cuda attn=").removeprefix("mps attn=") in SOFTMAX:
