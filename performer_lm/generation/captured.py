@@ -23,7 +23,7 @@ from performer_lm.wording import first_line
 
 DEVICE: Final = "cuda"
 PATIENCE: Final = 8
-"""Steps of equal layout before a capture, which costs about as much as they do: few tokens never pay for one."""
+"""Steps of equal layout before a capture, so that few tokens never pay for one; what one costs was not timed yet."""
 WARM_UPS: Final = 3  # on the capture's own stream, where libraries get ready; as many as torch's documentation takes
 
 _refused: Final = WeakSet[LanguageModel]()  # models that go on without, and said so
