@@ -28,6 +28,12 @@ KINDS = ("cuda", "mps", "xpu")
 BACKENDS = sorted(path.stem for path in (ROOT / "configs" / "attn").glob("*.yaml"))
 BY_FUNCTION = {"relu"}  # whose features get gradients from `torch.func`, which no dispatch mode lets into an operator
 WORDS = {"delta": ["attn=delta", "attn/features=positive"]}  # as relu, its default, is of BY_FUNCTION
+FEATURES = sorted(path.stem for path in (ROOT / "configs" / "attn" / "features").glob("*.yaml"))
+MODELS = [
+    *("model=performer_classic optimizer=adamw", "model=transformer attn=flash", "model=transformer attn=favor"),
+    *("model=performer_seq2seq objective=seq2seq", "model=performer_encoder objective=mlm"),
+    "model=performer_encoder objective=mlm attn/features=trig",
+]
 SOFTMAX = {"chunked", "exact", "flash", "flash_tiled", "local"}  # which never look at a number
 
 
@@ -174,9 +180,14 @@ def test_a_model_trains_and_decodes_on_cuda_without_waiting_for_it(tmp_path: Pat
 @pytest.mark.slow
 def test_every_backend_trains_and_decodes_on_every_accelerator(tmp_path: Path) -> None:
     jobs = [f"attn={name}" for name in BACKENDS]
-    jobs += ["model=performer_classic optimizer=adamw", "attn/features=optimal", "attn=exact model.key_heads=2"]
+    jobs += [
+        f"attn/features={name} attn.num_features=null" for name in FEATURES if name != "trig"
+    ]  # which has no order
+    jobs += ["attn=exact model.key_heads=2", "model.dim_head=32", *MODELS]
     jobs = [f"{device} {job}" for device in ("cuda", "mps") for job in jobs]
-    jobs.remove("mps attn=flash")  # only torch's build for Apple knows which kernel that would be
+    jobs = [
+        job for job in jobs if not ("mps" in job and "flash" in job)
+    ]  # torch's build for Apple alone knows the kernel
     for job, told in looks(tmp_path, *jobs).items():
         assert told["decoding"] == 0, job
         if job.removeprefix("cuda attn=").removeprefix("mps attn=") in SOFTMAX:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from performer_lm.data.windows import shift
 from performer_lm.evaluation.base import Evaluation, Subject, check_next_token, pick_windows
+from performer_lm.generation.captured import Steps
 from performer_lm.generation.decode import read
 from performer_lm.language_model import LanguageModel
 from performer_lm.model import PerformerLM
@@ -85,12 +86,11 @@ def compare_prefix(model: PerformerLM, tokens: Tensor) -> Difference:
     """
     forward = model(tokens)
     prefix = read(model, tokens[:, :1], max_new_tokens=0)
-    logits, state = prefix.logits, prefix.state
+    logits, state, steps = prefix.logits, prefix.state, Steps(model)
     largest, found, same = -1.0, (0, 0, 0, 0.0, 0.0), 0
     for position in range(tokens.shape[1]):
         if position:
-            extended, state = model.extend(tokens[:, position : position + 1], state)
-            logits = extended[:, -1]
+            logits, state = steps.extend(tokens[:, position], state)
         whole = forward[:, position]
         same += int((whole.argmax(-1) == logits.argmax(-1)).sum())
         gaps = (whole - logits).abs().nan_to_num(nan=torch.inf).flatten()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from performer_lm.attention.base import select_rows
+from performer_lm.generation.captured import Steps
 from performer_lm.generation.decode import Prefix, check_one_row, last_tokens, log_probs_of
 from performer_lm.generation.sampling import Sampler
 from performer_lm.language_model import LanguageModel
@@ -54,6 +55,7 @@ def search_beams(
     check_one_row(prefix)
     start = select_rows(prefix, prefix.tokens.new_zeros(beams))
     logits, state, (seen, kept) = start.logits, start.state, last_tokens(start, sampler.reach)
+    steps = Steps(model)
     scores = torch.full((beams,), float("-inf"), device=logits.device, dtype=precise(logits.device))
     scores[0] = 0.0  # the others are copies
     tokens, log_probs = seen.new_empty(beams, 0), scores.new_empty(beams, 0)
@@ -76,6 +78,5 @@ def search_beams(
         if sampler.reach:
             seen = torch.cat((seen[rows], ids[:, None]), dim=1)[:, -sampler.reach :]
             kept = torch.cat((kept[rows], torch.ones_like(ids[:, None], dtype=torch.bool)), dim=1)[:, -sampler.reach :]
-        logits, state = model.extend(ids[:, None], select_rows(state, rows))
-        logits = logits[:, -1]
+        logits, state = steps.extend(ids, select_rows(state, rows))
     return Beams(tokens, log_probs, scores)

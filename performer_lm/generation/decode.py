@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from performer_lm.generation.captured import Steps
 from performer_lm.generation.sampling import Generators, Sampler
 from performer_lm.language_model import LanguageModel
 from performer_lm.performer import PerformerState
@@ -115,7 +116,7 @@ def draw_tokens(
             not end.
         generator: source of randomness on the model's device, or one for each row: then a row is drawn as it is alone.
     """
-    logits, state = prefix.logits, prefix.state
+    logits, state, steps = prefix.logits, prefix.state, Steps(model)
     ended = torch.zeros_like(prefix.tokens[:, 0], dtype=torch.bool)
     seen, kept = last_tokens(prefix, sampler.reach)
     for index in range(max_new_tokens):
@@ -129,8 +130,7 @@ def draw_tokens(
         if sampler.reach:
             seen = torch.cat((seen, ids[:, None]), dim=1)[:, -sampler.reach :]
             kept = torch.cat((kept, torch.ones_like(ids[:, None], dtype=torch.bool)), dim=1)[:, -sampler.reach :]
-        logits, state = model.extend(ids[:, None], state)
-        logits = logits[:, -1]
+        logits, state = steps.extend(ids, state)
 
 
 def last_tokens(prefix: Prefix, count: int) -> tuple[Tensor, Tensor]:

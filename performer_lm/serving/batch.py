@@ -10,6 +10,7 @@ from torch import Tensor
 
 from performer_lm.attention.base import select_rows
 from performer_lm.attention.joining import count_bytes, join_rows
+from performer_lm.generation.captured import Steps
 from performer_lm.generation.decode import Prefix, log_probs_of, pad_left
 from performer_lm.generation.sampling import Sampler
 from performer_lm.language_model import LanguageModel
@@ -28,7 +29,7 @@ class Batch:
 
     def __init__(self, model: LanguageModel) -> None:
         self.choices: list[Choice] = []
-        self._model, self._device = model, model.head.weight.device
+        self._steps, self._device = Steps(model), model.head.weight.device
         self._logits = torch.empty(0, model.head.out_features, device=self._device)  # (b, vocab) of the next tokens
         self._state: PerformerState | None = None
         self._drawn: Tensor | None = None  # (b,) ids, which the model has not read
@@ -74,8 +75,8 @@ class Batch:
     def extend(self) -> None:
         """Let the model read the tokens drawn."""
         if self._state is not None and self._drawn is not None:
-            logits, self._state = self._model.extend(self._drawn[:, None], self._state)
-            self._logits, self._drawn = logits[:, -1], None
+            self._logits, self._state = self._steps.extend(self._drawn, self._state)
+            self._drawn = None
 
     def state_before(self, row: int) -> tuple[Tensor, PerformerState]:
         """Return the logits and the state of one row before the token drawn last."""

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from performer_lm.attention.base import fork
 from performer_lm.attention.chunked import ChunkedAttention
 from performer_lm.attention.flash import FlashAttention
+from performer_lm.generation.captured import PATIENCE, Steps
 from performer_lm.model import PerformerLM
 from performer_lm.objectives import NextToken
 
@@ -87,6 +89,31 @@ def test_decoding_steps_are_the_forward(pair: Pair, overrides: str, dtype: torch
             logits, state = model.extend(part, state)
             found.append(logits)
     assert error(torch.cat(found, dim=1), wanted) < (1e-5 if dtype == torch.float32 else 16 * 2**-8)
+
+
+@of_every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_captured_steps_are_the_models_own_and_do_not_wait(
+    pair: Pair, overrides: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    """A capture that fails or differs says so, which is an error here."""
+    model = pair(overrides)[1].to(dtype)
+    tokens = torch.randint(0, 40, (2, 300), device=device)
+    with torch.inference_mode():
+        _, state = model.start(tokens[:, :250])
+        steps, own = Steps(model), fork(state)
+        for place, ids in enumerate(tokens[:, 250:].unbind(1)):
+            wanted, own = model.extend(ids[:, None], own)
+            if device.type == "cuda" and place > PATIENCE:
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                found, state = steps.extend(ids, state)
+            finally:
+                if device.type == "cuda":
+                    torch.cuda.set_sync_debug_mode("default")
+            assert error(found, wanted[:, -1]) < (1e-5 if dtype == torch.float32 else 8 * 2**-8)
+    grows = any(name in overrides for name in ("exact", "chunked", "flash", "hybrid"))  # the last has a layer of flash
+    assert steps.is_captured == (not grows and device.type == "cuda")
 
 
 def test_flash_in_float32_keeps_its_decay_over_16k_tokens(device: torch.device) -> None:
