@@ -16,7 +16,7 @@ from performer_lm.building import build_model as build
 from performer_lm.checkpoint.contents import AVERAGES, FORMAT, describe
 from performer_lm.checkpoint.files import Checkpoint, delete_stale, peek, point, read, remove, save, sidecar_of
 from performer_lm.checkpoint.finding import candidates, find, holder, name_of, named_by_step, newest_runs, step_of
-from performer_lm.checkpoint.opening import check_fit, load_weights, open_model, open_objective
+from performer_lm.checkpoint.opening import check_fit, load_weights, open_model, open_objective, other_attention
 
 __all__ = [
     "AVERAGES",
@@ -35,6 +35,7 @@ __all__ = [
     "newest_runs",
     "open_model",
     "open_objective",
+    "other_attention",
     "peek",
     "point",
     "read",

@@ -10,13 +10,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from performer_lm.attention.base import AttentionFactory
+from performer_lm.attention.base import Attention, AttentionFactory
+from performer_lm.attention.hybrid import HybridAttention
 from performer_lm.building import build_model
 from performer_lm.checkpoint.backend import with_backend
 from performer_lm.checkpoint.files import Checkpoint
 from performer_lm.checkpoint.sizes import check_memory, check_sizes
 from performer_lm.data.tokenizer import Tokenizer, tokenizer_from_dict
 from performer_lm.language_model import LanguageModel
+from performer_lm.nn.attention import MultiHeadAttention
 from performer_lm.objectives import MaskedTokens, NextToken, Objective, SourceToTarget
 from performer_lm.wording import first_line, short
 
@@ -169,3 +171,24 @@ def _unfit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Iterator
     yield from (
         f"it has {name}, which the model has not" for name in weights if name not in own and BACKEND not in name
     )
+
+
+def other_attention(model: nn.Module, other: nn.Module) -> list[int]:
+    """Return the layers, counted from 0, in which two models of one shape run other backends, features or options."""
+    pairs = zip(_backends(model), _backends(other), strict=True)
+    return [layer for layer, (one, another) in enumerate(pairs) if _kinds(one) != _kinds(another)]
+
+
+def _backends(model: nn.Module) -> list[Attention[Any]]:
+    return [module.backend for module in model.modules() if isinstance(module, MultiHeadAttention)]
+
+
+def _kinds(backend: nn.Module) -> list[tuple[object, ...]]:
+    """Return class, plain options and own weights of a backend and its parts; a pattern is the backend it chose."""
+    parts = [part for part in backend.modules() if not isinstance(part, HybridAttention)]
+    return [(type(part), _plain(part), [name for name, _ in part.named_parameters(recurse=False)]) for part in parts]
+
+
+def _plain(part: nn.Module) -> dict[str, object]:
+    own = {name: value for name, value in vars(part).items() if name != "training" and not name.startswith("_")}
+    return {name: value for name, value in own.items() if isinstance(value, bool | int | float | str | None)}

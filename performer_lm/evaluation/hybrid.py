@@ -4,23 +4,25 @@ Letters: `n` tokens.
 """
 
 import math
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, NamedTuple, final
+from typing import Any, Final, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from performer_lm import checkpoint
-from performer_lm.attention.hybrid import HybridAttention
+from performer_lm.attention.base import AttentionFactory
+from performer_lm.attention.delta import DeltaAttention
+from performer_lm.attention.favor import FavorAttention
+from performer_lm.attention.feature_maps import AttentionFeatures
 from performer_lm.data.windows import IGNORE, FiniteWindows
 from performer_lm.evaluation.base import Evaluation, Subject, spread_places
+from performer_lm.evaluation.patterns import BACKENDS, Section, backend_of_layer, section_of, spell_pattern
 from performer_lm.language_model import LanguageModel
 from performer_lm.model import PerformerLM
-from performer_lm.nn.attention import MultiHeadAttention
 from performer_lm.objectives import NextToken, choose_chunk_size, kl_divergence
 from performer_lm.ops.precision import sum_dtype
 from performer_lm.ops.terms import slices
@@ -41,18 +43,32 @@ class Apart(NamedTuple):
 class PlanHybrid(Evaluation):
     """Restore one layer's attention at a time to the teacher's, and rank the layers by the divergence that saves.
 
-    Prints the table, the teacher's bits per byte and the student's as it is, and the pattern that keeps a share of the
-    layers, with its own score. Of a checkpoint opened with another backend (`ckpt=TEACHER attn=favor`) that is the
-    error of the swap alone, no token spent.
+    Prints the table, the teacher's bits per byte, the student's as it is and with its linear attention cut off, and the
+    pattern that keeps a share of the layers, as it is typed, with its own score. Of a checkpoint opened with another
+    backend (`ckpt=TEACHER attn=favor`) that is the error of the swap alone, no token spent.
 
     Args:
         teacher: run folder or checkpoint file; None for the checkpoint itself, with the backend it was trained with.
         keep: share of the layers that stay the teacher's.
         sequences: windows of text to look at.
+        attn: the backend that the student was opened with; None for its own.
+        hybrid: `attn=hybrid`, whose backends a pattern may name.
+        features: the choices of `attn/features`, by name.
     """
 
-    def __init__(self, *, teacher: str | None, keep: Fraction, sequences: Count) -> None:
+    def __init__(
+        self,
+        *,
+        teacher: str | None,
+        keep: Fraction,
+        sequences: Count,
+        attn: AttentionFactory | None,
+        hybrid: AttentionFactory,
+        features: dict[str, Callable[..., AttentionFeatures]],
+    ) -> None:
         self.teacher, self.keep, self.sequences = teacher, keep, sequences
+        self.attn, self.features = section_of(attn), section_of(features)
+        self.backends = section_of(hybrid)[BACKENDS]
 
     def check(self, model: LanguageModel, *, folder: Path) -> None:
         """Want a causal model, and a teacher of its shape with other backends."""
@@ -62,50 +78,57 @@ class PlanHybrid(Evaluation):
         """Return the divergence of the student as it is, in nats a token."""
         student = subject.model
         assert isinstance(student, PerformerLM)
-        teacher = self._open(student, subject.folder).to(student.head.weight.device)
-        device, separator = student.head.weight.device, subject.data.separator
+        teacher, of_teacher = self._open(student, subject.folder)
+        of_student, depth = self.attn or subject.checkpoint.section["model"]["attn"], len(student.performer.layers)
+        device, separator = subject.device, subject.data.separator
         windows = [x.to(device) for x in _windows(subject.data.held_out, self.sequences, subject.data.batch_size)]
-        lengths, known = (
-            torch.from_numpy(subject.data.held_out.byte_lengths),
-            read(teacher, windows, separator=separator),
-        )
+        lengths = torch.from_numpy(subject.data.held_out.byte_lengths)
+        teacher = teacher.to(device)
+
+        def pattern(kept: list[int]) -> str:
+            layers = [backend_of_layer(of_teacher if n in kept else of_student, n) for n in range(depth)]
+            return spell_pattern(layers, backends=self.backends, features=self.features)
+
+        count = round(self.keep * depth)
+        if count:
+            pattern([*range(count)])  # what has no name is refused before anything is measured
+        known = read(teacher, windows, separator=separator)
 
         def measure(*restored: int) -> Apart:
             with with_layers(student, teacher, restored):
                 return measure_apart(student, teacher, windows, known, lengths, separator=separator)
 
         own = measure_apart(teacher, teacher, windows, known, lengths, separator=separator)
-        swapped, depth = measure(), len(student.performer.layers)
+        swapped = measure()
+        with without_linear(student):
+            cut = measure()
         each = [measure(layer) for layer in range(depth)]
         order = sorted(range(depth), key=lambda layer: each[layer].divergence)
-        kept = order[: round(self.keep * depth)]
         print(f"teacher                 {own.bits_per_byte:.4f} bits per byte")
-        print(f"student                 {swapped.bits_per_byte:.4f} bits per byte, {_nats(swapped)}")
+        print(f"student                 {_tell(swapped)}")
+        print(f"  linear part cut off   {_tell(cut)}")
         for layer in order:
             saved = swapped.divergence - each[layer].divergence
-            print(
-                f"  layer {layer:<3} restored    {each[layer].bits_per_byte:.4f} bits per byte, {_nats(each[layer])}",
-                end="",
-            )
-            print(f", {saved:+.4f} saved")
-        if kept:
-            best = measure(*kept)
-            print(f"{len(kept):>3} of {depth} layers kept    {best.bits_per_byte:.4f} bits per byte, {_nats(best)}")
-            print(f"attn=hybrid attn.pattern=[{','.join(_pattern(student, teacher, kept))}]")
+            print(f"  layer {layer:<3} restored    {_tell(each[layer])}, {saved:+.4f} saved")
+        if count:
+            print(f"{count:>3} of {depth} layers kept    {_tell(measure(*order[:count]))}")
+            print(pattern(order[:count]))
         return swapped.divergence
 
-    def _open(self, student: LanguageModel, folder: Path) -> PerformerLM:
+    def _open(self, student: LanguageModel, folder: Path) -> tuple[PerformerLM, Section]:
+        """Return the teacher, and what its checkpoint says of its attention."""
         path = checkpoint.find(str(folder) if self.teacher is None else self.teacher, key="task.teacher")
-        teacher, _ = checkpoint.open_model(checkpoint.read(path))
+        opened = checkpoint.read(path)
+        teacher, _ = checkpoint.open_model(opened)
         if not isinstance(teacher, PerformerLM) or not teacher.decodes or not isinstance(student, PerformerLM):
             raise ValueError("task=hybrid compares causal models of one stack")
         checkpoint.check_fit(student, teacher.state_dict(), source=f"task.teacher={path}")
-        if _backends(student) == _backends(teacher):
+        if not checkpoint.other_attention(student, teacher):
             raise ValueError(
                 f"the model attends in all layers as task.teacher={path} does: attn=favor opens it with another "
                 f"backend, task.teacher=CKPT names another teacher"
             )
-        return teacher
+        return teacher, opened.section["model"]["attn"]
 
 
 @contextmanager
@@ -120,6 +143,25 @@ def with_layers(student: PerformerLM, teacher: PerformerLM, restored: tuple[int,
     finally:
         for (mine, _), attention in zip(pairs, own, strict=True):
             mine["attention"] = attention
+
+
+@contextmanager
+def without_linear(model: nn.Module) -> Iterator[None]:
+    """Let the linear backends of a model give zeros for a while; local heads and layers of softmax go on.
+
+    A student that loses little by it does not use them: it lives on its windows.
+    """
+
+    def silence(backend: nn.Module, given: Any, out: Tensor) -> Tensor:
+        return torch.zeros_like(out)
+
+    linear = [module for module in model.modules() if isinstance(module, FavorAttention | DeltaAttention)]
+    hooks = [module.register_forward_hook(silence) for module in linear]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.inference_mode()
@@ -172,23 +214,11 @@ def _windows(windows: FiniteWindows, count: int, batch_size: int) -> Iterator[Te
         yield windows.rows(places[each])
 
 
-def _pattern(student: PerformerLM, teacher: PerformerLM, kept: list[int]) -> list[str]:
-    names = zip(_backends(student), _backends(teacher), strict=True)
-    return [theirs if layer in kept else own for layer, (own, theirs) in enumerate(names)]
-
-
-def _backends(model: PerformerLM) -> list[str]:
-    """Return the name of each layer's backend, as `attn=` has it."""
-    found = [module.backend for module in model.modules() if isinstance(module, MultiHeadAttention)]
-    kinds = [type(each.chosen if isinstance(each, HybridAttention) else each) for each in found]
-    return [re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__.removesuffix("Attention")).lower() for kind in kinds]
-
-
 def _layer(model: PerformerLM, layer: int) -> nn.ModuleDict:
     found = model.performer.layers[layer]
     assert isinstance(found, nn.ModuleDict)
     return found
 
 
-def _nats(found: Apart) -> str:
-    return f"{found.divergence:.4f} nats a token from the teacher"
+def _tell(found: Apart) -> str:
+    return f"{found.bits_per_byte:.4f} bits per byte, {found.divergence:.4f} nats a token from the teacher"

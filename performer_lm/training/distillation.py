@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from performer_lm import checkpoint
-from performer_lm.checkpoint.opening import BACKEND
 from performer_lm.data.tokenizer import Tokenizer
 from performer_lm.data.windows import IGNORE
 from performer_lm.language_model import LanguageModel
@@ -132,26 +131,29 @@ class Distillation(Taught):
 class Layerwise(Taught):
     """Let the attention of each layer learn what the teacher's gives for the same vectors; all else stays.
 
-    Queries and keys of all layers, and what their backends own, learn at once, each layer from the teacher's stream.
-    The loss is the squared error over the teacher's mean square, mean over layers. One layer's graph is in memory at a
-    time: the backward computes it anew.
+    Queries and keys of the layers whose attention is not the teacher's, and what their backends own, learn at once,
+    each layer from the teacher's stream. The loss is the squared error over the teacher's mean square, mean over these
+    layers. One layer's graph is in memory at a time: the backward computes it anew.
     """
 
     def join(self, model: LanguageModel) -> None:
-        """Freeze all but what makes queries, keys and features.
+        """Freeze all but what makes queries, keys and features in the layers that learn.
 
         Raises:
-            ValueError: for a student of another shape than the teacher, or of the same backends.
+            ValueError: for a student of another shape than the teacher, or of the same attention in all layers.
         """
         checkpoint.check_fit(model, self._teacher.state_dict(), source=f"objective.teacher={self._file}")
-        if [type(body.backend) for body in _attentions(model)] == [type(x.backend) for x in _attentions(self._teacher)]:
+        self._learning = checkpoint.other_attention(model, self._teacher)
+        if not self._learning:
             raise ValueError(
                 "objective=layerwise teaches another attention, and this is the teacher's: type attn=favor"
             )
-        for name, parameter in model.named_parameters():
-            if BACKEND not in name:  # of its own a backend decides itself
+        learning = [_attentions(model)[layer] for layer in self._learning]
+        own = {id(parameter) for body in learning for parameter in body.backend.parameters()}
+        for parameter in model.parameters():
+            if id(parameter) not in own:  # of its own a backend decides itself
                 parameter.requires_grad_(False)
-        for body in _attentions(model):
+        for body in learning:
             heads, key_heads, _ = body.heads_each
             rows = body.project_in.out_features // sum(body.heads_each) * (heads + key_heads)
             for parameter in body.project_in.parameters():
@@ -163,7 +165,7 @@ class Layerwise(Taught):
             return self._next(model, windows, step=step, separator=separator)
         seen: list[Seen] = []
         teacher = self._teacher_on(windows.device)
-        hooks = [body.register_forward_hook(_watch(seen)) for body in _attentions(teacher)]
+        hooks = [_attentions(teacher)[layer].register_forward_hook(_watch(seen)) for layer in self._learning]
         try:
             with torch.no_grad():
                 targets = self.ask(teacher, windows, step=step, separator=separator).targets
@@ -172,7 +174,7 @@ class Layerwise(Taught):
                 hook.remove()
         errors = [
             recomputed(layer_error, body, each, use_reentrant=False)
-            for body, each in zip(_attentions(model), seen, strict=True)
+            for body, each in zip([_attentions(model)[layer] for layer in self._learning], seen, strict=True)
         ]
         return Losses(torch.where(targets == IGNORE, 0.0, torch.stack(errors).mean(0)), targets)
 

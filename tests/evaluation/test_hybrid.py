@@ -11,7 +11,7 @@ from torch import nn
 
 from performer_lm import checkpoint
 from performer_lm.data.tokenizer import ByteTokenizer
-from performer_lm.evaluation.hybrid import measure_apart, read, with_layers
+from performer_lm.evaluation.hybrid import measure_apart, read, with_layers, without_linear
 from performer_lm.model import PerformerLM
 from performer_lm.objectives import kl_divergence
 
@@ -58,15 +58,66 @@ def test_with_all_layers_restored_a_student_is_its_teacher(teacher: PerformerLM,
     assert divergence() > divergence(1)
 
 
-def test_the_layer_that_softmax_matters_most_to_is_kept(
+STUDENTS = {
+    "favor": (["attn=favor"], "favor", []),
+    "features": (
+        ["attn=favor", "attn/features=learned", "attn.num_features=8", "attn.features.centred=true"],
+        "favor",
+        [
+            "attn/features@attn.backends.favor.features=learned",
+            "attn.backends.favor.num_features=8",
+            "attn.backends.favor.features.centred=true",
+        ],
+    ),
+    "another kernel": (["attn=relu"], "relu", []),
+    "linear": (["attn=linear"], "linear", []),
+}
+
+
+@pytest.mark.parametrize(("words", "name", "options"), STUDENTS.values(), ids=STUDENTS)
+def test_the_layer_that_softmax_matters_most_to_is_kept_in_a_pattern_to_be_typed(
+    words: list[str],
+    name: str,
+    options: list[str],
+    teacher: PerformerLM,
+    model_section: Section,
+    invoke: Invoke,
+    text: None,
+) -> None:
+    write(teacher, section(model_section, "attn=flash"))
+    code, out, err = invoke("ckpt=runs/a", *words, "task=hybrid", *DATA, "task.keep=0.3", script="evaluate.py")
+    assert code == 0, err
+    assert re.findall(r"layer (\d)", out)[0] == "1"
+    pattern = out.splitlines()[-1].split()
+    assert sorted(pattern) == sorted(["attn=hybrid", f"attn.pattern=[{name},flash,{name}]", *options])
+    assert next(float(saved) for saved in re.findall(r"([+-]\d\.\d+) saved", out)) > 0
+    planned, student = (checkpoint.build(section(model_section, *each)) for each in (pattern, words))
+    assert checkpoint.other_attention(planned, teacher) == [0, 2]
+    assert checkpoint.other_attention(planned, student) == [1]
+
+
+def test_a_model_is_no_student_of_itself(
     teacher: PerformerLM, model_section: Section, invoke: Invoke, text: None
 ) -> None:
     write(teacher, section(model_section, "attn=flash"))
-    code, out, err = invoke("ckpt=runs/a", "attn=favor", "task=hybrid", *DATA, "task.keep=0.3", script="evaluate.py")
-    assert code == 0, err
-    assert re.findall(r"layer (\d)", out)[0] == "1"
-    assert out.splitlines()[-1] == "attn=hybrid attn.pattern=[favor,flash,favor]"
-    assert next(float(saved) for saved in re.findall(r"([+-]\d\.\d+) saved", out)) > 0
-    code, out, err = invoke("ckpt=runs/a", "task=hybrid", *DATA, script="evaluate.py")
-    assert (code, out) == (2, "")
-    assert "error: the model attends in all layers as task.teacher=" in err
+    for words in ([], ["attn=hybrid", "attn.pattern=[flash]"]):
+        code, out, err = invoke("ckpt=runs/a", *words, "task=hybrid", *DATA, script="evaluate.py")
+        assert (code, out) == (2, "")
+        assert "error: the model attends in all layers as task.teacher=" in err
+
+
+@torch.no_grad()
+def test_without_linear_attention_other_heads_go_on(model_section: Section) -> None:
+    words = ["attn=hybrid", "attn.pattern=[favor,flash,delta]", "model.local_heads=1"]
+    model: PerformerLM = checkpoint.build(section(model_section, *words)).eval()
+    ids, found = torch.randint(0, 256, (1, 9)), {}
+    for name, part in model.named_modules():
+        if name.endswith(("everywhere", "nearby")):
+            part.register_forward_hook(lambda _, given, out, name=name: found.update({name: bool(out.any())}))
+    with without_linear(model):
+        model(ids)
+    assert [name for name, alive in found.items() if not alive] == [
+        f"performer.layers.{layer}.attention.body.backend.everywhere" for layer in (0, 2)
+    ]
+    model(ids)
+    assert all(found.values())

@@ -194,3 +194,33 @@ def test_a_teacher_that_does_not_fit_is_refused_in_a_line(
         start(*words, "run_dir=runs/a")
     assert "\n" not in str(refusal.value)
     assert not Path("runs").exists()
+
+
+OTHERS = {  # of one class of backend
+    "features": (["attn=favor"], ["attn=favor", "attn/features=learned"], [0, 1]),
+    "options": (["attn=favor"], ["attn=favor", "attn.num_features=4"], [0, 1]),
+    "kernels": (["attn=favor"], ["attn=relu"], [0, 1]),
+    "local heads": (["attn=flash", "model.local_heads=2"], ["attn=favor", "model.local_heads=2"], [0, 1]),
+    "patterns": (["attn=hybrid", "attn.pattern=[flash]"], ["attn=hybrid", "attn.pattern=[flash,favor]"], [1]),
+    "none": (["attn=flash"], ["attn=hybrid", "attn.pattern=[flash]"], []),
+}
+
+
+@pytest.mark.parametrize(("teacher", "student", "layers"), OTHERS.values(), ids=OTHERS)
+def test_layers_of_another_attention_are_told_by_features_options_and_heads(
+    teacher: list[str], student: list[str], layers: list[int], model_section: Section
+) -> None:
+    one, other = (checkpoint.build(model_section(*words)) for words in (teacher, student))
+    assert checkpoint.other_attention(one, other.train()) == layers
+    assert checkpoint.other_attention(one, one) == []
+
+
+def test_layerwise_leaves_layers_that_attend_as_the_teacher_does(teacher: PerformerLM, model_section: Section) -> None:
+    words = ["attn=hybrid", "attn.pattern=[flash,favor]", "model=transformer", "model.key_heads=2"]
+    model: PerformerLM = checkpoint.build(model_section(*words, vocab_size=257))
+    checkpoint.load_weights(model, teacher.state_dict(), source="teacher")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    losses = learn(model, Layerwise(teacher=TEACHER, chunk_size=None), steps=3)
+    assert losses[-1] < losses[0]
+    moved = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert moved == ["performer.layers.1.attention.body.project_in.weight"]
