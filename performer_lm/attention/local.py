@@ -11,7 +11,7 @@ from torch import Tensor
 
 from performer_lm.attention.base import Attention, Sizes, refuse_beta
 from performer_lm.ops.checks import check_batch, check_per_key
-from performer_lm.ops.local import kept_last, local_attention, take_tokens
+from performer_lm.ops.local import attend_to_window, kept_last, local_attention, take_tokens
 from performer_lm.ops.softmax import exact_attention
 from performer_lm.ranges import Count, ranged
 
@@ -84,6 +84,10 @@ class LocalAttention(Attention[LocalCache]):
         """Attend to the held keys and the new ones, and hold the last `window - 1` kept of both."""
         refuse_beta(beta)
         seen = self._append(state, k, v, mask, log_decay)
+        if mask is None and k.shape[2] == 1:
+            out = attend_to_window(q, seen.k, seen.v, key_mask=seen.mask, log_decay=seen.log_decay)
+            decay = None if seen.log_decay is None else seen.log_decay[..., 1:].clone()
+            return out, LocalCache(seen.k[:, :, 1:].clone(), seen.v[:, :, 1:].clone(), seen.mask[:, 1:].clone(), decay)
         out = local_attention(
             q, seen.k, seen.v, window=self.window, causal=True, key_mask=seen.mask, log_decay=seen.log_decay
         )

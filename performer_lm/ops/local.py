@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from performer_lm.ops.checks import check_per_key, check_shapes
+from performer_lm.ops.precision import no_autocast, sum_dtype
 from performer_lm.ops.softmax import exact_attention
 from performer_lm.ops.terms import fold_batch
 
@@ -80,6 +81,30 @@ def local_attention(
     log_decay = None if log_decay is None else take_tokens(log_decay, order)
     out = _attend_in_blocks(q, k, v, window, causal, key_mask, segments, log_decay, scale)
     return take_tokens(out, back)[..., keys - queries :, :].reshape(shape)
+
+
+def attend_to_window(q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor, log_decay: Tensor | None = None) -> Tensor:
+    """Attend from the one token that ends a window to all of it: a decoding step, in as few operations as it takes.
+
+    Args:
+        q: `(b, h, 1, d)`.
+        k: `(b, g, w, d)`, the last of them at the query's own place.
+        v: `(b, g, w, e)`.
+        key_mask: `(b, w)` bool, False at the front where keys are absent, True at the last.
+        log_decay: `(b, g, w)`.
+
+    Returns:
+        `(b, h, 1, e)` in q's dtype.
+    """
+    b, g = k.shape[:2]
+    dtype, seen = sum_dtype(q, k, v), key_mask[:, None, None]
+    if log_decay is not None:
+        behind = log_decay[..., 1:].to(dtype).flip(-1).cumsum(-1).flip(-1)  # of the keys behind each
+        seen = F.pad(behind, (0, 1)).masked_fill(~key_mask[:, None], -torch.inf)[:, :, None]
+    with no_autocast(q.device):
+        queries = q.to(dtype).reshape(b, g, -1, q.shape[-1])  # a key head's queries as its sequence
+        out = F.scaled_dot_product_attention(queries, k.to(dtype), v.to(dtype), attn_mask=seen)
+    return out.reshape(b, -1, 1, v.shape[-1]).to(q.dtype)
 
 
 def kept_last(mask: Tensor) -> Tensor:

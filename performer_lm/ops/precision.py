@@ -1,7 +1,6 @@
 """In which precision sums are taken, and numbers near each other told apart."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from math import log
 
 import torch
@@ -19,20 +18,23 @@ def sum_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
-@contextmanager
-def no_autocast(device: torch.device, *, ieee: bool = True) -> Iterator[None]:
-    """Compute products in the dtype of what is multiplied: no autocast, and (`ieee`) no rounding of float32 on the way.
+def no_autocast(device: torch.device, *, ieee: bool = True) -> AbstractContextManager[object]:
+    """Return a context that computes products in the dtype of what is multiplied: no autocast, no rounding on the way.
 
-    That rounding is what `torch.set_float32_matmul_precision` allows, for all products of a process. Compiled code
-    cannot set it.
+    That rounding (`ieee=False` leaves it) is what `torch.set_float32_matmul_precision` allows, for all products of a
+    process. Compiled code cannot set it.
     """
-    with ExitStack() as stack:
-        if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-            stack.enter_context(torch.autocast(device.type, enabled=False))
-        if ieee and not torch.compiler.is_compiling() and torch.get_float32_matmul_precision() != "highest":
-            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-            torch.set_float32_matmul_precision("highest")
-        yield
+    casts = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    rounds = ieee and not torch.compiler.is_compiling() and torch.get_float32_matmul_precision() != "highest"
+    if not casts and not rounds:
+        return nullcontext()
+    stack = ExitStack()
+    if casts:
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+    if rounds:
+        stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        torch.set_float32_matmul_precision("highest")
+    return stack
 
 
 def precise(device: torch.device) -> torch.dtype:

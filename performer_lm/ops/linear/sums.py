@@ -12,6 +12,7 @@ are for devices that want few and large operations: one product for all of them,
 Letters: as in `chunks.py`.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -53,12 +54,14 @@ def attend_tiles(
         return multiply(scores, values, out=seen, add=True)
     _weigh(sums, steps.first, out=after)
     seen = scratch("seen", *_tiles_first(queries)[:-1], values.shape[-1])
-    for tile, out in enumerate(seen):
-        torch.bmm(queries[:, tile], after, out=out)
+    for tile, (out, own_queries, own_keys, own_scores, own_values, left) in enumerate(
+        _by_tile(seen.transpose(0, 1), queries, rows.mT, scores, values, at_end)
+    ):
+        torch.bmm(own_queries, after, out=out)
         if fading.since_start is not None:
             scale_rows(out[:, None], fading.since_start[:, tile, None])
-        out.baddbmm_(scores[:, tile], values[:, tile])
-        _join(after, rows[:, tile], at_end[:, tile], steps, tile)
+        out.baddbmm_(own_scores, own_values)
+        _join(after, own_keys, left, steps, tile)
     return seen.transpose(0, 1)
 
 
@@ -123,33 +126,44 @@ def _pull_in_place(given: _Given, sums: Tensor, grad_after: Tensor, scratch: Scr
     grad_queries, grad_keys = (scratch(name, *_tiles_first(x)) for name, x in (("dq", queries), ("dk", rows)))
     grad_values = scratch("dv", *_tiles_first(at_end)[:-1], e)
     state = _weigh(sums, steps.first, out=scratch("sums", *sums.shape))
-    for tile, out in enumerate(grad_queries):
-        torch.bmm(late[:, tile], state.mT, out=out)
+    for tile, (out, own_late, own_grad, keys, left) in enumerate(
+        _by_tile(grad_queries.transpose(0, 1), late, grad_scores, rows, at_end)
+    ):
+        torch.bmm(own_late, state.mT, out=out)
         if own:
-            out.baddbmm_(grad_scores[:, tile], rows[:, tile])
-        _join(state, rows[:, tile], at_end[:, tile], steps, tile)
-    for tile in reversed(range(len(grad_keys))):
+            out.baddbmm_(own_grad, keys)
+        _join(state, keys.mT, left, steps, tile)
+    grads = (x.transpose(0, 1) for x in (grad_keys, grad_values))
+    given = (at_end, grad_scores.mT, queries, rows, scores.mT, grad[..., :e], late)
+    for tile, (out, out_values, left, own_grad, own_queries, keys, own_scores, seen, own_late) in reversed(
+        [*enumerate(_by_tile(*grads, *given))]
+    ):
         if steps.gained is not None:
             grad_after.mul_(steps.gained[:, tile, :, None])
-        torch.bmm(at_end[:, tile], grad_after.mT, out=grad_keys[tile])
+        torch.bmm(left, grad_after.mT, out=out)
         if own:
-            grad_keys[tile].baddbmm_(grad_scores[:, tile].mT, queries[:, tile])
-        torch.bmm(rows[:, tile], grad_after[..., :e], out=grad_values[tile])
+            out.baddbmm_(own_grad, own_queries)
+        torch.bmm(keys, grad_after[..., :e], out=out_values)
         if fading.until_end is not None:
-            grad_values[tile].mul_(fading.until_end[:, tile])
-        grad_values[tile].baddbmm_(scores[:, tile].mT, grad[:, tile, :, :e])
+            out_values.mul_(fading.until_end[:, tile])
+        out_values.baddbmm_(own_scores, seen)
         if steps.kept is not None and steps.gained is None:
             grad_after.mul_(steps.kept[:, tile, :, None])
-        grad_after.baddbmm_(queries[:, tile].mT, late[:, tile])
+        grad_after.baddbmm_(own_queries.mT, own_late)
     queries, rows, values = (x.transpose(0, 1) for x in (grad_queries, grad_keys, grad_values))
     return Pulled(queries, rows, values, _weigh(grad_after, steps.first, out=grad_after))
 
 
+def _by_tile(*blocks: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Return the tiles of tensors `(x, t, ...)`, cut at once: to index every tile of each takes a tenth of a step."""
+    return zip(*(block.unbind(1) for block in blocks), strict=True)
+
+
 def _join(sums: Tensor, rows: Tensor, values: Tensor, steps: Steps, tile: int) -> None:
-    """Let sums fade over a tile and take in its keys `(x, c, m)` and values `(x, c, e + 1)`, in place."""
+    """Let sums fade over a tile and take in its keys `(x, m, c)` and values `(x, c, e + 1)`, in place."""
     if steps.kept is not None and steps.gained is None:
         sums.mul_(steps.kept[:, tile, :, None])
-    sums.baddbmm_(rows.mT, values)
+    sums.baddbmm_(rows, values)
     if steps.gained is not None:  # what is kept fades with what is gained
         sums.mul_(steps.gained[:, tile, :, None])
 
