@@ -55,7 +55,8 @@ class Watch(TorchDispatchMode):
         """Run an operation, one of the package's own with a look inside."""
         name = func.overloadpacket.__name__.removesuffix("_")
         tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-        factors = tensors[:2] if name.startswith(FUSED) else tensors[-2:]
+        inputs = [value for value in tree_leaves(args) if isinstance(value, Tensor)]  # without `out`
+        factors = inputs[:2] if name.startswith(FUSED) else inputs[-2:]
         if (name in PRODUCTS or name.startswith(FUSED)) and all(map(self._depends, factors)):
             raise Reached
         if custom := OPDEFS.get(func._schema.name):

@@ -4,6 +4,7 @@
                                         results/kill_test.json
     python benchmarks/kill_test.py --cases 2 --kills 1 --saves 5 --seed 7 --precision bf16-mixed
     python benchmarks/kill_test.py --cases 2 --also trainer.deterministic=true      on a GPU
+    python benchmarks/kill_test.py --attn delta        16 cases in each precision, of another backend
 
 Every run is the real train.py, in a process forked from one that has imported what it needs, ended by SIGKILL and
 started again with `ckpt=auto`. Compared are the losses and gradient norms of every step, every validation and sample,
@@ -26,7 +27,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +45,23 @@ COMMON = [
     *("data.context=32", "data.validation_bytes=2048", "callbacks.samples.max_new_tokens=4"),
     *(f"trainer.max_steps={STEPS}", "trainer.val_every=7", "trainer.save_every=3", "trainer.log_every=1"),
 ]
-MATRIX = [
-    [f"trainer.accumulate_grad_batches={accumulate}", f"data.num_workers={workers}", *attn, *average, optimizer]
-    for accumulate, workers, attn, average, optimizer in itertools.product(
-        (1, 2),
-        (0, 1),
-        (["attn=favor", "attn.redraw_interval=4", "attn/features=optimal"], ["attn=flash"]),
-        ([], ["callbacks.ema.decay=0.9"]),
-        ("optimizer=muon", "optimizer=adamw"),
-    )
-]
+BACKENDS = {"favor": ["attn=favor", "attn.redraw_interval=4", "attn/features=optimal"], "flash": ["attn=flash"]}
 PRECISIONS = ["32-true", "bf16-mixed"]
 VOLATILE = {"train/tokens_per_second", "train/mfu"}
+
+
+def make_matrix(backends: Iterable[str]) -> list[list[str]]:
+    """Return the overrides of every case."""
+    return [
+        [f"trainer.accumulate_grad_batches={accumulate}", f"data.num_workers={workers}", *attn, *average, optimizer]
+        for accumulate, workers, attn, average, optimizer in itertools.product(
+            (1, 2),
+            (0, 1),
+            [BACKENDS.get(name, [f"attn={name}"]) for name in backends],
+            ([], ["callbacks.ema.decay=0.9"]),
+            ("optimizer=muon", "optimizer=adamw"),
+        )
+    ]
 
 
 def start(*overrides: str) -> int:
@@ -188,7 +194,8 @@ def save_for_ever(folder: Path, reports: int) -> None:
 def main() -> None:
     """Go through the matrix and say how many kills it survived."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--cases", type=int, default=len(MATRIX), help="how many of the matrix, drawn")
+    parser.add_argument("--attn", nargs="+", default=list(BACKENDS), help="backends of the matrix")
+    parser.add_argument("--cases", type=int, help="how many of the matrix, drawn; without it, all")
     parser.add_argument("--kills", type=int, default=2, help="of each case")
     parser.add_argument("--saves", type=int, default=100, help="how many saves to kill")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
@@ -198,7 +205,9 @@ def main() -> None:
     assert performer_lm.training.prepare is not None
     chance = random.Random(args.seed)
     results: list[dict[str, Any]] = []
-    cases = itertools.product(args.precision, chance.sample(MATRIX, args.cases))
+    matrix = make_matrix(args.attn)
+    count = len(matrix) if args.cases is None else args.cases
+    cases = itertools.product(args.precision, chance.sample(matrix, count))
     for options in ([f"trainer.precision={precision}", *case, *args.also] for precision, case in cases):
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
             hit, differing = run_case(options, kills=args.kills, chance=chance)
@@ -209,7 +218,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         lost = kill_saves(args.saves, chance=chance)
     print(f"saves killed {args.saves} / checkpoints lost {lost}", flush=True)
-    if args.cases >= len(MATRIX) and args.precision == PRECISIONS and not args.also:
+    if count == len(matrix) and (args.attn, args.precision, args.also) == (list(BACKENDS), PRECISIONS, []):
         counts = {"tried": tried, "survived": survived, "saves_killed": args.saves, "checkpoints_lost": lost}
         text = json.dumps({**counts, "cases": results}, indent=2) + "\n"
         (ROOT / "benchmarks" / "results" / "kill_test.json").write_text(text)

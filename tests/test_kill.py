@@ -45,3 +45,11 @@ def test_the_comparison_sees_one_bit() -> None:
     assert list(unequal({"a": [one]}, {"a": [other]})) == [".a[0]"]
     assert list(unequal({"a": 1, "b": 2}, {"a": 2})) == [".a: 1 / 2", ".b: 2 / None"]
     assert list(unequal([1], [1, 2])) == [": [1] / [1, 2]"]
+
+
+def test_any_backend_is_killed_in_the_same_cases() -> None:
+    make_matrix, backends = load().make_matrix, ["favor", "flash"]
+    assert len(make_matrix(backends)) == 32
+    cases = make_matrix(["delta"])
+    assert len(cases) == 16
+    assert all([word for word in case if word.startswith("attn")] == ["attn=delta"] for case in cases)

@@ -165,5 +165,5 @@ class DeltaAttention(Attention[Tensor]):
         asked, written = self.heads * queries, self.key_heads * keys
         features = m * self.dim_head * (asked + written)
         memory = m * e * (asked + 2 * written)
-        scores = tile * (asked * (m + e) + written * (2 * m + e + tile // 3))
+        scores = tile * (asked * (m + e) + written * (m + e + tile // 3))
         return 2 * (features + memory + scores)

@@ -39,6 +39,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """The functions of a generalized kernel, by name."""
 
+IN_PLACE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "relu": (torch.relu_, lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0.0)),
+}
+"""Activations that overwrite x, and the way of a gradient back to x: where autograd costs more than the function."""
+
 POSITIVE = frozenset({"abs", "elu", "exp", "relu", "relu_squared", "sigmoid", "softplus", "square"})
 """The activations that never go below zero, so that their attention is an average and may be causal."""
 
@@ -123,7 +128,7 @@ class BlockMap(FeatureMap):
 
     def writes_like(self, other: "BlockMap") -> bool:
         """Return True if `write` is the same function for both."""
-        return self is other
+        return [self.code, *map(id, self.tensors)] == [other.code, *map(id, other.tensors)]
 
     @property
     def code(self) -> str:
@@ -273,6 +278,20 @@ class Generalized(Pointwise):
         """Apply the activation."""
         rows = x @ self.tensors[0].mT if self.tensors else x
         return Features(ACTIVATIONS[self.activation](rows) + self.epsilon, None)
+
+    def write(self, x: Tensor, out: Tensor, *, add: bool) -> None:
+        """Apply the function, to the product in place where that is as simple."""
+        if add or not self.tensors or self.activation not in IN_PLACE:
+            return super().write(x, out, add=add)
+        IN_PLACE[self.activation][0](torch.bmm(x, self.tensors[0].mT, out=out)).add_(self.epsilon)
+
+    def pull(self, x: Tensor, grad: Tensor, *, wanted: bool) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """Pull by the derivative where that is simple, else by autograd."""
+        if not self.tensors or self.activation not in IN_PLACE:
+            return super().pull(x, grad, wanted=wanted)
+        (weight,) = self.tensors
+        grad = IN_PLACE[self.activation][1](grad, torch.bmm(x, weight.mT))
+        return torch.bmm(grad, weight), (torch.bmm(grad.mT, x) if wanted else None,)
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,7 @@ MAPS: dict[str, Callable[[], BlockMap]] = {
     "with norm": lambda: Exponential((draw(2, 4, 3),), scale=0.7, norm=0.3),
     "with bias": lambda: Exponential((draw(2, 4, 3), draw(2, 4)), scale=0.7, norm=0.3),
     "generalized": lambda: Generalized((draw(2, 4, 3),), activation="softplus", epsilon=0.1),
+    "relu": lambda: Generalized((draw(2, 4, 3),), activation="relu", epsilon=0.1),
     "taylor": lambda: Taylor((), scale=0.8),
     "taylor of a projection": lambda: Taylor((draw(2, 2, 3),)),
 }

@@ -13,8 +13,8 @@ that a key's length does can break the sums: no running maximum, no denominator,
 | `causal.py` | what callers see: `delta_rule`, and the step of decoding |
 | `operator.py` | the operator that autograd and compilers see |
 | `sequence.py` | the loop over blocks, forward and backward |
+| `walk.py` | the memory from tile to tile, and the gradient at it back |
 | `blocks.py` | a block as matrices; unit features |
-| `inverse.py` | the inverse of unit lower triangles |
 """
 
 from performer_lm.ops.delta.causal import delta_rule as delta_rule

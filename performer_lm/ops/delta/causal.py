@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor
 
 from performer_lm.ops.checks import check_batch, check_log_decay, check_per_key
-from performer_lm.ops.delta.blocks import Writes, write_unit
+from performer_lm.ops.delta.blocks import Writes, maps_of_rows, write_unit
 from performer_lm.ops.delta.operator import run
 from performer_lm.ops.linear.state import choose_geometry
 from performer_lm.ops.maps import BlockMap, Maps
@@ -88,13 +88,12 @@ def delta_rule(
 def _write_token(maps: Maps, tokens: Writes, memory: Tensor) -> tuple[Tensor, Tensor]:
     """Take one token in, in place: the step of decoding."""
     b, g, m, e = memory.shape
-    queries, keys = (
-        x.transpose(0, 1).reshape(g, -1, x.shape[-1]).to(memory.dtype)
-        for x in (tokens.queries.reshape(b, g, -1, tokens.queries.shape[-1]), tokens.keys)
-    )
-    queries = write_unit(maps.query, maps, queries, queries.new_empty(*queries.shape[:2], m))[0]
-    keys = write_unit(maps.key, maps, keys, keys.new_empty(*keys.shape[:2], m))[0]
-    queries, keys = (x.view(g, b, -1, m).transpose(0, 1) for x in (queries, keys))  # (b, g, r or 1, m)
+    rows = torch.cat([tokens.queries.reshape(b, g, -1, tokens.queries.shape[-1]), tokens.keys], dim=2).transpose(0, 1)
+    features = memory.new_empty(*rows.shape[:3], m)
+    for a_map, part in maps_of_rows(maps, rows.shape[2] - 1):  # one product reads the projection once
+        write_unit(a_map, maps, rows[:, :, part].to(memory.dtype), features[:, :, part])
+    features = features.transpose(0, 1)
+    queries, keys = features[:, :, :-1], features[:, :, -1:]  # (b, g, r or 1, m)
     if tokens.log_decay is not None:
         memory.mul_(tokens.log_decay[..., None].to(memory.dtype).exp())
     beta = tokens.beta if tokens.mask is None else tokens.beta.masked_fill(~tokens.mask[:, None], 0.0)

@@ -1,5 +1,6 @@
 """The delta rule in blocks equals its definition, token by token: any length, split, mask, documents and decay."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from performer_lm.ops.delta import delta_rule, empty_memory, naive
-from performer_lm.ops.delta.inverse import invert_unit_lower
+from performer_lm.ops.delta import causal, delta_rule, empty_memory, naive
+from performer_lm.ops.delta.walk import scan
 from performer_lm.ops.linear import state as linear_state
 from performer_lm.ops.maps import BlockMap, Exponential, Generalized
 
@@ -21,6 +22,23 @@ any_options = st.sets(st.sampled_from(EVERY))
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_state, "CPU_TILE", 4)
+
+
+Joined = Callable[[bool], None]
+
+
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> Joined:
+    """Return a function that lets tiles join the memory one after the other, or at once, as on an accelerator."""
+
+    def choose(at_once: bool) -> None:
+        monkeypatch.setattr(
+            causal,
+            "choose_geometry",
+            lambda *args, **more: linear_state.choose_geometry(*args, **more)._replace(one_scale=not at_once),
+        )
+
+    return choose
 
 
 def make_map(name: str, tensors: tuple[Tensor, ...]) -> BlockMap:
@@ -80,7 +98,11 @@ def definition(call: dict[str, Any], **chosen: Any) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("names", [set(), {"mask"}, {"segments"}, {"log_decay"}, set(EVERY)])
 @pytest.mark.parametrize("n", [1, 3, 4, 13])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_equals_the_definition(name: str, names: set[str], n: int, dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize("at_once", [False, True])
+def test_equals_the_definition(
+    name: str, names: set[str], n: int, dtype: torch.dtype, tolerance: float, at_once: bool, joined: Joined
+) -> None:
+    joined(at_once)
     call, chosen = draw(n, name, dtype=dtype), options(n, names, dtype)
     tensors = ["q", "k", "v", "beta", "memory"]
     leaves = [call[x].requires_grad_() for x in tensors]
@@ -97,6 +119,21 @@ def test_equals_the_definition(name: str, names: set[str], n: int, dtype: torch.
     theirs = torch.autograd.grad((expected * weight).sum() + (expected_after * more).sum(), leaves)
     for one, other in zip(ours, theirs, strict=True):
         assert (one - other).abs().max() < tolerance * max(1.0, float(other.abs().max()))
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("name", ["exponential", "relu"])
+def test_queries_may_have_a_map_of_their_own(name: str, at_once: bool, joined: Joined) -> None:
+    joined(at_once)
+    call = draw(13, name)
+    call["query_map"] = make_map(name, tuple(torch.randn_like(x) for x in call["query_map"].tensors))
+    leaves = [call[x].requires_grad_() for x in ("q", "k", "v", "beta", "memory")]
+    leaves += [x.requires_grad_() for a_map in (call["query_map"], call["key_map"]) for x in a_map.tensors]
+    results = [delta_rule(**call, chunk_size=8)[0], definition(call)[0]]
+    weight = torch.randn_like(results[0])
+    grads = [torch.autograd.grad((out * weight).sum(), leaves) for out in results]
+    for one, other in zip([results[0], *grads[0]], [results[1], *grads[1]], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
 
 
 @given(n=st.integers(1, 12), chunk_size=st.integers(1, 6), split=st.integers(0, 12), names=any_options)
@@ -188,11 +225,16 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(both, [x.requires_grad_() for x in leaves])
 
 
-@pytest.mark.parametrize("c", [1, 2, 5, 16, 64])
-def test_the_inverse_is_that_of_a_solver(c: int) -> None:
-    lower = torch.rand(3, 2, c, c, dtype=torch.float64).tril(-1)
-    identity = torch.eye(c, dtype=torch.float64)
-    torch.testing.assert_close(invert_unit_lower(lower) @ (lower + identity), identity.expand(3, 2, c, c))
+@pytest.mark.parametrize("t", [1, 2, 15, 16, 17, 24, 25, 47])
+def test_runs_of_tiles_side_by_side_equal_one_after_the_other(t: int) -> None:
+    steps, own = 0.3 * torch.randn(2, t, M, M, dtype=torch.float64), torch.randn(2, t, M, E, dtype=torch.float64)
+    first = torch.randn(2, M, E, dtype=torch.float64)
+    expected = [first]
+    for tile in range(t):
+        expected.append(own[:, tile] + steps[:, tile] @ expected[-1])
+    last = scan(steps, own, first)
+    torch.testing.assert_close(own, torch.stack(expected[1:], dim=1))
+    torch.testing.assert_close(last, expected[-1])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
