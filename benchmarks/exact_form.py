@@ -1,7 +1,7 @@
 """How often linear attention sums weights pair by pair, because features span more than float32 holds on one scale.
 
-    python benchmarks/exact_form.py [steps=300] [threads=1]   train the default and performer_classic, then look at both
-    python benchmarks/exact_form.py CHECKPOINT ...            look at these files or run folders
+    python benchmarks/exact_form.py [steps=300] [threads=1]   train the default and performer_classic, and look at them
+    python benchmarks/exact_form.py CHECKPOINT ...            look at these files or run folders, and at their starts
 
 Of four held-out windows, per layer: the share of tokens that this CPU does pair by pair, where all heads and windows of
 a block decide together; the share of chunks of 64 tokens of one head of one window, which is what Triton's kernels
@@ -28,9 +28,8 @@ from performer_lm.cli.opening import open_data, open_from
 from performer_lm.evaluation.approximation.model import Vectors, watch
 from performer_lm.evaluation.base import pick_windows
 from performer_lm.ops.linear.chunks import Chunks
-from performer_lm.ops.linear.scratch import Scratch
 from performer_lm.ops.linear.sequence import Walk
-from performer_lm.ops.linear.state import TILE, Geometry, LinearState, choose_geometry, empty_state
+from performer_lm.ops.linear.state import TILE, Geometry, LinearState, Scratch, choose_geometry, empty_state
 from performer_lm.ops.linear.tokens import Tokens, cut
 from performer_lm.ops.maps import BlockMap, Maps
 from performer_lm.ops.precision import LOG2_E
@@ -145,6 +144,7 @@ def train(name: str, steps: int, threads: int) -> Iterator[Path]:
     folder = FOLDER / f"{name}-{steps}"
     if not (folder / "summary.json").exists():
         words = [*ARMS[name], f"trainer.max_steps={steps}", f"trainer.val_every={steps // 2}", f"run_dir={folder}"]
+        words += ["callbacks=[]", "data.validation_bytes=32768"]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, check=True, env=environment)
     yield from sorted((folder / "checkpoints").glob("step=*.ckpt"))
@@ -153,7 +153,8 @@ def train(name: str, steps: int, threads: int) -> Iterator[Path]:
 def tell(row: Row) -> None:
     """Print one line of the table."""
     print(
-        f"{row.run:28} {row.step:6} {row.layer:8} {row.tokens:9.2%} {row.chunks:9.2%} {row.span:7.0f} {row.widest:7.0f}",
+        f"{row.run:28} {row.step:6} {row.layer:8} {row.tokens:9.2%} {row.chunks:9.2%}",
+        f"{row.span:7.0f} {row.widest:7.0f}",
         flush=True,
     )
 
@@ -167,7 +168,7 @@ def main() -> None:
     print(f"{'run':28} {'step':>6} {'layer':8} {'tokens':>9} {'chunks':>9} {'span':>7} {'widest':>7}")
     rows: list[Row] = []
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        jobs = [(path.name, checkpoint.find(str(path)), False) for path in given]
+        jobs = [(path.name, checkpoint.find(str(path)), True) for path in given]
         if not given:
             for name in ARMS:
                 paths = list(train(name, options.get("steps", 300), threads))

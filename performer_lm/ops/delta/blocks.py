@@ -23,7 +23,7 @@ from torch import Tensor
 from performer_lm.ops.delta.inverse import invert_unit_lower
 from performer_lm.ops.linear.chunks import multiply, scale_rows
 from performer_lm.ops.linear.fading import Fading, fade
-from performer_lm.ops.linear.scratch import Scratch
+from performer_lm.ops.linear.state import Scratch
 from performer_lm.ops.maps import BlockMap, Maps
 
 

@@ -22,8 +22,7 @@ from torch import Tensor
 from performer_lm.ops.delta.blocks import Block, Writes, open_block, pull_unit
 from performer_lm.ops.linear.chunks import multiply, scale_rows
 from performer_lm.ops.linear.fading import sum_up_to
-from performer_lm.ops.linear.scratch import Scratch
-from performer_lm.ops.linear.state import Geometry
+from performer_lm.ops.linear.state import Geometry, Scratch
 from performer_lm.ops.linear.tokens import by_key_heads, cut
 from performer_lm.ops.maps import BlockMap, Maps
 

@@ -17,8 +17,7 @@ from torch import Tensor
 from performer_lm.ops.linear.chunks import Chunks, open_chunks
 from performer_lm.ops.linear.exact import EXACT_TILE, open_exact
 from performer_lm.ops.linear.fading import sum_up_to
-from performer_lm.ops.linear.scratch import Scratch
-from performer_lm.ops.linear.state import EMPTY, Geometry, LinearState
+from performer_lm.ops.linear.state import EMPTY, Geometry, LinearState, Scratch
 from performer_lm.ops.linear.sums import attend_tiles, pull_tiles
 from performer_lm.ops.linear.tokens import Tokens, by_key_heads, cut, take_block
 from performer_lm.ops.maps import BlockMap, Maps
