@@ -4,9 +4,9 @@
     python benchmarks/exact_form.py CHECKPOINT ...            look at these files or run folders, and at their starts
 
 Of four held-out windows, per layer: the share of tokens that this CPU does pair by pair, where all heads and windows of
-a block decide together; the share of chunks of 64 tokens of one head of one window, which is what Triton's kernels
-decide by; and how many factors of 2 a feature spans in such a chunk, on average and at most (chunks.REACH is the
-limit). The engine itself takes the windows and decides. Writes results/exact_form.json.
+a block decide together; the share of chunks of 64 tokens of one head of one window, each for itself; and how many
+factors of 2 the widest feature of such a chunk spans, on average and at most (`chunks.REACH` is the limit). The engine
+itself takes the windows and decides. Writes results/exact_form.json.
 """
 
 import os
