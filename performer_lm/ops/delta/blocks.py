@@ -22,7 +22,7 @@ from torch import Tensor
 
 from performer_lm.ops.linear.chunks import multiply, scale_rows
 from performer_lm.ops.linear.fading import Fading, fade
-from performer_lm.ops.linear.scratch import Scratch
+from performer_lm.ops.linear.state import Scratch
 from performer_lm.ops.linear.tokens import by_key_heads
 from performer_lm.ops.maps import BlockMap, Maps
 

@@ -29,8 +29,7 @@ from performer_lm.ops.delta.blocks import (
 from performer_lm.ops.delta.walk import carry_at_once, carry_in_place, return_at_once, return_in_place
 from performer_lm.ops.linear.chunks import multiply
 from performer_lm.ops.linear.fading import sum_up_to
-from performer_lm.ops.linear.scratch import Scratch
-from performer_lm.ops.linear.state import Geometry
+from performer_lm.ops.linear.state import Geometry, Scratch
 from performer_lm.ops.linear.tokens import by_key_heads, cut
 from performer_lm.ops.maps import Maps
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from performer_lm.ops.delta.blocks import Block, Writes
 from performer_lm.ops.linear.chunks import multiply, scale_rows
-from performer_lm.ops.linear.scratch import Scratch
+from performer_lm.ops.linear.state import Scratch
 
 FEW = 16
 """So many tiles follow one another; more go in runs side by side."""

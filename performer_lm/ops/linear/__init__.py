@@ -13,7 +13,7 @@ with the state going in and coming out, so training, prefill and decoding are on
 | `chunks.py`, `exact.py`, `sums.py` | a block as matrices, on a scale or pair by pair; its products |
 | `fading.py`, `tokens.py` | decay and documents; a run of tokens |
 | `step.py` | the step of decoding |
-| `state.py`, `scratch.py` | the state, and how a sequence is cut; memory that blocks share |
+| `state.py` | the state; how a sequence is cut, and the memory that its blocks share |
 | `signed.py` | features that may be negative |
 """
 

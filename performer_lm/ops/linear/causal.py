@@ -4,17 +4,15 @@ Letters: `b` batch, `h` heads, `g` key heads, `n` tokens, `d` head width, `e` va
 """
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from performer_lm.ops.checks import check_batch, check_per_key
 from performer_lm.ops.linear import signed
 from performer_lm.ops.linear.operator import run
-from performer_lm.ops.linear.sequence import Trace
-from performer_lm.ops.linear.state import LinearState, choose_geometry, empty_state
+from performer_lm.ops.linear.state import LinearState, empty_state
 from performer_lm.ops.linear.step import attend_token
 from performer_lm.ops.linear.tokens import Tokens
-from performer_lm.ops.linear.triton import Kernel, takes_triton
+from performer_lm.ops.linear.triton import Kernel
 from performer_lm.ops.maps import BlockMap, FeatureMap, Maps
 from performer_lm.ops.precision import LOG2_E, no_autocast
 
@@ -74,7 +72,7 @@ def causal_linear_attention(
     if q.shape[2] == 1 and segments is None and not wanted:
         with no_autocast(q.device):
             return attend_token(maps, tokens, state, own=consume)
-    trace, after = _run(maps, tokens, state, chunk_size, kernel)
+    trace, after = run(maps, tokens, state, chunk_size, kernel)
     return trace.out.to(q.dtype), after
 
 
@@ -104,14 +102,14 @@ def bidirectional_linear_attention(
     features = next(x for x in maps.key(k.new_zeros(g, 1, d, dtype=dtype)) if x is not None)
     state = empty_state(b, g, features.shape[-1], v.shape[-1], device=k.device, dtype=dtype)
     mask = k.new_ones(b, n, dtype=torch.bool) if mask is None else mask
-    forth, _ = _run(maps, Tokens(q, k, v, log_gain, None, mask, _documents(segments)), state, chunk_size, kernel)
+    forth, _ = run(maps, Tokens(q, k, v, log_gain, None, mask, _documents(segments)), state, chunk_size, kernel)
     turned, own = (x.flip(-1) for x in (segments, mask))
     follows = torch.nn.functional.pad(own[:, :-1] & (turned[:, 1:] == turned[:, :-1]), (1, 0))
     q_back, *later = (x.flip(2) for x in (q, k, v))
     k_back, v_back = (x.roll(1, dims=2) for x in later)
     gain_back = None if log_gain is None else log_gain.flip(2).roll(1, dims=2)
     tokens = Tokens(q_back, k_back, v_back, gain_back, None, follows, _documents(turned))
-    back, _ = _run(maps, tokens, state, chunk_size, kernel)
+    back, _ = run(maps, tokens, state, chunk_size, kernel)
     share = _share(forth.mass, back.mass.flip(2), logarithmic=key_map.logarithmic)[..., None].to(forth.out.dtype)
     return (share * forth.out + (1.0 - share) * back.out.flip(2)).to(q.dtype)
 
@@ -146,7 +144,7 @@ def absorb_keys(
         return signed.absorb(k, v, state, key_map=key_map, mask=mask)
     none = k[:, :1, :, :].new_empty(k.shape[0], 0, *k.shape[2:])
     maps = Maps(query=key_map, key=key_map, groups=k.shape[1]).to(state.sums.dtype)
-    return _run(maps, Tokens(none, k, v, log_gain, None, mask, None), state, chunk_size)[1]
+    return run(maps, Tokens(none, k, v, log_gain, None, mask, None), state, chunk_size)[1]
 
 
 def read_state(q: Tensor, state: LinearState, *, query_map: FeatureMap, chunk_size: int | None = None) -> Tensor:
@@ -157,19 +155,7 @@ def read_state(q: Tensor, state: LinearState, *, query_map: FeatureMap, chunk_si
         return signed.read(q, state, query_map=query_map)
     keys, values = (q.new_empty(b, g, 0, size) for size in (q.shape[-1], width - 1))
     maps = Maps(query=query_map, key=query_map, groups=g).to(state.sums.dtype)
-    return _run(maps, Tokens(q, keys, values, None, None, None, None), state, chunk_size)[0].out.to(q.dtype)
-
-
-def _run(
-    maps: Maps, tokens: Tokens, state: LinearState, chunk_size: int | None, kernel: Kernel = "torch"
-) -> tuple[Trace, LinearState]:
-    """Attend to a sequence from a state `(b, g, ...)`, and return its trace and the state after it."""
-    b, geometry = state.sums.shape[0], choose_geometry(state.sums, block=chunk_size)
-    geometry = geometry._replace(triton=takes_triton(kernel, maps, tokens))
-    before = LinearState(*(rearrange(x, "b g ... -> (g b) ...") for x in state))
-    trace = run(maps, geometry, tokens, before)
-    after = (trace.after, trace.exponents[-1])
-    return trace, LinearState(*(rearrange(x, "(g b) ... -> b g ...", b=b) for x in after))
+    return run(maps, Tokens(q, keys, values, None, None, None, None), state, chunk_size)[0].out.to(q.dtype)
 
 
 def _documents(segments: Tensor) -> Tensor:

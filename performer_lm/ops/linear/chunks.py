@@ -26,8 +26,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from performer_lm.ops.linear.fading import Fading, fade, sum_up_to
-from performer_lm.ops.linear.scratch import Scratch
-from performer_lm.ops.linear.state import EMPTY, LinearState
+from performer_lm.ops.linear.state import EMPTY, LinearState, Scratch
 from performer_lm.ops.linear.tokens import Tokens
 from performer_lm.ops.maps import Maps
 from performer_lm.ops.precision import LOG2_E

@@ -13,8 +13,7 @@ from torch import Tensor
 from performer_lm.ops.linear.chunks import Chunks, loudest_before, steps_between, write_keys, write_queries
 from performer_lm.ops.linear.fading import Fading, sum_up_to
 from performer_lm.ops.linear.naive import log_weights
-from performer_lm.ops.linear.scratch import Scratch
-from performer_lm.ops.linear.state import EMPTY, LinearState
+from performer_lm.ops.linear.state import EMPTY, LinearState, Scratch
 from performer_lm.ops.linear.tokens import Tokens
 from performer_lm.ops.maps import Maps
 from performer_lm.ops.precision import LOG2_E

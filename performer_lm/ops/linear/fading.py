@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from performer_lm.ops.linear.scratch import Scratch
+from performer_lm.ops.linear.state import Scratch
 from performer_lm.ops.precision import LOG2_E
 
 MILD = 24.0

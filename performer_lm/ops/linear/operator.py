@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from performer_lm.ops.linear.sequence import Trace, attend, pull
-from performer_lm.ops.linear.state import Geometry, LinearState
+from performer_lm.ops.linear.state import Geometry, LinearState, choose_geometry
 from performer_lm.ops.linear.tokens import Tokens, count_parts
+from performer_lm.ops.linear.triton import Kernel, takes_triton
 from performer_lm.ops.maps import Maps
 from performer_lm.ops.precision import no_autocast
 
@@ -23,13 +25,18 @@ FIRST_STATE, FIRST_MAP = len(Tokens._fields), len(Tokens._fields) + len(LinearSt
 FIXED = {Tokens._fields.index("mask"), Tokens._fields.index("documents"), FIRST_MAP - 1}  # the last is the exponent
 
 
-def run(maps: Maps, geometry: Geometry, tokens: Tokens, state: LinearState) -> Trace:
-    """Attend to a sequence from a state `(x, m, e + 1)`, as `sequence.attend` does, with gradients."""
-    leaves = [*tokens, *state, *maps.tensors]
+def run(
+    maps: Maps, tokens: Tokens, state: LinearState, chunk_size: int | None, kernel: Kernel = "torch"
+) -> tuple[Trace, LinearState]:
+    """Attend to a sequence from a state `(b, g, ...)`, with gradients: its trace and the state after it."""
+    geometry = choose_geometry(state.sums, block=chunk_size)._replace(triton=takes_triton(kernel, maps, tokens))
+    leaves = [*tokens, *(rearrange(x, "b g ... -> (g b) ...") for x in state), *maps.tensors]
     given = "".join("-" if leaf is None else "x" for leaf in leaves)
     there = [leaf for leaf in leaves if leaf is not None]
     keep = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in there)
-    return Trace(*_attend(there, given, maps.code, *geometry, keep))
+    trace = Trace(*_attend(there, given, maps.code, *geometry, keep))
+    after = (trace.after, trace.exponents[-1])
+    return trace, LinearState(*(rearrange(x, "(g b) ... -> b g ...", b=state.sums.shape[0]) for x in after))
 
 
 @torch.library.custom_op("performer_lm::causal_linear_attention", mutates_args=())

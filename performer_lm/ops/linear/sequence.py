@@ -17,8 +17,7 @@ from torch import Tensor
 from performer_lm.ops.linear.chunks import Chunks, open_chunks
 from performer_lm.ops.linear.exact import EXACT_TILE, open_exact
 from performer_lm.ops.linear.fading import sum_up_to
-from performer_lm.ops.linear.scratch import Scratch
-from performer_lm.ops.linear.state import EMPTY, Geometry, LinearState
+from performer_lm.ops.linear.state import EMPTY, Geometry, LinearState, Scratch
 from performer_lm.ops.linear.sums import attend_tiles, pull_tiles
 from performer_lm.ops.linear.tokens import Tokens, by_key_heads, cut, take_block
 from performer_lm.ops.maps import BlockMap, Maps
@@ -114,7 +113,7 @@ class Walk:
             state: before it.
             results: for outputs `(g, b, n, r, e)` and masses `(g, b, n, r)` of the sequence; None to leave them out.
         """
-        opened = self._open(part, state)
+        opened = self.open(part, state)
         if isinstance(opened, list):
             for smaller in opened:
                 state = self.forward(smaller, state, results)
@@ -153,7 +152,7 @@ class Walk:
             grad_sums: `(x, m, e + 1)`, at the sums after it.
             gathered: where the gradients go.
         """
-        opened = self._open(part, before)
+        opened = self.open(part, before)
         if isinstance(opened, list):
             state, states = LinearState(before.sums.clone(), before.exponent), []
             for smaller in opened:
@@ -195,7 +194,7 @@ class Walk:
                 place.copy_(piece.reshape(place.shape))
         return grad_before
 
-    def _open(self, part: slice, state: LinearState) -> tuple[Tokens, Chunks] | list[slice]:
+    def open(self, part: slice, state: LinearState) -> tuple[Tokens, Chunks] | list[slice]:
         """Return a block and its matrices, or the parts it has to be taken in, as its features lie too far apart."""
         tile, _, one_scale, _ = self.geometry
         block = take_block(self.tokens, part, tile, self.scratch)

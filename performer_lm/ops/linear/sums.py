@@ -20,7 +20,7 @@ from torch import Tensor
 
 from performer_lm.ops.linear.chunks import Chunks, Steps, multiply, scale_rows
 from performer_lm.ops.linear.fading import Fading
-from performer_lm.ops.linear.scratch import Scratch
+from performer_lm.ops.linear.state import Scratch
 
 
 class Pulled(NamedTuple):

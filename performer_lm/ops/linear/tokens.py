@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from performer_lm.ops.linear.scratch import Scratch
+from performer_lm.ops.linear.state import Scratch
 
 
 class Tokens(NamedTuple):

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from performer_lm.ops.linear import LinearState, absorb_keys, causal_linear_attention, empty_state, naive, read_state
-from performer_lm.ops.linear import causal as linear_causal
 from performer_lm.ops.linear import chunks as linear_chunks
+from performer_lm.ops.linear import operator as linear_operator
 from performer_lm.ops.linear import state as linear_state
 from performer_lm.ops.linear.tokens import count_parts, cut
 from performer_lm.ops.maps import Exponential
@@ -66,7 +66,9 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         monkeypatch.setattr(linear_state, "CPU_TILE", 2)
     if request.param == "at once":  # as on an accelerator
         choose = linear_state.choose_geometry
-        monkeypatch.setattr(linear_causal, "choose_geometry", lambda *a, **k: choose(*a, **k)._replace(one_scale=False))
+        monkeypatch.setattr(
+            linear_operator, "choose_geometry", lambda *a, **k: choose(*a, **k)._replace(one_scale=False)
+        )
     if request.param == "exact":
         monkeypatch.setattr(linear_chunks, "REACH", -1.0)
     return str(request.param)
