@@ -134,9 +134,9 @@ def _pull_in_place(given: _Given, sums: Tensor, grad_after: Tensor, scratch: Scr
             out.baddbmm_(own_grad, keys)
         _join(state, keys.mT, left, steps, tile)
     grads = (x.transpose(0, 1) for x in (grad_keys, grad_values))
-    given = (at_end, grad_scores.mT, queries, rows, scores.mT, grad[..., :e], late)
+    parts = (at_end, grad_scores.mT, queries, rows, scores.mT, grad[..., :e], late)
     for tile, (out, out_values, left, own_grad, own_queries, keys, own_scores, seen, own_late) in reversed(
-        [*enumerate(_by_tile(*grads, *given))]
+        [*enumerate(_by_tile(*grads, *parts))]
     ):
         if steps.gained is not None:
             grad_after.mul_(steps.gained[:, tile, :, None])
