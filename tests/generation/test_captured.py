@@ -84,10 +84,10 @@ class FakeGraph(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:
             raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
         kwargs = kwargs or {}
-        for argument, given in [*zip(func._schema.arguments, args, strict=False)]:
+        for place, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
+                given = args[place] if place < len(args) else kwargs[argument.name]
                 self.undo.append((given, given.clone()))
-        assert not {"out", "out0", "out1"} & set(kwargs)
         out = func(*args, **kwargs)
         is_new = all(returned.alias_info is None for returned in func._schema.returns)
         self.calls.append((func, args, kwargs, [x for x in tree_leaves(out) if isinstance(x, Tensor) and is_new]))
