@@ -32,7 +32,7 @@ def test_chunks_done_pair_by_pair_are_counted_where_keys_are_loud(monkeypatch: p
     q, k, v = torch.randn(3, 2, 2, 128, 8)
     k[1, 1, 64:] *= 60.0  # one of eight chunks
     weight = torch.randn(2, 16, 8)
-    maps = Maps(query=Exponential((weight,)), key=Exponential((weight,), norm=0.5), groups=2)
+    maps = Maps(query=Exponential((weight,)), key=Exponential((weight,)), groups=2)
     tokens = Tokens(q, k, v, None, None, None, None)
     shares = [script.share(*one, script.ALONE) for one in script.alone(maps, tokens)]
     assert shares == [0.0, 0.0, 0.0, 0.5]

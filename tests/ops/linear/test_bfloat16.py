@@ -27,7 +27,8 @@ def test_bfloat16_errs_by_no_more_than_softmax_does() -> None:
     *inputs, grad = (torch.randn(1, H, N, D).bfloat16() for _ in range(4))
     errors = []
     for attend in (favor, softmax):
-        found, wanted = [], []
+        found: list[Tensor] = []
+        wanted: list[Tensor] = []
         for results, dtype in ((found, torch.bfloat16), (wanted, torch.float64)):
             leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
             out = attend(*leaves)
