@@ -30,7 +30,7 @@ from performer_lm.performer import PerformerState
 
 VOCABULARY = 2048
 CONTEXTS = {"favor": (128, 2048, 16384, 65536), "delta": (128, 2048, 65536), "flash": (128, 2048, 16384)}
-PREFILL = {"favor": 16384, "delta": 16384, "flash": 16384}
+PREFILL = {"favor": 65536, "delta": 65536, "flash": 16384}
 STEPS, ROUNDS = 16, 9
 ALL_RULES = Sampler(
     temperature=0.8,
