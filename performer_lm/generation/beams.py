@@ -11,7 +11,7 @@ from torch import Tensor
 
 from performer_lm.attention.base import select_rows
 from performer_lm.generation.captured import Steps
-from performer_lm.generation.decode import Prefix, check_one_row, last_tokens, log_probs_of
+from performer_lm.generation.decode import Prefix, append_tokens, check_one_row, last_tokens, log_probs_of
 from performer_lm.generation.sampling import Sampler
 from performer_lm.language_model import LanguageModel
 from performer_lm.ops.precision import precise
@@ -75,8 +75,6 @@ def search_beams(
         ended = ended | torch.isin(ids, ends)
         if index + 1 == max_new_tokens or bool(ended[:wanted].all()):  # the others can only lose
             break
-        if sampler.reach:
-            seen = torch.cat((seen[rows], ids[:, None]), dim=1)[:, -sampler.reach :]
-            kept = torch.cat((kept[rows], torch.ones_like(ids[:, None], dtype=torch.bool)), dim=1)[:, -sampler.reach :]
+        seen, kept = append_tokens(seen[rows], kept[rows], ids, count=sampler.reach)
         logits, state = steps.extend(ids, select_rows(state, rows))
     return Beams(tokens, log_probs, scores)

@@ -127,9 +127,7 @@ def draw_tokens(
         yield Drawn(ids, log_probs_of(ids, logits), logits, state)
         if index + 1 == max_new_tokens or (end_id is not None and bool(ended.all())):
             return
-        if sampler.reach:
-            seen = torch.cat((seen, ids[:, None]), dim=1)[:, -sampler.reach :]
-            kept = torch.cat((kept, torch.ones_like(ids[:, None], dtype=torch.bool)), dim=1)[:, -sampler.reach :]
+        seen, kept = append_tokens(seen, kept, ids, count=sampler.reach)
         logits, state = steps.extend(ids, state)
 
 
@@ -139,6 +137,14 @@ def last_tokens(prefix: Prefix, count: int) -> tuple[Tensor, Tensor]:
         return prefix.tokens[:, :0], prefix.mask[:, :0]
     order = prefix.mask.long().argsort(dim=1, stable=True)
     return prefix.tokens.gather(1, order)[:, -count:], prefix.mask.gather(1, order)[:, -count:]
+
+
+def append_tokens(seen: Tensor, kept: Tensor, ids: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
+    """Return the last `count` tokens of every row and their mask, both `(b, n)`, once ids `(b,)` have followed."""
+    if not count:
+        return seen, kept
+    kept = torch.cat((kept, torch.ones_like(ids[:, None], dtype=torch.bool)), dim=1)
+    return torch.cat((seen, ids[:, None]), dim=1)[:, -count:], kept[:, -count:]
 
 
 def log_probs_of(ids: Tensor, logits: Tensor) -> Tensor:
