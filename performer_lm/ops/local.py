@@ -96,14 +96,15 @@ def attend_to_window(q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor, log_d
     Returns:
         `(b, h, 1, e)` in q's dtype.
     """
-    b, g = k.shape[:2]
-    dtype, seen = sum_dtype(q, k, v), key_mask[:, None, None]
-    if log_decay is not None:
-        behind = log_decay[..., 1:].to(dtype).flip(-1).cumsum(-1).flip(-1)  # of the keys behind each
-        seen = F.pad(behind, (0, 1)).masked_fill(~key_mask[:, None], -torch.inf)[:, :, None]
+    (b, g), d, dtype = k.shape[:2], k.shape[-1], sum_dtype(q, k, v)
     with no_autocast(q.device):
-        queries = q.to(dtype).reshape(b, g, -1, q.shape[-1])  # a key head's queries as its sequence
-        out = F.scaled_dot_product_attention(queries, k.to(dtype), v.to(dtype), attn_mask=seen)
+        queries = q.to(dtype).reshape(b, g, -1, d) * d**-0.5  # a key head's as its sequence
+        scores = queries @ k.to(dtype).mT
+        if log_decay is not None:
+            behind = log_decay[..., 1:].to(dtype).flip(-1).cumsum(-1).flip(-1)  # of the keys behind each
+            scores += F.pad(behind, (0, 1))[:, :, None]
+        weights = scores.masked_fill_(~key_mask[:, None, None], -torch.inf).softmax(-1)
+        out = weights @ v.to(dtype)
     return out.reshape(b, -1, 1, v.shape[-1]).to(q.dtype)
 
 
