@@ -45,7 +45,8 @@ def open_from(cfg: DictConfig) -> Opened:
     opened = checkpoint.read(checkpoint.find(cfg.ckpt or "latest"))
     trained = OmegaConf.create({"seed": opened.section["seed"], "attn": cfg.get("attn")})
     plain: Any = OmegaConf.to_container(trained, resolve=True)
-    typed = typed_paths(unresolved(HydraConfig.get().overrides.task), "attn")
+    overrides = unresolved(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    typed = typed_paths(overrides, "attn")
     model, tokenizer = checkpoint.open_model(opened, attn=plain["attn"], typed=typed if "attn" in typed else None)
     return Opened(model.to(find_device(cfg.device)), tokenizer, opened)
 
