@@ -16,7 +16,7 @@ from torch import Tensor
 from performer_lm.ops.checks import check_per_key, check_shapes
 from performer_lm.ops.precision import no_autocast, sum_dtype
 from performer_lm.ops.softmax import exact_attention
-from performer_lm.ops.terms import fold_batch
+from performer_lm.ops.terms import fold_batch, sum_of_newer
 
 
 def local_attention(
@@ -101,8 +101,7 @@ def attend_to_window(q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor, log_d
         queries = q.to(dtype).reshape(b, g, -1, d) * d**-0.5  # a key head's as its sequence
         scores = queries @ k.to(dtype).mT
         if log_decay is not None:
-            behind = log_decay[..., 1:].to(dtype).flip(-1).cumsum(-1).flip(-1)  # of the keys behind each
-            scores += F.pad(behind, (0, 1))[:, :, None]
+            scores += sum_of_newer(log_decay, None).to(dtype)[:, :, None]
         weights = scores.masked_fill_(~key_mask[:, None, None], -torch.inf).softmax(-1)
         out = weights @ v.to(dtype)
     return out.reshape(b, -1, 1, v.shape[-1]).to(q.dtype)

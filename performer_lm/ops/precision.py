@@ -1,6 +1,7 @@
 """How sums are taken: in which precision, and alike every time, bit for bit, where the user asks for that."""
 
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from math import log
 
 import torch
@@ -33,15 +34,18 @@ def no_autocast(device: torch.device, *, ieee: bool = True) -> AbstractContextMa
     """
     casts = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     rounds = ieee and not torch.compiler.is_compiling() and torch.get_float32_matmul_precision() != "highest"
-    if not casts and not rounds:
-        return nullcontext()
-    stack = ExitStack()
-    if casts:
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-    if rounds:
-        stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-        torch.set_float32_matmul_precision("highest")
-    return stack
+    return _in_full(device, casts=casts, rounds=rounds) if casts or rounds else nullcontext()  # decoding asks often
+
+
+@contextmanager
+def _in_full(device: torch.device, *, casts: bool, rounds: bool) -> Iterator[None]:
+    with ExitStack() as stack:
+        if casts:
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        if rounds:
+            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
+        yield
 
 
 def precise(device: torch.device) -> torch.dtype:
