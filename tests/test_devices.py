@@ -159,6 +159,9 @@ def test_a_step_calls_nothing_that_cuda_refuses_where_steps_must_repeat(
         if attn not in BY_FUNCTION:
             nats.sum().backward()
         Sampler(temperature=1.0, top_p=0.5)(torch.randn(2, 40), None)
+        with torch.no_grad():
+            _, state = model.start(torch.arange(8).reshape(2, 4))
+            model.extend(torch.arange(2)[:, None], state)  # a decoding step, which has forms of its own
 
 
 def looks(folder: Path, *jobs: str) -> dict[str, dict[str, int]]:

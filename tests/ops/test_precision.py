@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from performer_lm.ops import precision
-from performer_lm.ops.precision import BLOCK, running_sum
+from performer_lm.ops.precision import BLOCK, no_autocast, running_sum
 
 
 class RefuseCumsum(TorchDispatchMode):
@@ -28,3 +28,15 @@ def test_sums_by_products_are_running_sums_with_their_gradient(length: int, monk
         found = both()
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-12)
+
+
+def test_precision_changes_where_a_context_is_entered_not_where_it_is_made() -> None:
+    torch.set_float32_matmul_precision("high")
+    try:
+        context = no_autocast(torch.device("cpu"))
+        assert torch.get_float32_matmul_precision() == "high"
+        with context:
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
