@@ -2,6 +2,7 @@
 
 import inspect
 import pkgutil
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from importlib import import_module
 from itertools import combinations
@@ -441,6 +442,30 @@ def test_whatever_asks_for_a_gradient_gets_the_one_it_has_beside_all_others(name
             for key, grad in gradients(wanted).items():
                 torch.testing.assert_close(grad, whole[key], **TOLERANCE)
                 assert grad.any()
+
+
+@every_backend
+@pytest.mark.parametrize("causal", [True, False])
+def test_hooks_on_saved_tensors_change_nothing(name, causal):
+    """As activation checkpointing sets around a forward, and what moves tensors elsewhere around the backward, too."""
+    if name in CAUSAL_ONLY and not causal:
+        return
+    attention, inputs = build(name), draw_tokens(33, 0, log_decay=causal)
+    inputs = {key: x * 60 if key in ("q", "k") else x for key, x in inputs.items()}  # so loud that no scale fits all
+
+    def gradients(*, of_backward: bool, hooks: AbstractContextManager[Any]) -> tuple[Tensor, ...]:
+        own = {key: x.detach().requires_grad_() for key, x in inputs.items()}
+        with hooks:
+            loss = attention(**own, causal=causal).cos().sum()
+            if of_backward:
+                return torch.autograd.grad(loss, [*own.values()])
+        return torch.autograd.grad(loss, [*own.values()])
+
+    plain = gradients(of_backward=False, hooks=nullcontext())
+    for of_backward in (False, True):
+        hooks = torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone)
+        for grad, wanted in zip(gradients(of_backward=of_backward, hooks=hooks), plain, strict=True):
+            assert torch.equal(grad, wanted)
 
 
 @every_backend

@@ -46,13 +46,16 @@ def open_exact(maps: Maps, tokens: Tokens, state: LinearState, scratch: Scratch)
     keys = rows if tokens.mask is None else rows.masked_fill(~tokens.mask[..., None], 0.0)
     lag = (past[..., :, None] - past[..., None, :]).to(rows.dtype) / LOG2_E
 
-    def own(queries: Tensor, keys: Tensor) -> Tensor:
-        apart = queries.unflatten(2, (keys.shape[2], r)).transpose(2, 3)
-        found = log_weights(apart, keys[:, :, None], visible=visible[:, :, None], fading=lag[:, :, None])
-        return found.transpose(2, 3).flatten(2, 3)
-
     loudness = keys.amax(dim=-1, keepdim=True)  # added last, as float32 is finest near zero
-    logs, pull_own = torch.func.vjp(own, queries / LOG2_E, (keys - loudness) / LOG2_E)[:2]
+    asked = (queries / LOG2_E).unflatten(2, (keys.shape[2], r)).transpose(2, 3)
+    given = ((keys - loudness) / LOG2_E)[:, :, None]
+
+    def pull_own(grad: Tensor) -> tuple[Tensor, Tensor]:
+        shares = (asked[..., :, None, :] + given[..., None, :, :]).softmax(dim=-1)  # of the features in each weight
+        shares *= grad.unflatten(2, (keys.shape[2], r)).transpose(2, 3)[..., None]
+        return shares.sum(dim=-2).transpose(2, 3).flatten(2, 3), shares.sum(dim=(2, 3))
+
+    logs = log_weights(asked, given, visible=visible[:, :, None], fading=lag[:, :, None]).transpose(2, 3).flatten(2, 3)
     logs = LOG2_E * logs.to(origin.dtype) + loudness.mT
     peak = torch.maximum(from_past.amax(dim=-1, keepdim=True), logs.amax(dim=-1, keepdim=True)).clamp_(min=EMPTY)
     queries.copy_((from_past - peak).exp2_())
