@@ -19,7 +19,7 @@ def initialise(model: nn.Module) -> None:
     | the same, behind a ReZero gate | normal(1 / sqrt(fan in)): the gate is what is zero |
     | biases | zeros |
     | convolution | the token itself (1), and a little of those before (normal(0.1)) |
-    | decay | weight zeros; bias evenly from `shortest` to `longest` over the heads |
+    | decay | weight zeros; bias evenly from `longest` to `shortest` over the heads |
     | learned and axial positions | normal(0.02) |
     | norms, ReZero gates, temperatures | their constructors': gain 1 (ScaleNorm sqrt(dim)), offset 0, gate 0, logit 0 |
     | projections of random features | their backend's own |
@@ -39,7 +39,7 @@ def initialise(model: nn.Module) -> None:
         if isinstance(module, LogDecay):
             nn.init.zeros_(module.project.weight)
             bias = module.project.bias
-            bias.copy_(torch.linspace(module.shortest, module.longest, len(bias), device=bias.device))
+            bias.copy_(torch.linspace(module.longest, module.shortest, len(bias), device=bias.device))
         elif isinstance(module, Branch) and module.gate is None:
             for name, parameter in module.named_parameters():
                 if name.endswith("project_out.weight"):

@@ -1,10 +1,13 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from performer_lm.nn.initial import initialise
 from performer_lm.nn.mixing import LogDecay, ShortConvolution, TokenShift, short_convolution
 
 
@@ -79,6 +82,15 @@ def test_decay_is_never_above_zero_and_per_head() -> None:
     assert out.shape == (2, 3, 7)
     assert out.dtype == torch.float32
     assert bool((out <= 0).all())
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 5])
+def test_the_first_head_starts_with_a_half_life_of_hundreds_of_tokens(key_heads: int) -> None:
+    layer = nn.ModuleList([LogDecay(6, key_heads=key_heads)])
+    initialise(layer)
+    half_lives = math.log(0.5) / layer[0](torch.randn(1, 1, 6))[0, :, 0].detach()
+    assert float(half_lives[0]) > 500
+    assert half_lives.tolist() == sorted(half_lives.tolist(), reverse=True)
 
 
 def shift(x: torch.Tensor, *, causal: bool, **options: torch.Tensor) -> torch.Tensor:
