@@ -10,7 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from performer_lm.cli.run_data import read_data_section
+from performer_lm.data.run_config import read_data_section
 
 CONFIGS = str(Path(__file__).parents[2] / "configs")
 
