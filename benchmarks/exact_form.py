@@ -24,9 +24,10 @@ from torch import Tensor
 
 from performer_lm import checkpoint
 from performer_lm.attention.favor import FavorAttention
-from performer_lm.cli.opening import open_data, open_from
+from performer_lm.cli.opening import open_from
 from performer_lm.evaluation.approximation.model import Vectors, watch
 from performer_lm.evaluation.base import pick_windows
+from performer_lm.evaluation.measured_text import open_data
 from performer_lm.ops.linear.chunks import Chunks
 from performer_lm.ops.linear.sequence import Walk
 from performer_lm.ops.linear.state import TILE, Geometry, LinearState, Scratch, choose_geometry, empty_state
@@ -131,7 +132,8 @@ def measure(name: str, path: Path, *, from_start: bool) -> list[Row]:
     cfg = compose("evaluate", overrides=["device=cpu"])
     cfg.ckpt = str(path)
     opened = open_from(cfg)
-    windows = pick_windows(open_data(cfg, opened).held_out, WINDOWS)[:, :-1]
+    data = open_data(cfg.data, opened.checkpoint, opened.tokenizer)
+    windows = pick_windows(data.held_out, WINDOWS)[:, :-1]
     rows = []
     if from_start:
         torch.manual_seed(opened.checkpoint.section["seed"])

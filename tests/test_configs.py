@@ -15,8 +15,8 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from performer_lm.annotations import leaves
 from performer_lm.building import parameters, resolve
-from performer_lm.cli.annotations import leaves
 from performer_lm.cli.compose import compose, task_config
 from performer_lm.cli.errors import UsageError
 from performer_lm.cli.loading import Loader

@@ -6,7 +6,7 @@ the run or sweep is composed and mistakes are named (`compose`), each config is 
 itself, so `--help` answers at once.
 """
 
-from performer_lm.cli.annotations import Section
+from performer_lm.annotations import Section
 from performer_lm.cli.argv import as_typed
 from performer_lm.cli.errors import UsageError, usage_errors
 from performer_lm.cli.runner import main

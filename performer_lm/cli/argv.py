@@ -14,8 +14,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
+from performer_lm.annotations import leaves
 from performer_lm.building import did_you_mean, escape
-from performer_lm.cli.annotations import leaves
 from performer_lm.cli.errors import UsageError
 
 PATHS = (

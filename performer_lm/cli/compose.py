@@ -1,8 +1,7 @@
 """From the overrides of a command line to the config of every job, before the first one starts."""
 
 import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -12,30 +11,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from performer_lm.cli.argv import expand_home, unresolved
 from performer_lm.cli.errors import UsageError
-from performer_lm.cli.hydra_section import refused_overrides, refused_section
-from performer_lm.cli.loading import COMPOSITION_ERRORS, Loader
-from performer_lm.cli.mistakes import dotted_choice, first_mistake
-
-
-@contextmanager
-def explaining(loader: Loader, overrides: Sequence[str], *, multirun: bool) -> Iterator[None]:
-    """Turn the errors of Hydra for overrides that do not compose into a `UsageError` for the first wrong one."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except COMPOSITION_ERRORS as error:
-        raise UsageError(first_mistake(loader, overrides, error, multirun=multirun)) from error
-
-
-def check_typed(loader: Loader, overrides: Sequence[str]) -> None:
-    """Refuse overrides of Hydra's section that are not for users to set, before anything is composed.
-
-    Raises:
-        UsageError: for the first of them.
-    """
-    for problem in refused_overrides(loader.parse(overrides)):
-        raise UsageError(problem)
+from performer_lm.cli.hydra_section import check_overrides, check_section
+from performer_lm.cli.loading import Loader
 
 
 def compose(loader: Loader, overrides: Sequence[str], *, multirun: bool) -> list[DictConfig]:
@@ -45,15 +22,9 @@ def compose(loader: Loader, overrides: Sequence[str], *, multirun: bool) -> list
         UsageError: for the first value of Hydra's section that may not be set.
     """
     jobs, trusted = _jobs(loader, overrides, multirun=multirun), loader.load([]).hydra
-    for problem in itertools.chain.from_iterable(refused_section(job, trusted, overrides) for job in jobs):
-        raise UsageError(problem)
+    for job in jobs:
+        check_section(job, trusted, overrides)
     return jobs
-
-
-def meant_as_choices(loader: Loader, overrides: Sequence[str]) -> list[str]:
-    """Return a problem for each override that Hydra takes for a value and its user means as a choice."""
-    problems = (dotted_choice(loader, override) for override in loader.parse(overrides))
-    return [problem for problem in problems if problem]
 
 
 def task_config(job: DictConfig) -> DictConfig:
@@ -76,7 +47,7 @@ def _jobs(loader: Loader, overrides: Sequence[str], *, multirun: bool) -> list[D
             raise ValueError("several values in a single run")
         return [_place(cfg, cfg.hydra.run.dir)]
     swept = [f"{key}={value}" for key, value in (cfg.hydra.sweeper.get("params") or {}).items()]
-    check_typed(loader, swept)
+    check_overrides(loader.parse(swept))
     typed = loader.parse([*swept, *unresolved(cfg.hydra.overrides.task)])
     is_basic = cfg.hydra.runtime.choices["hydra/sweeper"] == "basic"
     given = {override.get_key_element(): _values(override, is_basic=is_basic) for override in typed}  # the last counts

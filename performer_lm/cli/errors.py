@@ -14,10 +14,10 @@
 import os
 import sys
 import traceback
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-from performer_lm.building import did_you_mean
+from performer_lm.wording import message
 
 ERROR, USAGE, NON_FINITE, OUT_OF_MEMORY, INTERRUPTED, TERMINATED = 1, 2, 3, 4, 130, 143
 
@@ -50,12 +50,6 @@ class JobFailed(Exception):
         self.code = code
 
 
-def nearest_key(name: str, known: Collection[str], *, prefix: str = "") -> str:
-    """Return the nearest key, or all of them where none is near and the list is short."""
-    listed = f" (known: {', '.join(known)})" if 0 < len(known) <= 16 else ""
-    return did_you_mean(name, known, prefix=prefix) or listed
-
-
 @contextmanager
 def usage_errors() -> Iterator[None]:
     """Turn a ValueError of a constructor or an OSError of a file into a `UsageError`."""
@@ -64,7 +58,7 @@ def usage_errors() -> Iterator[None]:
     except (UsageError, BrokenPipeError):  # of output whose reader has gone
         raise
     except (ValueError, OSError) as error:
-        raise UsageError(*_text(error).splitlines()) from error
+        raise UsageError(*message(error).splitlines()) from error
 
 
 def report(error: BaseException, *, job: str = "", show_traceback: bool = False) -> int:
@@ -98,17 +92,11 @@ def _verdict(error: BaseException) -> tuple[int, tuple[str, ...]]:
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, ("interrupted",)
     if isinstance(error, FloatingPointError):
-        return NON_FINITE, (_text(error),)
+        return NON_FINITE, (message(error),)
     if _is_out_of_memory(error):
-        first = _text(error).partition("\n")[0]
+        first = message(error).partition("\n")[0]
         return OUT_OF_MEMORY, ("\n  ".join((f"out of memory: {first}", *getattr(error, "__notes__", ()), *LEVERS)),)
-    return ERROR, (f"{type(error).__name__}: {_text(error)}".partition("\n")[0],)
-
-
-def _text(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
-        return f"{os.fspath(error.filename)}: {error.strerror.lower()}"
-    return str(error) or type(error).__name__
+    return ERROR, (f"{type(error).__name__}: {message(error)}".partition("\n")[0],)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

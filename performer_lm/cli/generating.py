@@ -10,10 +10,10 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from performer_lm.cli.errors import usage_errors
-from performer_lm.cli.interactive import interact
 from performer_lm.cli.opening import Opened, open_from
 from performer_lm.generation.batch import complete
 from performer_lm.generation.decode import Prefix
+from performer_lm.generation.interactive import interact
 from performer_lm.generation.prompts import as_json_lines, read_prompts
 from performer_lm.generation.sampling import Sampler
 from performer_lm.generation.session import Session

@@ -44,13 +44,14 @@ class Loader:
         names = sorted(path.stem for path in config_path.glob("[!_]*.yaml"))
         if config_name not in names:
             raise UsageError(no_choice("--config-name", config_name, names))
-        if config_dir is not None and not Path(config_dir).is_dir():
-            raise UsageError(f"--config-dir={config_dir}: no such directory")
+        self.more: list[str] = []
+        if config_dir is not None:
+            if not Path(config_dir).is_dir():
+                raise UsageError(f"--config-dir={config_dir}: no such directory")
+            self.more.append(f"hydra.searchpath=[{in_quotes(f'file://{Path(config_dir).absolute()}')}]")
         with initialize_config_dir(str(config_path), version_base="1.3"):
             self.hydra = GlobalHydra.instance().config_loader()
         self.config_name, self.config_path = config_name, config_path
-        more = [in_quotes(f"file://{Path(folder).absolute()}") for folder in (config_dir,) if folder is not None]
-        self.more = [f"hydra.searchpath=[{path}]" for path in more]
 
     def load(self, overrides: Sequence[str]) -> DictConfig:
         """Return the config that overrides compose, sweeps left out."""

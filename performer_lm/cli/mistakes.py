@@ -1,11 +1,11 @@
 """The first override that is wrong, with the nearest right one.
 
-Hydra stops at its first mistake and says it in its own words. This room is entered only after composition failed.
+Hydra stops at its first mistake and says it in its own words. Overrides are looked at here only after one has failed.
 """
 
 import shlex
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from hydra.core.object_type import ObjectType
@@ -13,46 +13,33 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from performer_lm.annotations import leaves
 from performer_lm.building import PARTIAL, TARGET, parameters, resolve
-from performer_lm.cli.annotations import leaves
 from performer_lm.cli.argv import in_quotes
-from performer_lm.cli.errors import nearest_key
+from performer_lm.cli.errors import UsageError
 from performer_lm.cli.loading import COMPOSITION_ERRORS, Loader, no_choice
+from performer_lm.wording import nearest_key
 
 
-def first_mistake(loader: Loader, overrides: Sequence[str], error: Exception, *, multirun: bool) -> str:
-    """Explain the first wrong override in one line; or else `error`.
-
-    Choices are looked at before keys: they decide which keys there are.
-    """
-    choices, settings = list[Override](), list[Override]()
-    for text in overrides:
-        try:
-            [override] = loader.parse([text])
-        except HydraException as failure:
-            return _syntax(text, failure)
-        if override.is_sweep_override() and not multirun:
-            return f"{text}: several values need -m (or --multirun)"
-        (choices if loader.is_choice(override) else settings).append(override)
-    chosen: list[str] = []
+@contextmanager
+def explaining(loader: Loader, overrides: Sequence[str], *, multirun: bool) -> Iterator[None]:
+    """Turn the errors of Hydra for overrides that do not compose into a `UsageError` for the first wrong one."""
     try:
-        base = loader.load(chosen)
-        for override in sorted(choices, key=lambda override: override.key_or_group.count("/")):
-            problem, base = _wrong_choice(loader, override, chosen, base)
-            if problem:
-                return problem
-            chosen.append(str(override.input_line))
-    except COMPOSITION_ERRORS as failure:
-        return in_one_line(failure)
-    for override in settings:
-        if problem := _wrong_key(override, base, loader):
-            return problem
-    for override in settings:
+        yield
+    except UsageError:
+        raise
+    except COMPOSITION_ERRORS as error:
         try:
-            loader.load([*chosen, str(override.input_line)])
-        except COMPOSITION_ERRORS as failure:
-            return f"{override.input_line}: {in_one_line(failure.__cause__ or failure)}"
-    return in_one_line(error)
+            problem = next(_mistakes(loader, overrides, multirun=multirun), in_one_line(error))
+        except COMPOSITION_ERRORS as failure:  # of a config file, whatever was typed
+            problem = in_one_line(failure)
+        raise UsageError(problem) from error
+
+
+def meant_as_choices(loader: Loader, overrides: Sequence[str]) -> list[str]:
+    """Return a problem for each override that Hydra takes for a value and its user means as a choice."""
+    problems = (dotted_choice(loader, override) for override in loader.parse(overrides))
+    return [problem for problem in problems if problem]
 
 
 def dotted_choice(loader: Loader, override: Override) -> str | None:
@@ -80,6 +67,41 @@ def in_one_line(error: BaseException) -> str:
     return words or type(error).__name__
 
 
+def _mistakes(loader: Loader, overrides: Sequence[str], *, multirun: bool) -> Iterator[str]:
+    """Yield the problem of each wrong override; of choices before keys, for they decide which keys there are."""
+    choices, settings = list[Override](), list[Override]()
+    for text in overrides:
+        try:
+            [override] = loader.parse([text])
+        except HydraException as failure:
+            yield _syntax(text, failure)
+            continue
+        if override.is_sweep_override() and not multirun:
+            yield f"{text}: several values need -m (or --multirun)"
+        (choices if loader.is_choice(override) else settings).append(override)
+    chosen: list[str] = []
+    base = loader.load(chosen)
+    for override in sorted(choices, key=lambda override: override.key_or_group.count("/")):
+        yield from _not_among_choices(loader, override)
+        try:
+            base = loader.load([*chosen, str(override.input_line)])
+        except COMPOSITION_ERRORS as failure:
+            yield _misplaced(loader, override, loader.choices(chosen)) or _told(override, failure)
+        chosen.append(str(override.input_line))
+    for override in settings:
+        if problem := _wrong_key(override, base, loader):
+            yield problem
+    for override in settings:
+        try:
+            loader.load([*chosen, str(override.input_line)])
+        except COMPOSITION_ERRORS as failure:
+            yield _told(override, failure.__cause__ or failure)
+
+
+def _told(override: Override, failure: BaseException) -> str:
+    return f"{override.input_line}: {in_one_line(failure)}"
+
+
 def _syntax(text: str, error: HydraException) -> str:
     if "=" not in text and not text.startswith("~"):
         return f"{text}: wanted key=value"
@@ -91,21 +113,15 @@ def _syntax(text: str, error: HydraException) -> str:
     return f"{text}: not a valid override ({said}); to give it as text write {typed}"
 
 
-def _wrong_choice(
-    loader: Loader, override: Override, chosen: Sequence[str], base: DictConfig
-) -> tuple[str | None, DictConfig]:
-    """Return why a file cannot be chosen beside those chosen already, None if it can; and the config with it."""
-    group, line, value = override.key_or_group, str(override.input_line), override.value()
+def _not_among_choices(loader: Loader, override: Override) -> Iterator[str]:
+    """Yield a problem for each file that an override names and its group has not."""
+    names, value = loader.options(override.key_or_group), override.value()
     if override.is_sweep_override():
         value = list(override.sweep_iterator()) if override.is_discrete_sweep() else []
-    for name in leaves(value, ""):
-        text = str(getattr(name[1], "text", name[1]))
-        if name[1] not in (None, []) and text not in (names := loader.options(group)):
-            return no_choice(override.get_key_element(), text, names), base
-    try:
-        return None, loader.load([*chosen, line])
-    except COMPOSITION_ERRORS as error:
-        return _misplaced(loader, override, loader.choices(chosen)) or f"{line}: {in_one_line(error)}", base
+    for _, name in leaves(value, ""):
+        text = str(getattr(name, "text", name))
+        if name not in (None, []) and text not in names:
+            yield no_choice(override.get_key_element(), text, names)
 
 
 def _misplaced(loader: Loader, override: Override, chosen: dict[str, str]) -> str | None:

@@ -10,14 +10,17 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import env_override
 from omegaconf import DictConfig, OmegaConf
 
 from performer_lm.cli.argv import as_typed, expand_home, in_quotes, parse, quote, unresolved
-from performer_lm.cli.compose import check_typed, compose, explaining, is_sweep, meant_as_choices, task_config
+from performer_lm.cli.compose import compose, is_sweep, task_config
 from performer_lm.cli.errors import JobFailed, UsageError, in_short, report
+from performer_lm.cli.hydra_section import check_overrides
 from performer_lm.cli.loading import Loader
+from performer_lm.cli.mistakes import explaining, meant_as_choices
 from performer_lm.cli.schema import check
-from performer_lm.cli.sweeps import Sweep, environment, note_failure, sweeping
+from performer_lm.cli.sweeps import Sweep, note_failure, sweeping
 
 Task = Callable[[DictConfig], float | None]
 Check = Callable[[DictConfig], None]
@@ -66,7 +69,7 @@ def _launch(
     with explaining(loader, args.overrides, multirun=args.multirun):
         if args.shell_completion:
             return _run_hydra(loader, task, options)
-        check_typed(loader, args.overrides)
+        check_overrides(loader.parse(args.overrides))
         if args.help or args.hydra_help or args.cfg or args.info or args.resolve:
             return _run_hydra(loader, task, [*options, *args.overrides])
         jobs = compose(loader, args.overrides, multirun=args.multirun)
@@ -107,7 +110,7 @@ def _run_hydra(loader: Loader, task: Task, words: Sequence[str]) -> None:
     sys.argv = [before[0], *words]
     run = hydra.main(version_base="1.3", config_path=str(loader.config_path), config_name=loader.config_name)(task)
     try:
-        with environment(FULL_ERROR, "1"):  # Hydra raises what it would otherwise print
+        with env_override({FULL_ERROR: "1"}):  # Hydra raises what it would otherwise print
             run()
     finally:
         sys.argv = before

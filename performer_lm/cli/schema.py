@@ -1,22 +1,15 @@
-"""The config tree, held against the constructors it names: they are the schema.
-
-Every section with a `_target_` is checked against that target's signature, before anything is built: the name is one
-that a config may build, each key is a parameter, each value fits the annotation, nothing required is missing. What
-stands outside every such section must be declared by the entry point. All problems are found in one pass, once
-every interpolation leads somewhere.
-"""
+"""The config tree of an entry point, held against the constructors it names once all interpolations are resolved."""
 
 import re
-from collections.abc import Callable, Collection, Mapping
-from inspect import Parameter
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from performer_lm.building import PARTIAL, TARGET, did_you_mean, parameters, resolve
-from performer_lm.cli.annotations import describe, is_node, leaves, mismatches
-from performer_lm.cli.errors import UsageError, nearest_key
+from performer_lm.annotations import describe, leaves, mismatches
+from performer_lm.checking import Checker
+from performer_lm.cli.errors import UsageError
 from performer_lm.wording import short
 
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][\w.\[\]]*)\}")
@@ -38,7 +31,7 @@ def check(
     written = dict(leaves(OmegaConf.to_container(cfg, resolve=False), ""))
     references = {key: found[1] for key, text in written.items() if (found := _REFERENCE.fullmatch(str(text)))}
     tree = _resolved(cfg, written, references)
-    checker = _Checker(keys or {}, supplied or {}, references)
+    checker = Checker(keys=keys, supplied=supplied, references=references)
     for key, wanted in checker.keys.items():
         if key not in written and not any(name.startswith((f"{key}.", f"{key}[")) for name in written):
             section = key.rpartition(".")[0]
@@ -51,10 +44,8 @@ def check(
             else:
                 OmegaConf.update(cfg, key, None, force_add=True)
     checker.visit(tree, "")
-    # A value that stands elsewhere is wrong there, once.
-    problems = {key: text for key, text in checker.problems.items() if references.get(key) not in checker.problems}
-    if problems:
-        raise UsageError(*(f"{key}{' ' if text.startswith('must ') else ': '}{text}" for key, text in problems.items()))
+    if problems := checker.lines():
+        raise UsageError(*problems)
 
 
 def _resolved(cfg: DictConfig, written: Mapping[str, Any], references: Mapping[str, str]) -> Any:
@@ -74,64 +65,3 @@ def _resolved(cfg: DictConfig, written: Mapping[str, Any], references: Mapping[s
             raise UsageError(f"{key}: needs a value: {key}=...") from error
         told = "it gives its resolver the wrong arguments" if told.startswith("TypeError") else told
         raise UsageError(f"{key}: {written.get(key)} does not resolve: {told}") from error
-
-
-class _Checker:
-    def __init__(
-        self, keys: Mapping[str, Any], supplied: Mapping[str, Collection[str]], references: Mapping[str, str]
-    ) -> None:
-        self.keys = keys
-        self.supplied = supplied
-        self.references = references
-        self.problems: dict[str, str] = {}
-
-    def note(self, key: str, text: str) -> None:
-        self.problems.setdefault(key, text)
-
-    def visit(self, value: Any, key: str, *, wanted: Any = None, is_owned: bool = False) -> None:
-        """Check a part of the tree; `is_owned` by a target, or by a declared key, its values need no declaration."""
-        if not is_owned and key in self.keys:
-            wanted, is_owned = self.keys[key], True
-        if wanted is not None:
-            for where, text in mismatches(wanted, value, key):
-                self.note(where, text)
-        if key in self.references:
-            return  # and what it holds is checked where it stands
-        if is_node(value):
-            self._node(value, key)
-        elif isinstance(value, dict):
-            for name, item in value.items():
-                self.visit(item, f"{key}.{name}" if key else str(name), is_owned=is_owned)
-        elif isinstance(value, list):
-            for index, item in enumerate(value):
-                self.visit(item, f"{key}[{index}]", is_owned=is_owned)
-        elif not is_owned and value is not None:
-            self.note(key, f"unknown key{did_you_mean(key, self.keys)}")
-
-    def _node(self, node: dict[str, Any], key: str) -> None:
-        target = self._target(node, key)
-        wanted = parameters(target) if target is not None else {}
-        is_open = target is None or any(p.kind is p.VAR_KEYWORD for p in wanted.values())
-        named = {name: p for name, p in wanted.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-        for name, value in node.items():
-            own = {TARGET: str, PARTIAL: bool}.get(name) or (_annotation(named[name]) if name in named else None)
-            if own is None and (not is_open or name == "_args_"):
-                self.note(f"{key}.{name}", f"unknown key{nearest_key(str(name), named, prefix=f'{key}.')}")
-            self.visit(value, f"{key}.{name}", wanted=own, is_owned=True)
-        for name, parameter in named.items() if not node.get(PARTIAL) else ():
-            if parameter.default is parameter.empty and name not in (*node, *self.supplied.get(key, ())):
-                self.note(f"{key}.{name}", f"missing; wanted {describe(_annotation(parameter))}")
-
-    def _target(self, node: dict[str, Any], key: str) -> Callable[..., Any] | None:
-        try:
-            return resolve(node[TARGET]) if isinstance(node[TARGET], str) else None
-        except ValueError as refusal:
-            self.note(f"{key}.{TARGET}", str(refusal))
-            return None
-
-
-def _annotation(parameter: Parameter) -> Any:
-    """Return the annotation of a parameter; a default of None means that None is taken, too."""
-    if parameter.default is None and parameter.annotation is not Parameter.empty:
-        return parameter.annotation | None if not isinstance(parameter.annotation, str) else Any
-    return parameter.annotation

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from hydra.core.utils import env_override
+
 from performer_lm.writing import append_text
 
 FOLDER = "PERFORMER_LM_SWEEP"
@@ -39,23 +41,11 @@ def sweep_folder() -> str | None:
 def sweeping(sweep: Sweep, folder: Path) -> Iterator[None]:
     """Hand the folder down while the jobs run; close the sweep however they end."""
     try:
-        with environment(FOLDER, str(folder)):
+        with env_override({FOLDER: str(folder)}):
             yield
     finally:
         if folder.is_dir() and any(folder.iterdir()):
             sweep.close(folder)
-
-
-@contextmanager
-def environment(name: str, value: str) -> Iterator[None]:
-    """Set an environment variable, and restore its value."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        os.environ.pop(name)
-        os.environ.update({} if before is None else {name: before})
 
 
 def note_failure(job: int, overrides: Sequence[str], *, code: int, error: str) -> None:

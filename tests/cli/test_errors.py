@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from performer_lm.building import build, did_you_mean
-from performer_lm.cli.errors import JobFailed, UsageError, nearest_key, report, usage_errors
+from performer_lm.cli.errors import JobFailed, UsageError, report, usage_errors
+from performer_lm.wording import nearest_key
 
 
 @pytest.mark.parametrize(

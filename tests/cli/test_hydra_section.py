@@ -1,8 +1,10 @@
 import pytest
 
-from performer_lm.cli.compose import check_typed, compose, explaining
+from performer_lm.cli.compose import compose
 from performer_lm.cli.errors import UsageError
+from performer_lm.cli.hydra_section import check_overrides
 from performer_lm.cli.loading import Loader
+from performer_lm.cli.mistakes import explaining
 
 CORE = "hydra._internal.core_plugins"
 
@@ -36,7 +38,7 @@ def loader(tree):
 )
 def test_hydra_s_section_is_not_for_command_lines_beyond_how_jobs_run(loader, override):
     with pytest.raises(UsageError, match="not for users to set") as raised:
-        check_typed(loader, [override])
+        check_overrides(loader.parse([override]))
     assert len(raised.value.problems) == 1
 
 
@@ -93,5 +95,5 @@ def test_how_jobs_run_is_for_users_to_set(loader, tree):
         "hydra.launcher.setup=[module load x]",
         "hydra.verbose=true",
     ]
-    check_typed(loader, words)
+    check_overrides(loader.parse(words))
     assert [job.seed for job in compose(loader, words, multirun=True)] == [1, 2]

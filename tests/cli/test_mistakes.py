@@ -3,9 +3,11 @@ import shlex
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from performer_lm.cli.compose import check_typed, compose, explaining, meant_as_choices
+from performer_lm.cli.compose import compose
 from performer_lm.cli.errors import UsageError
+from performer_lm.cli.hydra_section import check_overrides
 from performer_lm.cli.loading import Loader
+from performer_lm.cli.mistakes import explaining, meant_as_choices
 
 
 def mistakes(tree, *overrides, multirun=False, config_name="train"):
@@ -13,7 +15,7 @@ def mistakes(tree, *overrides, multirun=False, config_name="train"):
     try:
         loader = Loader(config_name=config_name, config_path=tree)
         with explaining(loader, overrides, multirun=multirun):
-            check_typed(loader, overrides)
+            check_overrides(loader.parse(overrides))
             compose(loader, overrides, multirun=multirun)
     except UsageError as error:
         return list(error.problems)

@@ -3,8 +3,8 @@ from typing import NotRequired, TypedDict, Unpack
 import pytest
 from omegaconf import OmegaConf
 
+from performer_lm.annotations import Section
 from performer_lm.building import parameters
-from performer_lm.cli.annotations import Section
 from performer_lm.cli.errors import UsageError
 from performer_lm.cli.schema import check
 

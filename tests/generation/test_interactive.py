@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from performer_lm.cli import interactive
-from performer_lm.cli.interactive import COMMANDS, breaking_off, interact
 from performer_lm.data.tokenizer import ByteTokenizer
+from performer_lm.generation import interactive
+from performer_lm.generation.interactive import COMMANDS, breaking_off, interact
 from performer_lm.generation.sampling import Sampler
 from performer_lm.generation.session import Session, stream_text
 from performer_lm.model import PerformerLM

@@ -10,10 +10,9 @@ from typing import Final
 
 from rich.console import Console
 
-from performer_lm.building import did_you_mean
-from performer_lm.cli.errors import UsageError, usage_errors
 from performer_lm.generation.session import Session
 from performer_lm.generation.states import load_state, save_state
+from performer_lm.wording import did_you_mean, message
 
 COMMANDS: Final = {
     "/reset": "begin a new text",
@@ -41,14 +40,15 @@ def interact(session: Session, console: Console) -> None:
         if line.strip() == "/quit":
             return
         try:
-            with usage_errors():
-                if line.startswith("/") and not line.startswith("//"):
-                    _obey(line, session, console)
-                else:
-                    session.read(line.removeprefix("/") if line.startswith("//") else line)
-                    _write(session, console)
-        except UsageError as error:
-            console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+            if line.startswith("/") and not line.startswith("//"):
+                _obey(line, session, console)
+            else:
+                session.read(line.removeprefix("/") if line.startswith("//") else line)
+                _write(session, console)
+        except BrokenPipeError:  # the screen has gone
+            raise
+        except (ValueError, OSError) as error:
+            console.print(f"error: {message(error)}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def _obey(line: str, session: Session, console: Console) -> None:

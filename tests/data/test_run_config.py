@@ -10,7 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from performer_lm.cli.run_data import read_data_section
+from performer_lm.data.run_config import read_data_section
 
 CONFIGS = str(Path(__file__).parents[2] / "configs")
 
@@ -71,6 +71,10 @@ BOMB = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n i
         (PATH, "\n  path: {_target_: shutil.copy, src: a, dst: b}", "does not say what text the run had"),
         (PATH, "\n  path: [{_target_: shutil.copy, src: a, dst: b}]", "does not say what text the run had"),
         (PATH, "\n  path: !!python/object/apply:os.system [touch marker]", "is not the config of a run"),
+        (PATH, "\n  path: !!binary YQ==", "is not the config of a run: it holds a tag (tag:yaml.org,2002:binary)"),
+        (PATH, "\n  ? !!null x\n  : 1", "is not the config of a run: it holds a tag"),
+        (PATH, "\n  null: 1", "data.None: unknown key"),
+        (PATH, "\n  a._args_: [1]", "does not say what text the run had"),
         (PATH, "\n  path: [a.txt]", "data.path: wanted str or null"),
         (PATH, "\n  paht: a.txt", "data.paht: unknown key; did you mean data.path?"),
         ("seed", f"{BOMB}seed", "is not the config of a run: it holds an alias"),

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import pytest
 from annotated_types import Ge, Gt, Le
 
-from performer_lm.cli.annotations import Section, describe, leaves, mismatches
+from performer_lm.annotations import Section, describe, leaves, mismatches
 
 PART = {"_target_": "performer_lm.sample.Part", "size": 1}
 MAKE_PART = {**PART, "_partial_": True}

@@ -4,17 +4,15 @@ The file is read as plain data: no interpolation in it is resolved, nothing outs
 section is held against the constructors like a command line.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import yaml
-from omegaconf import OmegaConf
 from omegaconf._utils import get_yaml_loader
 
-from performer_lm.building import escape
-from performer_lm.cli.errors import UsageError
-from performer_lm.cli.schema import check
+from performer_lm.annotations import leaves
+from performer_lm.checking import Checker
+from performer_lm.data.reading import check_regular
 
 CONFIG_BYTES: Final = 1 << 17  # a run's config has some thousands
 CONFIG_DEPTH: Final = 64  # of sections within sections
@@ -31,19 +29,18 @@ def read_data_section(config: Path) -> dict[str, Any]:
     section = _read_plain(config).get("data")
     section = dict(section) if isinstance(section, dict) else {}
     takes_tokenizer = section.pop(TOKENIZER, None) is not None
-    targets = [section.get("_target_"), *_targets(section)]
-    if not all(str(target).startswith(TEXT_TARGETS) for target in targets):
+    words = [(word, value) for key, value in leaves(section, "") for word in key.split(".") if word.startswith("_")]
+    targets = [section.get("_target_"), *(value if word == "_target_" else word for word, value in words)]
+    if not all(str(target).startswith(TEXT_TARGETS) for target in targets):  # nor are Hydra's other words in a run's
         raise ValueError(f"{config} does not say what text the run had")
-    try:
-        check(OmegaConf.create({"data": _escaped(section)}), supplied={"data": [TOKENIZER]})
-    except UsageError as error:
-        raise UsageError(*(f"{config}: {problem}" for problem in error.problems)) from None
+    checker = Checker(supplied={"data": [TOKENIZER]})
+    checker.visit({"data": section}, "")
+    if problems := checker.lines():
+        raise ValueError("\n".join(f"{config}: {problem}" for problem in problems))
     return section | ({TOKENIZER: None} if takes_tokenizer else {})
 
 
 def _read_plain(config: Path) -> dict[str, Any]:
-    from performer_lm.data.reading import check_regular
-
     check_regular(config)
     try:
         with config.open("rb") as file:
@@ -58,27 +55,11 @@ def _read_plain(config: Path) -> dict[str, Any]:
 
 
 def _check_shape(text: bytes) -> None:
-    """Refuse aliases, 40 of which fill any memory, and deep nesting, which takes for ever to read."""
+    """Refuse aliases, 40 of which fill any memory, deep nesting, which takes for ever to read, and tags."""
     depth = 0
     for event in yaml.parse(text):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if getattr(event, "tag", None) is not None:
+            raise ValueError(f"it holds a tag ({event.tag[:60]})")
         if isinstance(event, yaml.AliasEvent) or depth > CONFIG_DEPTH:
             raise ValueError("it holds an alias" if depth <= CONFIG_DEPTH else "it is nested too deeply")
-
-
-def _targets(value: Any) -> Iterator[Any]:
-    """Yield the names of all that a section builds, and Hydra's other words, which no section of a run holds."""
-    if isinstance(value, dict):
-        yield from (item if key == "_target_" else key for key, item in value.items() if str(key).startswith("_"))
-        value = list(value.values())
-    for item in value if isinstance(value, list) else ():
-        yield from _targets(item)
-
-
-def _escaped(value: Any) -> Any:
-    """Return plain data whose texts a config takes as they are."""
-    if isinstance(value, dict):
-        return {key: _escaped(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_escaped(item) for item in value]
-    return escape(value) if isinstance(value, str) else value
