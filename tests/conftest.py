@@ -6,13 +6,12 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="offli
 if not os.path.exists("/dev/nvidiactl"):  # read when kernels are defined, and torch may import triton
     os.environ["TRITON_INTERPRET"] = "1"
 
-import copy
-import dataclasses
+import importlib.util
 import runpy
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -20,9 +19,6 @@ from typing import Any, Literal
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from hydra._internal import config_loader_impl
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.global_hydra import GlobalHydra
 from hypothesis import HealthCheck, settings
 from omegaconf import OmegaConf
@@ -38,58 +34,12 @@ settings.load_profile("laws")
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = str(ROOT / "configs")
-list_defaults, merge_files = (
-    config_loader_impl.create_defaults_list,
-    ConfigLoaderImpl._compose_config_from_defaults_list,
-)
-read_file = FileConfigSource.load_config
-read: dict[str, Any] = {}
-listed: dict[tuple[Any, ...], Any] = {}
-merged: dict[tuple[Any, ...], Any] = {}
-
-
-def places(repo: Any) -> tuple[tuple[str, str], ...] | None:
-    """Return where Hydra looks for files; None where some may change, being of no package and not of configs/."""
-    found = tuple((source.scheme(), source.path) for source in repo.get_sources())
-    return found if {path for scheme, path in found if scheme == "file"} == {CONFIGS} else None
-
-
-def read_file_once(self: FileConfigSource, config_path: str) -> Any:
-    """Return a copy of a file of configs/."""
-    if self.path != CONFIGS:
-        return read_file(self, config_path)
-    if config_path not in read:
-        read[config_path] = read_file(self, config_path)
-    return copy.deepcopy(read[config_path])
-
-
-def list_defaults_once(*, repo: Any, overrides_list: Sequence[Any], **options: Any) -> Any:
-    """List the files of each choice once; overrides that set values choose none, and are handed on."""
-    key, given = places(repo), [override for override in overrides_list if not override.is_sweep_override()]
-    if key is None:
-        return list_defaults(repo=repo, overrides_list=overrides_list, **options)
-    choices = [it for it in given if repo.group_exists(it.key_or_group) and not isinstance(it.value(), dict)]
-    key += (*sorted(options.items()), *(override.input_line for override in choices))
-    if key not in listed:
-        listed[key] = list_defaults(repo=repo, overrides_list=choices, **options)
-    return dataclasses.replace(listed[key], config_overrides=[it for it in given if it not in choices])
-
-
-def merge_files_once(self: ConfigLoaderImpl, *, defaults: Sequence[Any], repo: Any) -> Any:
-    """Return a copy of what the files in a list merge into, before values are set."""
-    key = places(repo)
-    if key is None:
-        return merge_files(self, defaults=defaults, repo=repo)
-    key += tuple(map(dataclasses.astuple, defaults))
-    if key not in merged:
-        merged[key] = merge_files(self, defaults=defaults, repo=repo)
-    return copy.deepcopy(merged[key])
-
-
-# Hydra reads some thirty files for each command line, which took half the time of all tests
-FileConfigSource.load_config = read_file_once
-config_loader_impl.create_defaults_list = list_defaults_once
-ConfigLoaderImpl._compose_config_from_defaults_list = merge_files_once
+spec = importlib.util.spec_from_file_location("composing", ROOT / "tests" / "composing.py")
+assert spec is not None
+assert spec.loader is not None
+composing = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(composing)
+composing.compose_once(CONFIGS)
 
 TINY = ["model.dim=32", "model.depth=2", "model.heads=4", "model.dim_head=8", "model.local.window=5"]
 
