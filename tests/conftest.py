@@ -6,6 +6,7 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="offli
 if not os.path.exists("/dev/nvidiactl"):  # read when kernels are defined, and torch may import triton
     os.environ["TRITON_INTERPRET"] = "1"
 
+import importlib.util
 import runpy
 import shutil
 import sys
@@ -33,6 +34,13 @@ settings.load_profile("laws")
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = str(ROOT / "configs")
+spec = importlib.util.spec_from_file_location("composing", ROOT / "tests" / "composing.py")
+assert spec is not None
+assert spec.loader is not None
+composing = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(composing)
+composing.compose_once(CONFIGS)
+
 TINY = ["model.dim=32", "model.depth=2", "model.heads=4", "model.dim_head=8", "model.local.window=5"]
 
 
@@ -111,15 +119,25 @@ def text(invoke: Callable[..., tuple[int, str, str]], lines: str) -> None:
 
 
 @pytest.fixture
+def pictures() -> None:
+    """Have the runs of `invoke` draw `metrics.png`, which takes longer than they train."""
+
+
+@pytest.fixture
 def invoke(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> Iterator[Callable[..., tuple[int, str, str]]]:
     """Return a function that runs a script of the project in this process, in an empty folder.
 
     It takes the command line's words and returns exit code, output and errors. A process of its own would take seconds
-    to import what is here already.
+    to import what is here already. Runs draw nothing but for tests that take `pictures`.
     """
     monkeypatch.chdir(tmp_path)
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr("performer_lm.training.loggers.record.draw_metrics", lambda *arguments, **options: None)
 
     def run(*arguments: str, script: str = "train.py") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [script, *arguments])

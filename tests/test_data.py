@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 Invoke = Callable[..., tuple[int, str, str]]
-SHORT = ["debug=fast", "trainer.max_steps=2", "data.batch_size=2", "data.validation_bytes=2048"]
+SHORT = ["debug=fast", "callbacks.samples.max_new_tokens=4"]
+SHORT += ["trainer.max_steps=2", "data.batch_size=2", "data.validation_bytes=2048"]
 FILES = [*SHORT, "data=files", "data.path=text.txt", "tokenizer=bytes"]
 
 
@@ -79,7 +80,8 @@ def test_every_choice_trains_and_is_evaluated(invoke: Invoke, folder: None, choi
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_stream_trains_and_goes_on(invoke: Invoke, folder: None, workers: int) -> None:
-    common = [*SHORT[:-1], "tokenizer=bytes", "data=hf", "data.name=stories", "data.streaming=true"]
+    stream = ["data=hf", "data.name=stories", "data.streaming=true"]
+    common = [*SHORT[:-1], "tokenizer=bytes", *stream]
     common += ["data.validation_split=validation", "data.validation_bytes=500", f"data.num_workers={workers}"]
     code, out, err = invoke(*common, "trainer.val_every=1", "run_dir=runs/a")
     assert code == 0, err
@@ -91,7 +93,7 @@ def test_a_stream_trains_and_goes_on(invoke: Invoke, folder: None, workers: int)
     code, out, err = invoke("ckpt=runs/a", script="evaluate.py")
     assert code == 0, err
     assert "bits per byte" in out
-    code, _, err = invoke("ckpt=runs/a", *common[4:7], script="evaluate.py")
+    code, _, err = invoke("ckpt=runs/a", *stream, script="evaluate.py")
     assert (code, err.splitlines()[-1][:40]) == (2, "error: data.streaming=true keeps no text"), err
 
 

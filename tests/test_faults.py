@@ -15,7 +15,7 @@ from performer_lm import checkpoint, writing
 from performer_lm.training.loggers.record import read_metrics
 
 ROOT = Path(__file__).parents[1]
-TINY = ["debug=fast", "data=files", "data.path=text.txt", "tokenizer=bytes"]
+TINY = ["debug=fast", "data=files", "data.path=text.txt", "tokenizer=bytes", "callbacks.samples.max_new_tokens=4"]
 Invoke = Callable[..., tuple[int, str, str]]
 
 

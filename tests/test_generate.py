@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import runpy
+import shutil
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -22,13 +23,14 @@ ROOT = Path(__file__).parents[1]
 Generate = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def generate(
-    invoke: Callable[..., tuple[int, str, str]],
+@pytest.fixture(scope="module")
+def checkpoints(
     lively_model: Callable[..., PerformerLM],
     model_section: Callable[..., dict[str, object]],
-) -> Generate:
-    """Return a function that runs `generate.py ckpt=a.ckpt max_new_tokens=8` with more words."""
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """Return the folder of `a.ckpt`, a model with random features, and `b.ckpt`, one with softmax."""
+    folder = tmp_path_factory.mktemp("checkpoints")
     for name, attn in (("a", "favor"), ("b", "exact")):
         section, model = model_section(f"attn={attn}", vocab_size=257), lively_model(f"attn={attn}", vocab_size=257)
         own = checkpoint.describe(model=section, tokenizer=ByteTokenizer(), fingerprint={}, seed=0)
@@ -36,7 +38,14 @@ def generate(
             f"model.{key}": value.float() for key, value in model.state_dict().items() if value.is_floating_point()
         }
         weights |= {f"model.{k}": value for k, value in model.state_dict().items() if not value.is_floating_point()}
-        checkpoint.save({"performer_lm": own, "state_dict": weights}, Path(f"{name}.ckpt"))
+        checkpoint.save({"performer_lm": own, "state_dict": weights}, folder / f"{name}.ckpt")
+    return folder
+
+
+@pytest.fixture
+def generate(invoke: Callable[..., tuple[int, str, str]], checkpoints: Path) -> Generate:
+    """Return a function that runs `generate.py ckpt=a.ckpt max_new_tokens=8` with more words."""
+    shutil.copytree(checkpoints, ".", dirs_exist_ok=True)
 
     def run(*words: str) -> tuple[int, str, str]:
         typed = {word.partition("=")[0] for word in words}

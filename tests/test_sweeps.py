@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 TINY = ["debug=fast", "data=files", "data.path=text.txt", "tokenizer=bytes", "trainer.max_steps=2"]
+TINY += ["callbacks.samples.max_new_tokens=4"]
 Invoke = Callable[..., tuple[int, str, str]]
 
 

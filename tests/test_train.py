@@ -127,8 +127,8 @@ def test_invalid_utf8_names_file_and_offset(invoke: Invoke) -> None:
     assert "10" in err
 
 
-def test_train_resume_generate_evaluate(invoke: Invoke, trained: Invoke) -> None:
-    code, out, err = trained(*TINY)
+def test_train_resume_generate_evaluate(invoke: Invoke, pictures: None) -> None:
+    code, out, err = invoke(*TINY)
     assert code == 0, err
     assert "best val bpb" in out
     assert Path("runs/latest/metrics.png").read_bytes().startswith(b"\x89PNG")
@@ -220,7 +220,7 @@ def test_a_run_without_memory_says_what_for(
 
 
 @pytest.mark.parametrize("name", ["x$^$y", b"\xff\xfe".decode(errors="surrogateescape"), "[/x] {y} 日本"])
-def test_any_name_of_a_folder_trains_to_its_end(invoke: Invoke, name: str) -> None:
+def test_any_name_of_a_folder_trains_to_its_end(invoke: Invoke, pictures: None, name: str) -> None:
     code, _, err = invoke(*TINY, f"run_dir=runs/{name}")
     assert code == 0, err
     assert {"summary.json", "metrics.png", "metrics.csv", "config.yaml"} <= {*os.listdir(f"runs/{name}")}

@@ -43,9 +43,10 @@ def start() -> LinearState:
     return empty_state(2, 2, 4, 5, device=torch.device("cpu"), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("everything", [False, True])
-@pytest.mark.parametrize("wanted", [False, True])
-@pytest.mark.parametrize("name", ["softmax", "relu"])
+@pytest.mark.parametrize(  # each two of the three together
+    ("name", "wanted", "everything"),
+    [("softmax", False, False), ("softmax", True, True), ("relu", False, True), ("relu", True, False)],
+)
 def test_compiled_attention_is_the_eager_one(name: str, wanted: bool, everything: bool) -> None:
     query_map, key_map = maps(name, wanted=wanted)
     tensors, chosen = inputs(11), options(11, everything=everything)
