@@ -9,7 +9,7 @@ Prefill and step are therefore the same method, and a backend has one mathematic
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Generic, NotRequired, TypedDict, TypeVar
+from typing import Any, Final, Generic, NotRequired, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -191,13 +191,9 @@ def attend_at_end(attend: Callable[[Tensor], Tensor], q: Tensor, keys: int) -> T
     return pad(out[:, :, missing:], (0, 0, early, 0))
 
 
-def refuse_beta(beta: Tensor | None) -> None:
-    """Raise ValueError if there is a beta, which the calling backend has no use for."""
-    if beta is not None:
-        raise ValueError("beta is for backends that correct what they hold: take attn=delta")
-
-
 AttentionFactory = Callable[..., Attention[Any]]
+
+NO_BETA: Final = "beta is for backends that correct what they hold: take attn=delta"
 
 
 def fork(state: Tree) -> Tree:

@@ -11,7 +11,7 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from performer_lm.attention.base import Attention, Sizes, attend_at_end, refuse_beta
+from performer_lm.attention.base import NO_BETA, Attention, Sizes, attend_at_end
 from performer_lm.attention.feature_maps import AttentionFeatures, SoftmaxFeatures
 from performer_lm.ops.checks import check_per_key
 from performer_lm.ops.linear import (
@@ -95,7 +95,8 @@ class FavorAttention(Attention[LinearState]):
         beta: Tensor | None = None,
     ) -> Tensor:
         """Attend over a whole sequence, see `Attention.forward`."""
-        refuse_beta(beta)
+        if beta is not None:
+            raise ValueError(NO_BETA)
         mask = check_per_key(k, mask=mask, segments=segments, log_decay=log_decay)
         if self.training:
             self.features.observe(q, k, mask)
@@ -203,7 +204,8 @@ class FavorAttention(Attention[LinearState]):
         beta: Tensor | None = None,
     ) -> tuple[Tensor, LinearState]:
         """Append n tokens causally; see `Attention.extend`."""
-        refuse_beta(beta)
+        if beta is not None:
+            raise ValueError(NO_BETA)
         return self._append(q, k, v, state, mask, None, log_decay)
 
     def absorb(self, k: Tensor, v: Tensor, state: LinearState, *, mask: Tensor | None = None) -> LinearState:

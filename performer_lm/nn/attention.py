@@ -16,7 +16,7 @@ from performer_lm.attention.base import AttentionFactory
 from performer_lm.nn.branch import Body, Context, TokenInfo, count_weights
 from performer_lm.nn.mixing import LogDecay, ShortConvolution, WriteStrength
 from performer_lm.nn.norm import QueryKeyNorm, RMSNorm
-from performer_lm.nn.positions import Positions
+from performer_lm.nn.positions import NoPositions, Positions
 
 
 class AttentionState(NamedTuple):
@@ -75,7 +75,8 @@ class MultiHeadAttention(Body):
         self.norm = _qk_norm(qk_norm, key_heads=key_heads, dim_head=dim_head)
         self.query_norm = None if head_norm is None else head_norm(dim_head)
         self.key_norm = None if head_norm is None else head_norm(dim_head)
-        self.positions = positions(dim_head=dim_head)
+        places = positions(dim_head=dim_head)
+        self.positions = None if isinstance(places, NoPositions) else places
         self.decay = LogDecay(dim, key_heads=key_heads) if decay else None
         self.backend = attn(heads=heads, key_heads=key_heads, dim_head=dim_head, dim_value=dim_head, layer=layer)
         self.backend.check(causal=causal, packed=False)
@@ -123,7 +124,8 @@ class MultiHeadAttention(Body):
             q, k = self.norm(q), self.norm(k)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
-        q, k = self.positions(q, k, info.places)
+        if self.positions is not None:
+            q, k = self.positions(q, k, info.places)
         of_keys = {} if self.decay is None else {"log_decay": self.decay(x)}
         if self.backend.takes_beta:
             of_keys["beta"] = self.backend.beta(x)

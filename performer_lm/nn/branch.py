@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from performer_lm.nn.mixing import TokenShift
@@ -33,6 +34,22 @@ class TokenInfo(NamedTuple):
     mask: Tensor | None = None  # (b, n) bool: False at padding
     segments: Tensor | None = None  # (b, n): ids of packed documents
     context: Context | None = None
+
+
+def find_places(x: Tensor, mask: Tensor | None, segments: Tensor | None) -> Tensor:
+    """Return the place `(b, n)` of each token within the document, counting real tokens only, from 0.
+
+    Pads that stand before the first token get -1.
+    """
+    if mask is None:
+        places = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+    else:
+        places = mask.to(torch.int64).cumsum(1) - 1
+    if segments is None:
+        return places
+    starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+    first = places if mask is None else places + ~mask  # a document that opens with pads starts after them
+    return places - torch.where(starts, first, 0).cummax(1).values
 
 
 class Body(nn.Module, ABC):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from performer_lm.nn.branch import find_places
 from performer_lm.nn.positions import (
     AbsolutePositions,
     AxialPositions,
@@ -9,7 +10,6 @@ from performer_lm.nn.positions import (
     NoPositions,
     Rotary,
     SinusoidalPositions,
-    find_places,
 )
 from performer_lm.ops.rotary import rotate
 
