@@ -57,7 +57,7 @@ class DeltaAttention(Attention[Tensor]):
             layer=self.layer,
             seed=seed,
         )
-        if getattr(self.features, "momentum", None) is not None:
+        if self.features.observes:
             raise ValueError("attn=delta keeps no running averages: take attn/features=positive, hyperbolic or learned")
         self._maps()
 

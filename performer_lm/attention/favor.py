@@ -98,7 +98,7 @@ class FavorAttention(Attention[LinearState]):
         if beta is not None:
             raise ValueError(NO_BETA)
         mask = check_per_key(k, mask=mask, segments=segments, log_decay=log_decay)
-        if self.training:
+        if self.training and self.features.observes:
             self.features.observe(q, k, mask)
         state = self.init_state(k.shape[0], max_len=k.shape[-2], device=k.device, dtype=k.dtype)
         if causal:

@@ -67,6 +67,9 @@ class AttentionFeatures(nn.Module, ABC):
     redrawn: bool = False
     """Whether there is a projection that can be drawn anew."""
 
+    observes: bool = False
+    """Whether training batches are measured: whether `observe` does anything."""
+
     fixed: bool = False
     """Whether `redraw` leaves the projection alone from now on; checkpoints keep this."""
 
@@ -201,6 +204,7 @@ class SoftmaxFeatures(RandomFeatures):
         super().__init__(pairs=antithetic, learned=learned, **drawn)
         self.antithetic, self.momentum = antithetic, momentum
         self.centres = nn.Parameter(torch.zeros(2, self.key_heads, self.dim_head)) if centred else None
+        self.observes = momentum is not None
         if momentum is not None:
             self.register_buffer("mean_square", torch.zeros(self.key_heads))
             self.register_buffer("pending", torch.zeros(2, self.key_heads), persistent=False)  # sum, count
@@ -234,8 +238,6 @@ class SoftmaxFeatures(RandomFeatures):
     @torch.no_grad()
     def observe(self, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
         """Add the mean of |x + y|^2 over one batch to the pending sum of the next `settle`."""
-        if self.momentum is None:
-            return
         q, k, _ = self.prepare(q, k)
         x = rearrange(q, "b (g r) i d -> g d (b r i)", g=self.key_heads).float()
         y = rearrange(k, "b g j d -> g d b j").float()

@@ -80,7 +80,7 @@ def open_chunks(maps: Maps, tokens: Tokens, state: LinearState, scratch: Scratch
         steps = Steps(None, fading.left(rows.dtype), None, None)
     else:
         scale, reach = _find_scale(rows, origin, tokens, state, fading, scratch, one_scale=one_scale)
-        if not _is_within(reach, REACH):
+        if not (reach.is_meta or bool(reach <= REACH)):  # all that the engine asks of values, once a block
             return None
         shift = (scale - origin).to(rows.dtype)
         rows.sub_(shift[:, :, None]).exp2_()
@@ -222,11 +222,6 @@ def _running_max(x: Tensor, ended: Tensor | None) -> Tensor:
         closed = torch.cat([closed[:, :step], closed[:, step:] | closed[:, :-step]], dim=1)
         x, step = torch.cat([x[:, :step], more], dim=1), 2 * step
     return x
-
-
-def _is_within(reach: Tensor, limit: float) -> bool:
-    """Return True if `reach` is at most `limit`. This look is all that the engine asks of values, once a block."""
-    return reach.is_meta or bool(reach <= limit)
 
 
 def _find_steps(exponent: Tensor, scale: Tensor, fading: Fading, dtype: torch.dtype) -> Steps:
