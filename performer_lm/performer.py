@@ -5,7 +5,6 @@ Letters: `b` batch, `n` tokens, `j` tokens of the context.
 
 from collections.abc import Callable
 from functools import partial
-from itertools import chain
 from typing import Annotated, Any, Final, NamedTuple, cast
 
 import torch
@@ -16,17 +15,7 @@ from performer_lm.attention.base import AttentionFactory
 from performer_lm.attention.favor import Redrawable
 from performer_lm.attention.split import SplitAttention
 from performer_lm.nn.attention import CrossAttention, MultiHeadAttention
-from performer_lm.nn.branch import (
-    Body,
-    Branch,
-    BranchState,
-    Context,
-    Plain,
-    Recomputed,
-    Residual,
-    TokenInfo,
-    find_places,
-)
+from performer_lm.nn.branch import Body, Branch, BranchState, Context, Plain, Recomputed, Residual, TokenInfo
 from performer_lm.nn.initial import initialise
 from performer_lm.nn.mixing import TokenShift
 from performer_lm.nn.positions import AbsolutePositions, NoAbsolutePositions, Positions
@@ -201,8 +190,7 @@ class Performer(Redrawable):
             raise ValueError(f"{x.shape[1]} tokens are more than the {self.absolute.max_len} learned positions")
         if segments is not None and self.cross_attend:
             raise ValueError("segments: packed documents have one context for all; give each a row of its own")
-        seen = self._context(x.shape[0], context, context_mask)
-        info = TokenInfo(find_places(x, mask, segments), mask, segments, seen)
+        info = TokenInfo.of(x, mask, segments, self._context(x.shape[0], context, context_mask))
         x = self.dropout(x if self.absolute is None else self.absolute(x, info.places))
         return self.norm(self.residual.run(self.branches, x, info))
 
@@ -237,7 +225,8 @@ class Performer(Redrawable):
         """
         check_batch(x, state.length)
         mask = check_mask(mask, x.shape[:2])
-        info = TokenInfo(state.length[:, None] + find_places(x, mask, None), mask)
+        info = TokenInfo.of(x, mask)
+        info = info._replace(places=state.length[:, None] + info.places)
         streams = self.residual.open(x if self.absolute is None else self.absolute(x, info.places))
         states = []
         for branch, branch_state in zip(self.branches, state.branches, strict=True):
@@ -259,17 +248,18 @@ class Performer(Redrawable):
     @property
     def branches(self) -> list[Branch]:
         """Return the branches of all layers in order."""
-        return cast(list[Branch], list(chain.from_iterable(map(nn.ModuleDict.values, self.layers))))
+        found: list[Any] = []
+        for parts in self.layers:
+            found += cast(nn.ModuleDict, parts).values()
+        return found
 
     def _context(self, batch: int, vectors: Tensor | None, mask: Tensor | None) -> Context | None:
-        if self.cross_attend and vectors is None:
-            raise ValueError("a model with cross-attention needs a context: pass context=, the sequence to look at")
-        if not self.cross_attend and vectors is not None:
-            raise ValueError("a context was given, but the model has no cross-attention (cross_attend=True)")
         if vectors is None:
             if mask is not None:
                 raise ValueError("a context_mask was given without a context")
             return None
+        if not self.cross_attend:
+            raise ValueError("a context was given, but the model has no cross-attention (cross_attend=True)")
         if len(vectors) != batch:
             raise ValueError(f"the context must have the batch of the tokens ({batch}), got {len(vectors)}")
         return Context(vectors, check_mask(mask, vectors.shape[:2], name="context_mask"))

@@ -1,6 +1,7 @@
 """Parts of messages to users: a value, an error or the nearest name, in few words."""
 
 import difflib
+import re
 import reprlib
 from collections.abc import Iterable
 from typing import Final
@@ -25,3 +26,8 @@ def did_you_mean(name: str, choices: Iterable[str], *, prefix: str = "", cutoff:
     """Return `; did you mean <prefix><choice>?` for the choice nearest to `name`, or nothing if none is near."""
     nearest = difflib.get_close_matches(name, list(choices), n=1, cutoff=cutoff)
     return f"; did you mean {prefix}{nearest[0]}?" if nearest else ""
+
+
+def snake_case(name: str) -> str:
+    """Return the name of a class as the command line writes it: `FlashTiled` is `flash_tiled`."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()

@@ -71,15 +71,15 @@ class FavorAttention(Attention[LinearState]):
             layer=self.layer,
             seed=seed,
         )
+        self.choice = self.features.backend
         if kernel == "triton":
             refusal = refuse_features(*self.features.maps(), max(self.dim_head, self.dim_value))
             if refusal:
                 raise ValueError(f"kernel=triton {refusal}: take kernel=auto")
         if redraw_interval is not None and not self.features.redrawn:
-            name = type(self.features).__name__
             raise ValueError(
-                f"redraw_interval ({redraw_interval}) needs projections that are drawn and not trained; "
-                f"these {name} have none: set it to null, or take attn/features=positive"
+                f"redraw_interval ({redraw_interval}) needs projections that are drawn and not trained, and "
+                f"attn/features={self.features.choice} has none: set it to null, or take attn/features=positive"
             )
 
     def forward(
@@ -107,24 +107,22 @@ class FavorAttention(Attention[LinearState]):
             return attend_at_end(lambda q: self._append(q, k, v, state, mask, segments, log_decay)[0], q, k.shape[-2])
         if log_decay is not None:
             raise ValueError("log_decay needs causal attention: without an order keys have no age")
+        if segments is None:
+            return self.read(q, self.absorb(k, v, state, mask=mask))
+        query_map, key_map = self._block_maps()
         q, k, log_gain = self.features.prepare(q, k)
-        if segments is not None:
-            query_blocks, key_blocks = self._block_maps()
-            return bidirectional_linear_attention(
-                q,
-                k,
-                v,
-                segments,
-                query_map=query_blocks,
-                key_map=key_blocks,
-                chunk_size=self.chunk_size,
-                mask=mask,
-                log_gain=log_gain,
-                kernel=self._kernel_for(q),
-            )
-        query_map, key_map = self.features.maps()
-        state = absorb_keys(k, v, state, key_map=key_map, chunk_size=self.chunk_size, mask=mask, log_gain=log_gain)
-        return read_state(q, state, query_map=query_map, chunk_size=self.chunk_size)
+        return bidirectional_linear_attention(
+            q,
+            k,
+            v,
+            segments,
+            query_map=query_map,
+            key_map=key_map,
+            chunk_size=self.chunk_size,
+            mask=mask,
+            log_gain=log_gain,
+            kernel=self._kernel_for(q),
+        )
 
     def _append(
         self,
@@ -181,7 +179,7 @@ class FavorAttention(Attention[LinearState]):
         query_map, key_map = self.features.maps()
         if self.features.signed or not (isinstance(query_map, BlockMap) and isinstance(key_map, BlockMap)):
             raise ValueError(
-                f"{type(self.features).__name__} gives signed features, for causal=False without segments only: "
+                f"attn/features={self.features.choice} gives signed features, for causal=False without segments only: "
                 "attn/features=positive takes both"
             )
         return query_map, key_map

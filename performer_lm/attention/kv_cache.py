@@ -175,11 +175,9 @@ class CachedAttention(Attention[KVCache]):
         beta: Tensor | None = None,
     ) -> tuple[Tensor, KVCache]:
         """Append the keys, then attend causally from the new queries to all that is cached."""
-        if beta is not None:
-            raise ValueError(NO_BETA)
         state = state.append(k, v, mask=mask, log_decay=log_decay)
         keys, values, kept, decay = state.filled()
-        return self.forward(q, keys, values, causal=True, mask=kept, log_decay=decay), state
+        return self.forward(q, keys, values, causal=True, mask=kept, log_decay=decay, beta=beta), state
 
     def absorb(self, k: Tensor, v: Tensor, state: KVCache, *, mask: Tensor | None = None) -> KVCache:
         """Append to the cache."""

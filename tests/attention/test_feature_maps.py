@@ -200,7 +200,7 @@ def test_taylor_takes_as_many_dimensions_as_fit() -> None:
         (partial(GeneralizedFeatures, activation="rleu", epsilon=0.0, **DRAWN), {}, "activation must be one of"),
         (partial(GeneralizedFeatures, activation="relu", epsilon=-1.0, **DRAWN), {}, "epsilon must be at least 0"),
         (IdentityFeatures, {"num_features": None, "redraw_interval": 9}, r"redraw_interval \(9\) needs projections"),
-        (TaylorFeatures, {"redraw_interval": 9}, r"these TaylorFeatures have none: set it to null"),
+        (TaylorFeatures, {"redraw_interval": 9}, r"attn/features=taylor2 has none: set it to null"),
         (CAUSAL["learned"], {"redraw_interval": 9}, r"drawn and not trained"),
         (IdentityFeatures, {"num_features": 9}, "leave num_features null, not 9"),
         (TaylorFeatures, {"num_features": 2}, "taylor2 needs num_features of at least 3, got 2"),

@@ -104,7 +104,7 @@ def _open_reading(maps: Maps, tokens: Tokens, state: LinearState, scratch: Scrat
     if shift is not None:
         peak = queries.amax(dim=-1, keepdim=True)
         queries.sub_(peak).exp2_()
-    fading = Fading(queries.new_ones(1, 1, 0), *[None] * 5)
+    fading = Fading(queries.new_ones(1, 1, 0), None, None, None, None, None)
     scores = queries.new_empty(*queries.shape[:3], 0)
     return Chunks(queries, rows, scores, fading, Steps(None, None, None, None), peak, None)
 
