@@ -191,6 +191,12 @@ def test_taylor_takes_as_many_dimensions_as_fit() -> None:
     assert not list(full.parameters())
 
 
+@pytest.mark.parametrize("name", ["positive", "hyperbolic", "optimal", "learned", "taylor2"])
+def test_features_go_by_their_name_on_the_command_line(name: str) -> None:
+    assert build(CAUSAL[name]).features.choice == name
+    assert build(CAUSAL["relu"]).features.choice == "generalized"
+
+
 @pytest.mark.parametrize(
     ("features", "options", "message"),
     [
