@@ -72,8 +72,7 @@ class MultiHeadAttention(Body):
         channels = sum(self.heads_each) * dim_head
         self.project_in = nn.Linear(dim, channels, bias=qkv_bias)
         self.convolution = ShortConvolution(channels, taps=convolution) if convolution else None
-        scales = {"key_heads": key_heads, "dim_head": dim_head}
-        self.norm = None if qk_norm is None else QueryKeyNorm(**scales, bound=qk_norm)
+        self.norm = None if qk_norm is None else QueryKeyNorm(key_heads=key_heads, dim_head=dim_head, bound=qk_norm)
         self.query_norm = None if head_norm is None else head_norm(dim_head)
         self.key_norm = None if head_norm is None else head_norm(dim_head)
         places = positions(dim_head=dim_head)
@@ -162,8 +161,7 @@ class CrossAttention(Body):
         self.heads, self.key_heads = heads, key_heads
         self.project_query = nn.Linear(dim, heads * dim_head, bias=qkv_bias)
         self.project_context = nn.Linear(dim, 2 * key_heads * dim_head, bias=qkv_bias)
-        scales = {"key_heads": key_heads, "dim_head": dim_head}
-        self.norm = None if qk_norm is None else QueryKeyNorm(**scales, bound=qk_norm)
+        self.norm = None if qk_norm is None else QueryKeyNorm(key_heads=key_heads, dim_head=dim_head, bound=qk_norm)
         self.query_norm = None if head_norm is None else head_norm(dim_head)
         self.key_norm = None if head_norm is None else head_norm(dim_head)
         self.backend = attn(heads=heads, key_heads=key_heads, dim_head=dim_head, dim_value=dim_head, layer=layer)
