@@ -37,7 +37,8 @@ from performer_lm.data.progress import PreparationProgress
 from performer_lm.data.survey import read_through
 from performer_lm.data.tokenizer import Tokenizer
 from performer_lm.data.tokenizer.recipes import BytePairs, Bytes, Characters, TokenizerRecipe, Unigram, WordPieces
-from performer_lm.data.windows import TextWindows, shift
+from performer_lm.data.windows import TextWindows
+from performer_lm.objectives import shift
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -4,8 +4,6 @@ Models stand on the `meta` device here: shapes are worked out, nothing is comput
 Letters: `b` batch, `n` tokens.
 """
 
-import re
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from performer_lm.attention.base import Attention
+from performer_lm.attention.base import Attention, parts_of
 from performer_lm.attention.favor import FavorAttention
 from performer_lm.attention.flash import FlashAttention
+from performer_lm.attention.joining import count_bytes
 from performer_lm.language_model import LanguageModel
 from performer_lm.nn.attention import MultiHeadAttention
 from performer_lm.objectives import Objective
@@ -63,11 +62,11 @@ def measure_cost(model: LanguageModel, objective: Objective, *, context: int) ->
     layers = [body for body in model.modules() if isinstance(body, MultiHeadAttention)]
     backends: dict[BackendCost, int] = {}
     for body in layers:
-        for backend in _leaves(body.backend):
+        for backend in parts_of(body.backend):
             cost = _cost_of(backend, context, causal=body.causal)
             backends[cost] = backends.get(cost, 0) + 1
     linear = [
-        (leaf, body.causal) for body in layers for leaf in _leaves(body.backend) if isinstance(leaf, FavorAttention)
+        (part, body.causal) for body in layers for part in parts_of(body.backend) if isinstance(part, FavorAttention)
     ]
     return Cost(
         size=count_numbers(model),
@@ -158,26 +157,11 @@ class _Kept(torch.autograd.Function):
         return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
 
-def _leaves(backend: Attention[Any]) -> Iterator[Attention[Any]]:
-    """Yield the backends that a backend is made of, itself if of none."""
-    inner = [module for module in backend.children() if isinstance(module, Attention)]
-    for module in inner:
-        yield from _leaves(module)
-    if not inner:
-        yield backend
-
-
 def _cost_of(backend: Attention[Any], context: int, *, causal: bool) -> BackendCost:
     device = torch.device("meta")
     state = backend.init_state(1, max_len=context, device=device, dtype=torch.float32)
-    name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(backend).__name__.removesuffix("Attention")).lower()
-    return BackendCost(name, backend.count_flops(context, context, causal=causal) / context, _count_bytes(state))
-
-
-def _count_bytes(state: Any) -> int:
-    if isinstance(state, Tensor):
-        return state.nbytes
-    return sum(map(_count_bytes, state)) if isinstance(state, tuple | list) else 0
+    flops = backend.count_flops(context, context, causal=causal) / context
+    return BackendCost(backend.choice, flops, count_bytes(state))
 
 
 def _flash_like(backend: Attention[Any]) -> FlashAttention:

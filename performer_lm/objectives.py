@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from performer_lm.data.tokenizer import Tokenizer
-from performer_lm.data.windows import IGNORE, segments_of, shift
+from performer_lm.data.windows import IGNORE, segments_of
 from performer_lm.encoder_decoder import PerformerEncoderDecoder
 from performer_lm.language_model import LanguageModel
 from performer_lm.model import PerformerLM
@@ -232,6 +232,16 @@ class SourceToTarget(Objective):
         begin = targets.new_full((len(targets), 1), model.start_id)
         inputs = torch.cat((begin, targets[:, :-1]), dim=1).clamp(min=0)
         return Prediction(model.hidden(source.clamp(min=0), inputs, source_mask=source != IGNORE), targets)
+
+
+def shift(windows: Tensor) -> tuple[Tensor, Tensor]:
+    """Split windows `(b, n + 1)` into inputs and targets `(b, n)` of next-token prediction.
+
+    Targets are `IGNORE` where there is fill or what is only `shown`. Inputs get 0 for fill, which no causal prediction
+    that counts can see: it comes last.
+    """
+    inputs, targets = windows[:, :-1], windows[:, 1:]
+    return torch.where(inputs < IGNORE, IGNORE - 1 - inputs, inputs).clamp(min=0), targets.clamp(min=IGNORE)
 
 
 def token_losses(head: nn.Linear, hidden: Tensor, targets: Tensor, *, chunk_size: int | None) -> Tensor:

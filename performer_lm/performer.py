@@ -18,7 +18,7 @@ from performer_lm.nn.attention import CrossAttention, MultiHeadAttention
 from performer_lm.nn.branch import Body, Branch, BranchState, Context, Plain, Recomputed, Residual, TokenInfo
 from performer_lm.nn.initial import initialise
 from performer_lm.nn.mixing import TokenShift
-from performer_lm.nn.positions import AbsolutePositions, NoAbsolutePositions, Positions, find_places
+from performer_lm.nn.positions import AbsolutePositions, NoAbsolutePositions, Positions
 from performer_lm.nn.reversible import Reversible
 from performer_lm.ops.checks import check_batch, check_mask, check_per_key
 from performer_lm.ranges import Positive, Share, Size, Whole, ranged
@@ -158,7 +158,8 @@ class Performer(Redrawable):
                 parts["cross_attention"] = branch(cross, shifts=False, dropout=attention_dropout)
             parts["feed_forward"] = branch(feed_forward(dim), shifts=token_shift, dropout=dropout)
             self.layers.append(parts)
-        self.absolute = NoAbsolutePositions(dim) if absolute is None else absolute(dim)
+        places = None if absolute is None else absolute(dim)
+        self.absolute = None if isinstance(places, NoAbsolutePositions) else places
         self.norm = (final_norm or norm)(dim)
         initialise(self)
 
@@ -185,14 +186,12 @@ class Performer(Redrawable):
                 tokens than learned positions.
         """
         mask = check_per_key(x[:, None], mask=mask, segments=segments, log_decay=None)
-        max_len = self.absolute.max_len
-        if max_len is not None and x.shape[1] > max_len:
-            raise ValueError(f"{x.shape[1]} tokens are more than the {max_len} learned positions")
+        if self.absolute is not None and self.absolute.max_len is not None and x.shape[1] > self.absolute.max_len:
+            raise ValueError(f"{x.shape[1]} tokens are more than the {self.absolute.max_len} learned positions")
         if segments is not None and self.cross_attend:
             raise ValueError("segments: packed documents have one context for all; give each a row of its own")
-        seen = self._context(x.shape[0], context, context_mask)
-        info = TokenInfo(find_places(x, mask, segments), mask, segments, seen)
-        x = self.dropout(self.absolute(x, info.places))
+        info = TokenInfo.of(x, mask, segments, self._context(x.shape[0], context, context_mask))
+        x = self.dropout(x if self.absolute is None else self.absolute(x, info.places))
         return self.norm(self.residual.run(self.branches, x, info))
 
     def init_state(
@@ -226,8 +225,9 @@ class Performer(Redrawable):
         """
         check_batch(x, state.length)
         mask = check_mask(mask, x.shape[:2])
-        info = TokenInfo(state.length[:, None] + find_places(x, mask, None), mask)
-        streams = self.residual.open(self.absolute(x, info.places))
+        info = TokenInfo.of(x, mask)
+        info = info._replace(places=state.length[:, None] + info.places)
+        streams = self.residual.open(x if self.absolute is None else self.absolute(x, info.places))
         states = []
         for branch, branch_state in zip(self.branches, state.branches, strict=True):
             given, branch_state = branch.extend(streams[-1], branch_state, info)
@@ -243,22 +243,23 @@ class Performer(Redrawable):
     @property
     def max_len(self) -> int | None:
         """Return the number of places that positions tell apart; None: no limit."""
-        return self.absolute.max_len
+        return None if self.absolute is None else self.absolute.max_len
 
     @property
     def branches(self) -> list[Branch]:
         """Return the branches of all layers in order."""
-        return [cast(Branch, branch) for parts in self.layers for branch in cast(nn.ModuleDict, parts).values()]
+        found: list[Any] = []
+        for parts in self.layers:
+            found += cast(nn.ModuleDict, parts).values()
+        return found
 
     def _context(self, batch: int, vectors: Tensor | None, mask: Tensor | None) -> Context | None:
-        if self.cross_attend and vectors is None:
-            raise ValueError("a model with cross-attention needs a context: pass context=, the sequence to look at")
-        if not self.cross_attend and vectors is not None:
-            raise ValueError("a context was given, but the model has no cross-attention (cross_attend=True)")
         if vectors is None:
             if mask is not None:
                 raise ValueError("a context_mask was given without a context")
             return None
+        if not self.cross_attend:
+            raise ValueError("a context was given, but the model has no cross-attention (cross_attend=True)")
         if len(vectors) != batch:
             raise ValueError(f"the context must have the batch of the tokens ({batch}), got {len(vectors)}")
         return Context(vectors, check_mask(mask, vectors.shape[:2], name="context_mask"))

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 import reprlib
 from collections.abc import Collection, Iterable
 from typing import Final
@@ -39,3 +40,8 @@ def nearest_key(name: str, known: Collection[str], *, prefix: str = "") -> str:
     """Return the nearest key, or all of them where none is near and the list is short."""
     listed = f" (known: {', '.join(known)})" if 0 < len(known) <= 16 else ""
     return did_you_mean(name, known, prefix=prefix) or listed
+
+
+def snake_case(name: str) -> str:
+    """Return the name of a class as the command line writes it: `FlashTiled` is `flash_tiled`."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()

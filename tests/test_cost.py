@@ -107,6 +107,7 @@ def test_activations_beyond_the_count_go_on_as_they_grow(sketch: Sketch, attn: s
             {"favor": 1, "local": 2, "flash": 1},
         ),
         (["attn=flash_tiled"], CLM, {"flash_tiled": 2}),
+        (["attn=hybrid", "attn.pattern=[relu,linear]"], CLM, {"relu": 1, "linear": 1}),
     ],
 )
 def test_each_backend_is_told_with_its_layers(
@@ -114,7 +115,7 @@ def test_each_backend_is_told_with_its_layers(
 ) -> None:
     cost = measure_cost(sketch(*options), objective, context=64)
     assert {backend.name: layers for backend, layers in cost.backends.items()} == names
-    assert (cost.softmax is not None) == (cost.pays_from is not None) == ("favor" in names)
+    assert (cost.softmax is not None) == (cost.pays_from is not None) == bool({"favor", "relu", "linear"} & set(names))
 
 
 def test_an_encoder_decoder_has_a_cost(model_section: Callable[..., dict[str, Any]]) -> None:

@@ -143,7 +143,7 @@ def test_the_first_loss_is_that_of_a_uniform_guess(section: Callable[..., dict[s
         (["model.encoder.causal=true"], "the encoder must be bidirectional"),
         (["model.encoder.cross_attend=true"], "the encoder has nothing to look at"),
         (["model.start_id=40"], r"start_id must be within 0..39, got 40"),
-        (["attn=local"], "LocalAttention does not attend across sequences"),
+        (["attn=local"], "attn=local does not attend across sequences"),
     ],
 )
 def test_stacks_that_do_not_fit_are_refused(

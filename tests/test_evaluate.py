@@ -183,8 +183,8 @@ def test_what_cannot_be_compared_is_one_line(invoke: Invoke, trained: Invoke) ->
         code, _, err = trained(*SHORT, f"attn={attn}", f"run_dir=runs/{attn}")
         assert code == 0, err
     for run, arguments, message in (
-        ("flash", [], "this model runs none (FlashAttention); attn=favor opens the same weights"),
-        ("favor", ["attn=exact"], "this model runs none (ExactAttention)"),
+        ("flash", [], "this model runs none (attn=flash); attn=favor opens the same weights"),
+        ("favor", ["attn=exact"], "this model runs none (attn=exact)"),
         ("favor", ["task.layer=2"], "task.layer=2: no such FAVOR layer; did you mean layer"),
         ("favor", ["task.layer=later0"], "did you mean layer0? (known: layer0, layer1)"),
         ("favor", ["task.heads=[0,2]"], "task.heads must be within 0..1, the layer's FAVOR heads; got 2"),

@@ -337,7 +337,7 @@ def test_a_context_is_wanted_exactly_where_it_is_looked_at() -> None:
         plain(cross_attend=True).init_state(1)
     with pytest.raises(ValueError, match="has no cross-attention"):
         plain()(x, context=x)
-    with pytest.raises(ValueError, match="LocalAttention does not attend across sequences"):
+    with pytest.raises(ValueError, match="attn=local does not attend across sequences"):
         build({"attn": "local", "residual": {}, "norms": {"norm": RMSNorm}}, cross_attend=True, positions=NoPositions,
               feed_forward=partial(FeedForward, mult=1, activation="gelu"))  # fmt: skip
 

@@ -8,14 +8,15 @@ Prefill and step are therefore the same method, and a backend has one mathematic
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, Generic, NotRequired, TypedDict, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, Final, Generic, NotRequired, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from performer_lm.ranges import Count, Share, Whole, ranged
+from performer_lm.wording import snake_case
 
 State = TypeVar("State")
 Tree = TypeVar("Tree")
@@ -54,6 +55,9 @@ class Attention(nn.Module, ABC, Generic[State]):
         ValueError: for heads that key_heads does not divide, or a dropout that the backend cannot do.
     """
 
+    choice: str
+    """The name of the backend in `attn=`: that of the class in small letters, unless the class sets another."""
+
     attends_across: bool = True
     """Whether queries may belong to another sequence than the keys, as in cross-attention."""
 
@@ -73,9 +77,8 @@ class Attention(nn.Module, ABC, Generic[State]):
         if heads % key_heads:
             raise ValueError(f"heads ({heads}) must be a multiple of key_heads ({key_heads})")
         if dropout and not self.drops_weights:
-            name = type(self).__name__
             raise ValueError(
-                f"{name} drops no attention probabilities (dropout={dropout}); attn=exact, chunked and flash_tiled do"
+                f"dropout ({dropout}) is for backends with attention probabilities: attn=exact, chunked and flash_tiled"
             )
         self.dropout = dropout
         self.heads = heads
@@ -83,6 +86,11 @@ class Attention(nn.Module, ABC, Generic[State]):
         self.dim_head = dim_head
         self.dim_value = dim_value
         self.layer = layer
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Name the backend after the class."""
+        super().__init_subclass__(**options)
+        cls.choice = snake_case(cls.__name__.removesuffix("Attention"))
 
     @property
     def sizes(self) -> Sizes:
@@ -177,6 +185,13 @@ class Attention(nn.Module, ABC, Generic[State]):
         """Return the arithmetic of one sequence's forward: two operations for each multiply-add of a matrix product."""
 
 
+def parts_of(module: nn.Module) -> Iterator[Attention[Any]]:
+    """Yield the backends in a module, a backend among them, that are not made of others."""
+    for each in module.modules():
+        if isinstance(each, Attention) and not any(isinstance(child, Attention) for child in each.children()):
+            yield each
+
+
 def attend_at_end(attend: Callable[[Tensor], Tensor], q: Tensor, keys: int) -> Tensor:
     """Attend causally from queries `(b, h, i, d)` of another number than the keys: the last stands at the last key.
 
@@ -191,13 +206,9 @@ def attend_at_end(attend: Callable[[Tensor], Tensor], q: Tensor, keys: int) -> T
     return pad(out[:, :, missing:], (0, 0, early, 0))
 
 
-def refuse_beta(beta: Tensor | None) -> None:
-    """Raise ValueError if there is a beta, which the calling backend has no use for."""
-    if beta is not None:
-        raise ValueError("beta is for backends that correct what they hold: take attn=delta")
-
-
 AttentionFactory = Callable[..., Attention[Any]]
+
+NO_BETA: Final = "beta is for backends that correct what they hold: take attn=delta"
 
 
 def fork(state: Tree) -> Tree:

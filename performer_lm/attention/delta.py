@@ -57,7 +57,7 @@ class DeltaAttention(Attention[Tensor]):
             layer=self.layer,
             seed=seed,
         )
-        if getattr(self.features, "momentum", None) is not None:
+        if self.features.observes:
             raise ValueError("attn=delta keeps no running averages: take attn/features=positive, hyperbolic or learned")
         self._maps()
 
@@ -67,9 +67,9 @@ class DeltaAttention(Attention[Tensor]):
             return (Generalized((), activation="identity"),) * 2
         query_map, key_map = self.features.maps()
         if not (isinstance(query_map, BlockMap) and isinstance(key_map, BlockMap)):
-            name = type(self.features).__name__
             raise ValueError(
-                f"attn=delta takes no {name}: take attn/features=positive, hyperbolic, learned, generalized or identity"
+                f"attn=delta takes no attn/features={self.features.choice}: take positive, hyperbolic, learned, "
+                "generalized or identity"
             )
         return query_map, key_map
 

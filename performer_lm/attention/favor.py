@@ -11,7 +11,7 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from performer_lm.attention.base import Attention, Sizes, attend_at_end, refuse_beta
+from performer_lm.attention.base import NO_BETA, Attention, Sizes, attend_at_end
 from performer_lm.attention.feature_maps import AttentionFeatures, SoftmaxFeatures
 from performer_lm.ops.checks import check_per_key
 from performer_lm.ops.linear import (
@@ -71,15 +71,15 @@ class FavorAttention(Attention[LinearState]):
             layer=self.layer,
             seed=seed,
         )
+        self.choice = self.features.backend
         if kernel == "triton":
             refusal = refuse_features(*self.features.maps(), max(self.dim_head, self.dim_value))
             if refusal:
                 raise ValueError(f"kernel=triton {refusal}: take kernel=auto")
         if redraw_interval is not None and not self.features.redrawn:
-            name = type(self.features).__name__
             raise ValueError(
-                f"redraw_interval ({redraw_interval}) needs projections that are drawn and not trained; "
-                f"these {name} have none: set it to null, or take attn/features=positive"
+                f"redraw_interval ({redraw_interval}) needs projections that are drawn and not trained, and "
+                f"attn/features={self.features.choice} has none: set it to null, or take attn/features=positive"
             )
 
     def forward(
@@ -95,9 +95,10 @@ class FavorAttention(Attention[LinearState]):
         beta: Tensor | None = None,
     ) -> Tensor:
         """Attend over a whole sequence, see `Attention.forward`."""
-        refuse_beta(beta)
+        if beta is not None:
+            raise ValueError(NO_BETA)
         mask = check_per_key(k, mask=mask, segments=segments, log_decay=log_decay)
-        if self.training:
+        if self.training and self.features.observes:
             self.features.observe(q, k, mask)
         state = self.init_state(k.shape[0], max_len=k.shape[-2], device=k.device, dtype=k.dtype)
         if causal:
@@ -106,24 +107,22 @@ class FavorAttention(Attention[LinearState]):
             return attend_at_end(lambda q: self._append(q, k, v, state, mask, segments, log_decay)[0], q, k.shape[-2])
         if log_decay is not None:
             raise ValueError("log_decay needs causal attention: without an order keys have no age")
+        if segments is None:
+            return self.read(q, self.absorb(k, v, state, mask=mask))
+        query_map, key_map = self._block_maps()
         q, k, log_gain = self.features.prepare(q, k)
-        if segments is not None:
-            query_blocks, key_blocks = self._block_maps()
-            return bidirectional_linear_attention(
-                q,
-                k,
-                v,
-                segments,
-                query_map=query_blocks,
-                key_map=key_blocks,
-                chunk_size=self.chunk_size,
-                mask=mask,
-                log_gain=log_gain,
-                kernel=self._kernel_for(q),
-            )
-        query_map, key_map = self.features.maps()
-        state = absorb_keys(k, v, state, key_map=key_map, chunk_size=self.chunk_size, mask=mask, log_gain=log_gain)
-        return read_state(q, state, query_map=query_map, chunk_size=self.chunk_size)
+        return bidirectional_linear_attention(
+            q,
+            k,
+            v,
+            segments,
+            query_map=query_map,
+            key_map=key_map,
+            chunk_size=self.chunk_size,
+            mask=mask,
+            log_gain=log_gain,
+            kernel=self._kernel_for(q),
+        )
 
     def _append(
         self,
@@ -180,7 +179,7 @@ class FavorAttention(Attention[LinearState]):
         query_map, key_map = self.features.maps()
         if self.features.signed or not (isinstance(query_map, BlockMap) and isinstance(key_map, BlockMap)):
             raise ValueError(
-                f"{type(self.features).__name__} gives signed features, for causal=False without segments only: "
+                f"attn/features={self.features.choice} gives signed features, for causal=False without segments only: "
                 "attn/features=positive takes both"
             )
         return query_map, key_map
@@ -203,7 +202,8 @@ class FavorAttention(Attention[LinearState]):
         beta: Tensor | None = None,
     ) -> tuple[Tensor, LinearState]:
         """Append n tokens causally; see `Attention.extend`."""
-        refuse_beta(beta)
+        if beta is not None:
+            raise ValueError(NO_BETA)
         return self._append(q, k, v, state, mask, None, log_decay)
 
     def absorb(self, k: Tensor, v: Tensor, state: LinearState, *, mask: Tensor | None = None) -> LinearState:

@@ -19,6 +19,7 @@ from performer_lm.ops.maps import Exponential, FeatureMap, optimal_damping
 from performer_lm.ops.precision import widen
 from performer_lm.ops.projections import default_num_features, draw_projection
 from performer_lm.ranges import Count, ranged
+from performer_lm.wording import snake_case
 
 
 class FeatureSizes(TypedDict):
@@ -60,6 +61,12 @@ class AttentionFeatures(nn.Module, ABC):
         seed: of the draws.
     """
 
+    choice: str
+    """The name of the features in `attn/features=`: that of the class in small letters, unless it sets another."""
+
+    backend: str = "favor"
+    """The name in `attn=` of the backend whose features these are."""
+
     signed: bool = False
     """Whether weights may be negative: then outputs are no averages, a denominator may vanish, causal use is refused.
     """
@@ -67,8 +74,16 @@ class AttentionFeatures(nn.Module, ABC):
     redrawn: bool = False
     """Whether there is a projection that can be drawn anew."""
 
+    observes: bool = False
+    """Whether training batches are measured: whether `observe` does anything."""
+
     fixed: bool = False
     """Whether `redraw` leaves the projection alone from now on; checkpoints keep this."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Name the features after the class."""
+        super().__init_subclass__(**options)
+        cls.choice = vars(cls).get("choice", snake_case(cls.__name__.removesuffix("Features")))
 
     def __init__(
         self, *, heads: int, key_heads: int, dim_head: int, num_features: Count | None, layer: int, seed: int
@@ -201,6 +216,9 @@ class SoftmaxFeatures(RandomFeatures):
         super().__init__(pairs=antithetic, learned=learned, **drawn)
         self.antithetic, self.momentum = antithetic, momentum
         self.centres = nn.Parameter(torch.zeros(2, self.key_heads, self.dim_head)) if centred else None
+        self.observes = momentum is not None
+        kinds = {"optimal": self.observes, "learned": learned, "hyperbolic": antithetic, "positive": True}
+        self.choice = next(kind for kind, holds in kinds.items() if holds)
         if momentum is not None:
             self.register_buffer("mean_square", torch.zeros(self.key_heads))
             self.register_buffer("pending", torch.zeros(2, self.key_heads), persistent=False)  # sum, count
@@ -234,8 +252,6 @@ class SoftmaxFeatures(RandomFeatures):
     @torch.no_grad()
     def observe(self, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
         """Add the mean of |x + y|^2 over one batch to the pending sum of the next `settle`."""
-        if self.momentum is None:
-            return
         q, k, _ = self.prepare(q, k)
         x = rearrange(q, "b (g r) i d -> g d (b r i)", g=self.key_heads).float()
         y = rearrange(k, "b g j d -> g d b j").float()

@@ -29,6 +29,8 @@ class GeneralizedFeatures(RandomFeatures):
         ValueError: for an unknown activation, or a negative epsilon.
     """
 
+    backend = "relu"
+
     def __init__(self, *, activation: str, epsilon: NotNegative, **drawn: Unpack[DrawOptions]) -> None:
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
@@ -49,6 +51,7 @@ class TrigonometricFeatures(RandomFeatures):
     The number of features is even: a cosine and a sine of each row drawn.
     """
 
+    choice = "trig"
     signed = True
 
     def __init__(self, **drawn: Unpack[DrawOptions]) -> None:
@@ -67,6 +70,8 @@ class TaylorFeatures(AttentionFeatures):
     `num_features`, by a learned matrix that starts as a random rotation and keeps x.y on average. `num_features` of
     None takes d' = d, without a projection.
     """
+
+    choice = "taylor2"
 
     def __init__(self, **sizes: Unpack[FeatureSizes]) -> None:
         super().__init__(**sizes)
@@ -103,6 +108,7 @@ class IdentityFeatures(AttentionFeatures):
     query's features. There are `d` features: `num_features` must be None or `d`.
     """
 
+    backend = "linear"
     identity: Tensor
 
     def __init__(self, **sizes: Unpack[FeatureSizes]) -> None:

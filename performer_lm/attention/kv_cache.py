@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from performer_lm.attention.base import Attention, refuse_beta
+from performer_lm.attention.base import NO_BETA, Attention
 from performer_lm.ops.checks import check_batch, check_per_key
 
 
@@ -137,7 +137,8 @@ class CachedAttention(Attention[KVCache]):
         beta: Tensor | None = None,
     ) -> Tensor:
         """Attend over a whole sequence by `op`; the seed of dropout comes from the CPU's generator."""
-        refuse_beta(beta)
+        if beta is not None:
+            raise ValueError(NO_BETA)
         drops = self.training and self.dropout > 0
         return self.op(
             q,
@@ -174,10 +175,9 @@ class CachedAttention(Attention[KVCache]):
         beta: Tensor | None = None,
     ) -> tuple[Tensor, KVCache]:
         """Append the keys, then attend causally from the new queries to all that is cached."""
-        refuse_beta(beta)
         state = state.append(k, v, mask=mask, log_decay=log_decay)
         keys, values, kept, decay = state.filled()
-        return self.forward(q, keys, values, causal=True, mask=kept, log_decay=decay), state
+        return self.forward(q, keys, values, causal=True, mask=kept, log_decay=decay, beta=beta), state
 
     def absorb(self, k: Tensor, v: Tensor, state: KVCache, *, mask: Tensor | None = None) -> KVCache:
         """Append to the cache."""

@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from performer_lm.attention.base import Attention, Sizes, refuse_beta
+from performer_lm.attention.base import NO_BETA, Attention, Sizes
 from performer_lm.ops.checks import check_batch, check_per_key
 from performer_lm.ops.local import attend_to_window, kept_last, local_attention, take_tokens
 from performer_lm.ops.softmax import exact_attention
@@ -53,7 +53,8 @@ class LocalAttention(Attention[LocalCache]):
         beta: Tensor | None = None,
     ) -> Tensor:
         """Attend over a whole sequence, each query within the window; see `Attention.forward`."""
-        refuse_beta(beta)
+        if beta is not None:
+            raise ValueError(NO_BETA)
         return local_attention(
             q, k, v, window=self.window, causal=causal, key_mask=mask, segments=segments, log_decay=log_decay
         )
@@ -82,7 +83,8 @@ class LocalAttention(Attention[LocalCache]):
         beta: Tensor | None = None,
     ) -> tuple[Tensor, LocalCache]:
         """Attend to the held keys and the new ones, and hold the last `window - 1` kept of both."""
-        refuse_beta(beta)
+        if beta is not None:
+            raise ValueError(NO_BETA)
         seen = self._append(state, k, v, mask, log_decay)
         if mask is None and k.shape[2] == 1:
             out = attend_to_window(q, seen.k, seen.v, key_mask=seen.mask, log_decay=seen.log_decay)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from performer_lm.attention.base import Attention, AttentionFactory, Sizes, refuse_beta
+from performer_lm.attention.base import NO_BETA, Attention, AttentionFactory, Sizes
 from performer_lm.ops.checks import check_log_decay
 
 Part = tuple[tuple[Tensor, Tensor, Tensor], Any]
@@ -113,8 +113,8 @@ class SplitAttention(Attention[SplitState]):
     ) -> tuple[Part, Part]:
         for name, x in (("log_decay", log_decay), ("beta", beta)):
             check_log_decay(x, k.shape[:-1], name=name)
-        if not self.takes_beta:
-            refuse_beta(beta)
+        if beta is not None and not self.takes_beta:
+            raise ValueError(NO_BETA)
         of_keys: list[dict[str, Any]] = [{}, {}]
         if log_decay is not None:
             of_keys[0]["log_decay"], of_keys[1]["log_decay"] = log_decay.split(self.keys_each, dim=1)

@@ -27,7 +27,6 @@ __all__ = [
     "first_bytes",
     "listed_windows",
     "segments_of",
-    "shift",
     "shown",
 ]
 
@@ -91,16 +90,6 @@ def listed_windows(ids: FlatIds, *parts: Spans, context: int, byte_lengths: Byte
     return FiniteWindows(TextWindows(ids, layout, context=context), count=len(layout), byte_lengths=byte_lengths)
 
 
-def shift(windows: Tensor) -> tuple[Tensor, Tensor]:
-    """Split windows `(b, n + 1)` into inputs and targets `(b, n)`.
-
-    Targets are `IGNORE` where there is fill or what is only `shown`. Inputs get 0 for fill, which no causal prediction
-    that counts can see: it comes last.
-    """
-    inputs, targets = windows[:, :-1], windows[:, 1:]
-    return torch.where(inputs < IGNORE, shown(inputs), inputs).clamp(min=0), targets.clamp(min=IGNORE)
-
-
 def shown(ids: AnyIds) -> AnyIds:
     """Return ids as a window holds those that are read but not predicted; of those, the ids again."""
     return IGNORE - 1 - ids
@@ -127,8 +116,8 @@ def count_first(windows: FiniteWindows, *, limit: int) -> int:
     """Return how many of the first windows have together at most `limit` bytes of text to predict, but at least 1."""
     found, left = 0, limit
     for first in range(0, len(windows), 256):
-        targets = shift(windows.rows(np.arange(first, min(first + 256, len(windows)))))[1].numpy()
-        text = np.where(targets == IGNORE, 0, windows.byte_lengths[np.maximum(targets, 0)]).sum(1)
+        targets = windows.rows(np.arange(first, min(first + 256, len(windows))))[:, 1:].numpy()
+        text = np.where(targets < 0, 0, windows.byte_lengths[np.maximum(targets, 0)]).sum(1)
         fit = int(np.searchsorted(np.cumsum(text), left, side="right"))
         found, left = found + fit, left - int(text.sum())
         if fit < len(text):

@@ -15,7 +15,6 @@ import torch
 from performer_lm import checkpoint
 from performer_lm.attention.base import AttentionFactory
 from performer_lm.attention.joining import count_bytes
-from performer_lm.data.windows import shift
 from performer_lm.evaluation.base import (
     Evaluation,
     Subject,
@@ -28,6 +27,7 @@ from performer_lm.evaluation.perplexity import measure_perplexity
 from performer_lm.evaluation.scoring import score_windows
 from performer_lm.language_model import LanguageModel
 from performer_lm.memory import peak_memory, reset_peak_memory
+from performer_lm.objectives import shift
 from performer_lm.ranges import Count, ranged
 from performer_lm.wording import first_line
 from performer_lm.writing import write_csv

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from performer_lm import checkpoint
-from performer_lm.data.windows import IGNORE, FiniteWindows, segments_of, shift, shown
+from performer_lm.data.windows import IGNORE, FiniteWindows, segments_of, shown
 from performer_lm.evaluation.base import (
     Evaluation,
     Subject,
@@ -25,7 +25,7 @@ from performer_lm.evaluation.base import (
 )
 from performer_lm.evaluation.buckets import POSITIONS, Buckets, as_array
 from performer_lm.language_model import LanguageModel
-from performer_lm.objectives import NextToken
+from performer_lm.objectives import NextToken, shift
 from performer_lm.ranges import Count, ranged
 from performer_lm.writing import write_csv, write_png
 

@@ -9,12 +9,12 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from performer_lm.data.windows import shift
 from performer_lm.evaluation.base import Evaluation, Subject, check_next_token, pick_windows
 from performer_lm.generation.captured import Steps
 from performer_lm.generation.decode import read
 from performer_lm.language_model import LanguageModel
 from performer_lm.model import PerformerLM
+from performer_lm.objectives import shift
 from performer_lm.ranges import Count, NotNegative, ranged
 
 

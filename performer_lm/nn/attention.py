@@ -12,11 +12,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from performer_lm.attention.base import AttentionFactory
+from performer_lm.attention.base import AttentionFactory, parts_of
 from performer_lm.nn.branch import Body, Context, TokenInfo, count_weights
 from performer_lm.nn.mixing import LogDecay, ShortConvolution, WriteStrength
 from performer_lm.nn.norm import QueryKeyNorm, RMSNorm
-from performer_lm.nn.positions import Positions
+from performer_lm.nn.positions import NoPositions, Positions
 
 
 class AttentionState(NamedTuple):
@@ -72,10 +72,11 @@ class MultiHeadAttention(Body):
         channels = sum(self.heads_each) * dim_head
         self.project_in = nn.Linear(dim, channels, bias=qkv_bias)
         self.convolution = ShortConvolution(channels, taps=convolution) if convolution else None
-        self.norm = _qk_norm(qk_norm, key_heads=key_heads, dim_head=dim_head)
+        self.norm = None if qk_norm is None else QueryKeyNorm(key_heads=key_heads, dim_head=dim_head, bound=qk_norm)
         self.query_norm = None if head_norm is None else head_norm(dim_head)
         self.key_norm = None if head_norm is None else head_norm(dim_head)
-        self.positions = positions(dim_head=dim_head)
+        places = positions(dim_head=dim_head)
+        self.positions = None if isinstance(places, NoPositions) else places
         self.decay = LogDecay(dim, key_heads=key_heads) if decay else None
         self.backend = attn(heads=heads, key_heads=key_heads, dim_head=dim_head, dim_value=dim_head, layer=layer)
         self.backend.check(causal=causal, packed=False)
@@ -123,7 +124,8 @@ class MultiHeadAttention(Body):
             q, k = self.norm(q), self.norm(k)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
-        q, k = self.positions(q, k, info.places)
+        if self.positions is not None:
+            q, k = self.positions(q, k, info.places)
         of_keys = {} if self.decay is None else {"log_decay": self.decay(x)}
         if self.backend.takes_beta:
             of_keys["beta"] = self.backend.beta(x)
@@ -159,34 +161,29 @@ class CrossAttention(Body):
         self.heads, self.key_heads = heads, key_heads
         self.project_query = nn.Linear(dim, heads * dim_head, bias=qkv_bias)
         self.project_context = nn.Linear(dim, 2 * key_heads * dim_head, bias=qkv_bias)
-        self.norm = _qk_norm(qk_norm, key_heads=key_heads, dim_head=dim_head)
+        self.norm = None if qk_norm is None else QueryKeyNorm(key_heads=key_heads, dim_head=dim_head, bound=qk_norm)
         self.query_norm = None if head_norm is None else head_norm(dim_head)
         self.key_norm = None if head_norm is None else head_norm(dim_head)
         self.backend = attn(heads=heads, key_heads=key_heads, dim_head=dim_head, dim_value=dim_head, layer=layer)
-        if not self.backend.attends_across:
-            raise ValueError(
-                f"{type(self.backend).__name__} does not attend across sequences; favor, exact, chunked and flash do"
-            )
+        for part in parts_of(self.backend):
+            if not part.attends_across:
+                raise ValueError(
+                    f"attn={part.choice} does not attend across sequences; favor, exact, chunked and flash do"
+                )
         self.output = HeadOutput(dim, heads=heads, dim_head=dim_head, gate=gate, bias=out_bias)
 
     def forward(self, x: Tensor, info: TokenInfo) -> Tensor:
-        """Attend from each token to all of the context.
-
-        Raises:
-            ValueError: without a context.
-        """
-        context = _required(info.context)
-        k, v = self._keys_and_values(context)
-        return self.output(self.backend(self._queries(x), k, v, causal=False, mask=context.mask), x)
+        """Attend from each token to all of the context."""
+        k, v, mask = self._read(info.context)
+        return self.output(self.backend(self._queries(x), k, v, causal=False, mask=mask), x)
 
     def init_state(
         self, batch: int, *, max_len: int, device: torch.device, dtype: torch.dtype, context: Context | None
     ) -> Any:
         """Return the backend's state with the context in it."""
-        context = _required(context)
-        k, v = self._keys_and_values(context)
+        k, v, mask = self._read(context)
         state = self.backend.init_state(batch, max_len=k.shape[2], device=device, dtype=dtype)
-        return self.backend.absorb(k, v, state, mask=context.mask)
+        return self.backend.absorb(k, v, state, mask=mask)
 
     def extend(self, x: Tensor, state: Any, info: TokenInfo) -> tuple[Tensor, Any]:
         """Attend from each of n tokens `(b, n, dim)` to the context in the state, which stays."""
@@ -203,11 +200,14 @@ class CrossAttention(Body):
         q = q if self.norm is None else self.norm(q)
         return q if self.query_norm is None else self.query_norm(q)
 
-    def _keys_and_values(self, context: Context) -> tuple[Tensor, Tensor]:
+    def _read(self, context: Context | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the keys and values `(b, g, j, d)` and the mask of the context, which there must be."""
+        if context is None:
+            raise ValueError("cross-attention needs a context: pass context=, the sequence to look at")
         both = self.project_context(context.vectors)
         k, v = rearrange(both, "b j (two g d) -> two b g j d", two=2, g=self.key_heads)
         k = k if self.norm is None else self.norm(k)
-        return (k if self.key_norm is None else self.key_norm(k)), v
+        return (k if self.key_norm is None else self.key_norm(k)), v, context.mask
 
 
 class HeadOutput(nn.Module):
@@ -226,13 +226,3 @@ class HeadOutput(nn.Module):
             gate = rearrange(F.sigmoid(self.gate(x)), "b n (h d) -> b h n d", h=self.heads)
             out = self.norm(out) * gate
         return self.project_out(rearrange(out, "b h n d -> b n (h d)"))
-
-
-def _qk_norm(bound: float | None, *, key_heads: int, dim_head: int) -> QueryKeyNorm | None:
-    return None if bound is None else QueryKeyNorm(key_heads=key_heads, dim_head=dim_head, bound=bound)
-
-
-def _required(context: Context | None) -> Context:
-    if context is None:
-        raise ValueError("cross-attention needs a context: pass context=, the sequence to look at")
-    return context

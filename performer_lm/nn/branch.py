@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from performer_lm.nn.mixing import TokenShift
@@ -33,6 +34,21 @@ class TokenInfo(NamedTuple):
     mask: Tensor | None = None  # (b, n) bool: False at padding
     segments: Tensor | None = None  # (b, n): ids of packed documents
     context: Context | None = None
+
+    @classmethod
+    def of(
+        cls, x: Tensor, mask: Tensor | None, segments: Tensor | None = None, context: Context | None = None
+    ) -> "TokenInfo":
+        """Find the places of tokens `(b, n, dim)`: real tokens alone count, and pads before the first get -1."""
+        if mask is None:
+            places = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+        else:
+            places = mask.to(torch.int64).cumsum(1) - 1
+        if segments is not None:
+            starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+            first = places if mask is None else places + ~mask  # a document that opens with pads starts after them
+            places = places - torch.where(starts, first, 0).cummax(1).values
+        return cls(places, mask, segments, context)
 
 
 class Body(nn.Module, ABC):

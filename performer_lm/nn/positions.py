@@ -13,26 +13,9 @@ from typing import Annotated
 import torch
 from annotated_types import Ge
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from performer_lm.ops.rotary import rotate
 from performer_lm.ranges import Count, Positive, ranged
-
-
-def find_places(x: Tensor, mask: Tensor | None, segments: Tensor | None) -> Tensor:
-    """Return the place `(b, n)` of each token within the document, counting real tokens only, from 0.
-
-    Pads that stand before the first token get -1.
-    """
-    if mask is None:
-        places = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
-    else:
-        places = mask.to(torch.int64).cumsum(1) - 1
-    if segments is None:
-        return places
-    starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
-    first = places if mask is None else places + ~mask  # a document that opens with pads starts after them
-    return places - torch.where(starts, first, 0).cummax(1).values
 
 
 class Positions(nn.Module, ABC):

@@ -16,9 +16,10 @@ from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from performer_lm.ops.checks import fold_heads, gather_terms
 from performer_lm.ops.chunks import Chunks, cut, front
 from performer_lm.ops.precision import LOG2_E, no_autocast, sum_dtype
-from performer_lm.ops.terms import Options, add_block, fold_heads, gather_terms
+from performer_lm.ops.terms import Options, add_block
 
 
 def chunked_attention(

@@ -17,8 +17,9 @@ from einops import einsum, rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from performer_lm.ops.checks import fold_heads, gather_terms
 from performer_lm.ops.precision import no_autocast, sum_dtype
-from performer_lm.ops.terms import Options, Terms, add_block, fold_heads, gather_terms, slices
+from performer_lm.ops.terms import Options, Terms, add_block, slices
 
 ON_CHIP = 48 * 1024  # numbers; the 192 KiB of shared memory that one A100 multiprocessor has, in float32
 

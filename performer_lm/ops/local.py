@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from performer_lm.ops.checks import check_per_key, check_shapes
+from performer_lm.ops.checks import check_per_key, check_shapes, fold_batch, sum_of_newer
 from performer_lm.ops.precision import no_autocast, sum_dtype
 from performer_lm.ops.softmax import exact_attention
-from performer_lm.ops.terms import fold_batch, sum_of_newer
 
 
 def local_attention(

@@ -67,9 +67,10 @@ class FeatureMap(ABC):
 
     def to(self, dtype: torch.dtype) -> Self:
         """Return the same map with its tensors in `dtype`."""
-        if all(t.dtype == dtype for t in self.tensors):
-            return self
-        return self.with_tensors(tuple(t.to(dtype) for t in self.tensors))
+        for tensor in self.tensors:
+            if tensor.dtype != dtype:
+                return self.with_tensors(tuple(t.to(dtype) for t in self.tensors))
+        return self
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Features:
@@ -133,19 +134,18 @@ class BlockMap(FeatureMap):
     @property
     def code(self) -> str:
         """Return the class and its numbers as text."""
-        numbers = [getattr(self, field.name) for field in fields(self) if field.name != "tensors"]
-        return " ".join([type(self).__name__, *(str(number) for number in numbers)])
+        _, *numbers = vars(self).values()  # the tensors stand first
+        return " ".join(map(str, (type(self).__name__, *numbers)))
 
     @staticmethod
     def decode(code: str, tensors: tuple[Tensor, ...]) -> "BlockMap":
         """Return the map that has this code, over these tensors."""
         name, *numbers = code.split(" ")
         kind = BlockMap._kinds[name]
-        kinds = [field.type for field in fields(kind) if field.name != "tensors"]
-        return kind(
-            tensors,
-            *(number if wanted is str else float(number) for wanted, number in zip(kinds, numbers, strict=True)),
-        )
+        values: list[Any] = []
+        for field, number in zip(fields(kind)[1:], numbers, strict=True):
+            values.append(number if field.type is str else float(number))
+        return kind(tensors, *values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,10 +160,6 @@ class Maps:
     def tensors(self) -> tuple[Tensor, ...]:
         """Return the tensors of both."""
         return (*self.query.tensors, *self.key.tensors)
-
-    def to(self, dtype: torch.dtype) -> Self:
-        """Return the same maps with their tensors in `dtype`."""
-        return replace(self, query=self.query.to(dtype), key=self.key.to(dtype))
 
     def flat(self, x: Tensor) -> Tensor:
         """View `((g b), ...)` as a map takes it: `(g, n, ...)`, with the tokens of the whole batch."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 LOG2_E = 1.0 / log(2.0)
 """Logarithms are kept in units of log 2 where many are taken: exp2 is several times as fast as exp."""
+VARIES = frozenset({"cuda"})  # devices whose own running sums add up in an order that varies
 BLOCK = 256  # numbers of a running sum added up by one product with a triangle of ones
 
 
@@ -65,14 +66,11 @@ def high_low(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def running_sum(x: Tensor) -> Tensor:
     """Return `x.cumsum(-1)` of floating point numbers `(..., n)`.
 
-    CUDA's own adds up in an order that varies, and is refused under `torch.use_deterministic_algorithms(True)`: there,
-    sums are matrix products.
+    CUDA's own is refused under `torch.use_deterministic_algorithms(True)`: there, sums are matrix products.
     """
-    return _sum_in_blocks(x.to(precise(x.device))).to(x.dtype) if _must_repeat(x) else x.cumsum(-1)
-
-
-def _must_repeat(x: Tensor) -> bool:
-    return x.is_cuda and torch.are_deterministic_algorithms_enabled()
+    if x.device.type in VARIES and torch.are_deterministic_algorithms_enabled():
+        return _sum_in_blocks(x.to(precise(x.device))).to(x.dtype)
+    return x.cumsum(-1)
 
 
 def _sum_in_blocks(x: Tensor) -> Tensor:

@@ -17,9 +17,9 @@ from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from performer_lm.ops.checks import check_bias
+from performer_lm.ops.checks import fold_heads, gather_terms
 from performer_lm.ops.precision import sum_dtype
-from performer_lm.ops.terms import ALL, Options, Terms, fold_heads, gather_terms
+from performer_lm.ops.terms import ALL, Options, Terms
 
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 FLASH_CAPABILITY = (8, 0)  # of the CUDA devices that have the flash kernel
@@ -104,8 +104,11 @@ def _add_channels(q: Tensor, k: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
 def _run_kernel(q: Tensor, k: Tensor, v: Tensor, matrix: Tensor | None, *, causal: bool, scale: float) -> Tensor:
     """Call the kernel with equal widths and the grouping it can take: `(b h i width)`."""
     width = -(-max(k.shape[-1], v.shape[-1]) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-    q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q, k, v))
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # all that the kernels take
+    parts = [q, k, v]
+    for place, x in enumerate(parts):
+        x = F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x
+        parts[place] = x if x.stride(-1) == 1 else x.contiguous()  # all that the kernels take
+    q, k, v = parts
     heads, groups = q.shape[1], k.shape[1]
     rows_alike = not causal and (matrix is None or (matrix.shape[1] <= groups and matrix.shape[2] == 1))
     fold = heads != groups and rows_alike
@@ -137,7 +140,7 @@ def _told_matrix(terms: Terms, q: Tensor) -> Tensor | None:
         return None
     matrix = q.new_zeros(1, 1, terms.queries, terms.keys)
     if terms.bias is not None:
-        matrix = matrix + terms.block(terms.bias, ALL, ALL, check=check_bias).to(q.dtype)
+        matrix = matrix + terms.block(terms.bias, ALL, ALL).to(q.dtype)
     hidden = replace(terms, key_mask=None).hidden(ALL, ALL, q.device)
     return matrix if hidden is None else matrix.masked_fill(hidden, -torch.inf)
 

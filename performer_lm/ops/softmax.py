@@ -7,8 +7,9 @@ value width.
 from einops import einsum, rearrange
 from torch import Tensor
 
+from performer_lm.ops.checks import fold_heads, gather_terms
 from performer_lm.ops.precision import no_autocast, sum_dtype
-from performer_lm.ops.terms import ALL, Block, Terms, fold_heads, gather_terms
+from performer_lm.ops.terms import ALL, Block, Terms
 
 
 def exact_attention(

@@ -1,4 +1,4 @@
-"""The options of a softmax attention, checked once and asked for one block of scores at a time.
+"""The options of a softmax attention, asked for one block of scores at a time.
 
 Every softmax op (exact, chunked, tiled, SDPA) asks the same `Terms` for the block (rows, cols) it works on, so an
 option means the same in all of them and none needs an n x n matrix to say it.
@@ -16,9 +16,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from performer_lm.ops.checks import Shape, check_bias, check_pair_mask, check_per_key, check_shapes
 from performer_lm.ops.hashing import keep_mask
-from performer_lm.ops.precision import high_low, precise, running_sum
+from performer_lm.ops.precision import high_low
 
 Block = Callable[[slice, slice], Tensor]
 """A function of (query slice, key slice) that returns that block, broadcastable to `(..., h, rows, cols)`."""
@@ -45,7 +44,6 @@ class Options(TypedDict, total=False):
 class Terms:
     """The options of one attention call, checked and folded."""
 
-    batch: tuple[int, ...]
     heads: int
     groups: int
     queries: int
@@ -96,7 +94,7 @@ class Terms:
             queries = self._at_rows(self.segments, self.rows_at(rows))[..., None]
             parts.append(queries != self.segments[:, None, None, cols])
         if self.mask is not None:
-            parts.append(~self.block(self.mask, rows, cols, check=check_pair_mask))
+            parts.append(~self.block(self.mask, rows, cols))
         return reduce(torch.logical_or, parts) if parts else None
 
     def _hidden_by_place(self, rows: slice, cols: slice, device: torch.device) -> list[Tensor]:
@@ -115,7 +113,7 @@ class Terms:
     def add_to(self, scores: Tensor, rows: slice, cols: slice, *, unit: float = 1.0) -> Tensor:
         """Add `unit` times the block's bias and decay to `scores` `(b, h, rows, cols)` in place; hidden become -inf."""
         if self.bias is not None:
-            scores.add_(self.block(self.bias, rows, cols, check=check_bias), alpha=unit)
+            scores.add_(self.block(self.bias, rows, cols), alpha=unit)
         if self.decay is not None:
             older, newer = self.decay[:, :, None, cols], self._at_rows(self.decay, self.rows_at(rows))[..., None]
             grouped = rearrange(scores, "b (g r) i j -> b g r i j", g=self.decay.shape[1])
@@ -138,83 +136,9 @@ class Terms:
         taken = per_key[..., at]
         return taken if per_key.ndim == 3 else taken[:, None]
 
-    def block(
-        self, whole: Tensor | Block, rows: slice, cols: slice, *, check: Callable[[Tensor, Shape], Tensor]
-    ) -> Tensor:
-        """Return one block of a mask or bias with batch folded: `(b | 1, h | 1, rows | 1, cols | 1)`.
-
-        `check` is `check_pair_mask` or `check_bias`, for what a function returns; a tensor has been checked as a whole.
-        """
-        if isinstance(whole, Tensor):
-            return slice_block(whole, rows, cols)
-        sizes = (len(range(*part.indices(size))) for part, size in ((rows, self.queries), (cols, self.keys)))
-        return fold(check(whole(rows, cols), (*self.batch, self.heads, *sizes)), self.batch)
-
-
-def gather_terms(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = False,
-    window: int | None = None,
-    mask: Tensor | Block | None = None,
-    key_mask: Tensor | None = None,
-    bias: Tensor | Block | None = None,
-    segments: Tensor | None = None,
-    log_decay: Tensor | None = None,
-    scale: float | None = None,
-    dropout: float = 0.0,
-    seed: int | None = None,
-) -> Terms:
-    """Check q `(..., h, i, d)`, k `(..., g, j, d)`, v `(..., g, j, e)` and the options, and return them as `Terms`."""
-    check_shapes(q, k, v)
-    batch, (groups, keys), queries = tuple(q.shape[:-3]), k.shape[-3:-1], q.shape[-2]
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1, got {window}")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
-    if dropout > 0.0 and seed is None:
-        raise ValueError(f"dropout ({dropout}) needs a seed: it is a function of (seed, b, h, i, j)")
-    if log_decay is not None and not causal:
-        raise ValueError("log_decay needs causal=True: a key fades as it grows older")
-    key_mask = check_per_key(k, mask=key_mask, segments=segments, log_decay=log_decay, name="key_mask")
-    pairs = (*q.shape[:-1], keys)
-    counts_places = segments is not None or log_decay is not None or (window is not None and key_mask is not None)
-    if counts_places and queries > keys:
-        raise ValueError(f"segments, log_decay and window need each query among the keys: {queries} > {keys}")
-
-    key_mask = None if key_mask is None else fold_batch(key_mask, 1)
-    return Terms(
-        batch=batch,
-        heads=q.shape[-3],
-        groups=groups,
-        queries=queries,
-        keys=keys,
-        causal=causal,
-        window=window,
-        mask=fold(check_pair_mask(mask, pairs), batch) if isinstance(mask, Tensor) else mask,
-        bias=fold(check_bias(bias, pairs), batch) if isinstance(bias, Tensor) else bias,
-        key_mask=key_mask,
-        segments=None if segments is None else fold_batch(segments, 1),
-        decay=None if log_decay is None else sum_of_newer(fold_batch(log_decay, 2), key_mask),
-        positions=None if window is None or key_mask is None else key_mask.cumsum(-1),
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        dropout=dropout,
-        seed=0 if seed is None else seed,
-    )
-
-
-def sum_of_newer(log_decay: Tensor, key_mask: Tensor | None) -> Tensor:
-    """Sum `log_decay` `(b, g, j)` over the keys after each one; a masked key counts 0.
-
-    Key j weighs exp(sum[j] - sum[i]) at query i. Counted from the end and in float64 (where the device has it), so that
-    the difference of two neighbours stays exact however long the stream.
-    """
-    if key_mask is not None:
-        log_decay = log_decay.masked_fill(~key_mask[:, None], 0.0)
-    wide = log_decay.to(precise(log_decay.device))
-    return running_sum(wide.flip(-1)).flip(-1) - wide
+    def block(self, whole: Tensor | Block, rows: slice, cols: slice) -> Tensor:
+        """Return one block of a mask or bias: `(b | 1, h | 1, rows | 1, cols | 1)`."""
+        return slice_block(whole, rows, cols) if isinstance(whole, Tensor) else whole(rows, cols)
 
 
 def slice_block(whole: Tensor, rows: slice, cols: slice) -> Tensor:
@@ -232,20 +156,3 @@ def add_block(whole: Tensor, block: Tensor, rows: slice, cols: slice) -> None:
 def slices(length: int, size: int) -> Iterator[slice]:
     """Cut `length` places into slices of `size`; the last may be shorter."""
     return (slice(start, min(start + size, length)) for start in range(0, length, size))
-
-
-def fold(block: Tensor, batch: tuple[int, ...]) -> Tensor:
-    """Fold the leading dimensions of a mask or bias, `(..., h, i, j)` or anything that broadcasts to it, into one."""
-    if block.ndim < 4:
-        return block[(None,) * (4 - block.ndim)]
-    return block if len(batch) == 1 else block.expand(*batch, *block.shape[-3:]).flatten(0, len(batch) - 1)
-
-
-def fold_batch(x: Tensor, last: int) -> Tensor:
-    """Fold all dimensions but the `last` ones into one; there may be none, and any may be empty."""
-    return x[None].flatten(0, x.ndim - last)
-
-
-def fold_heads(q: Tensor, k: Tensor, v: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Fold the leading dimensions of q, k and v into one `b` and widen to `dtype`."""
-    return fold_batch(q, 3).to(dtype), fold_batch(k, 3).to(dtype), fold_batch(v, 3).to(dtype)

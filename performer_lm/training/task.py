@@ -15,9 +15,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from performer_lm.data.windows import IGNORE, shift
+from performer_lm.data.windows import IGNORE
 from performer_lm.language_model import LanguageModel
-from performer_lm.objectives import Objective
+from performer_lm.objectives import Objective, shift
 from performer_lm.ops.precision import precise
 from performer_lm.training.callbacks.base import RunCallback
 from performer_lm.training.optim import parameter_groups

@@ -24,5 +24,7 @@ def test_an_encoder_refuses_it_and_names_those_that_look_both_ways(
 def test_cross_attention_refuses_it_and_names_what_attends_across(attn: list[str], model_section: Section) -> None:
     section = model_section("model=performer_seq2seq", *attn, tiny=[])
     section["encoder"] = model_section("model=performer_seq2seq", "attn=flash", tiny=[])["encoder"]
-    with pytest.raises(ValueError, match="does not attend across sequences; favor, exact, chunked and flash do"):
+    with pytest.raises(
+        ValueError, match="attn=delta does not attend across sequences; favor, exact, chunked and flash do"
+    ):
         checkpoint.build(section)

@@ -191,6 +191,12 @@ def test_taylor_takes_as_many_dimensions_as_fit() -> None:
     assert not list(full.parameters())
 
 
+@pytest.mark.parametrize("name", ["positive", "hyperbolic", "optimal", "learned", "taylor2"])
+def test_features_go_by_their_name_on_the_command_line(name: str) -> None:
+    assert build(CAUSAL[name]).features.choice == name
+    assert build(CAUSAL["relu"]).features.choice == "generalized"
+
+
 @pytest.mark.parametrize(
     ("features", "options", "message"),
     [
@@ -200,7 +206,7 @@ def test_taylor_takes_as_many_dimensions_as_fit() -> None:
         (partial(GeneralizedFeatures, activation="rleu", epsilon=0.0, **DRAWN), {}, "activation must be one of"),
         (partial(GeneralizedFeatures, activation="relu", epsilon=-1.0, **DRAWN), {}, "epsilon must be at least 0"),
         (IdentityFeatures, {"num_features": None, "redraw_interval": 9}, r"redraw_interval \(9\) needs projections"),
-        (TaylorFeatures, {"redraw_interval": 9}, r"these TaylorFeatures have none: set it to null"),
+        (TaylorFeatures, {"redraw_interval": 9}, r"attn/features=taylor2 has none: set it to null"),
         (CAUSAL["learned"], {"redraw_interval": 9}, r"drawn and not trained"),
         (IdentityFeatures, {"num_features": 9}, "leave num_features null, not 9"),
         (TaylorFeatures, {"num_features": 2}, "taylor2 needs num_features of at least 3, got 2"),

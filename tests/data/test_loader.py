@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 from performer_lm.data.ids import HostIds
 from performer_lm.data.layouts import StreamLayout, stream_spans
 from performer_lm.data.loader import BatchShare, RemainingIndices, TrainBatches, TrainLoader, ValidationBatches
-from performer_lm.data.windows import IGNORE, FiniteWindows, TextWindows, listed_windows, shift
+from performer_lm.data.windows import IGNORE, FiniteWindows, TextWindows, listed_windows
+from performer_lm.objectives import shift
 
 IDS = np.arange(1000, dtype=np.uint16)
 counts = st.integers(1, 4)

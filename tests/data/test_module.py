@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from performer_lm.data import ids
 from performer_lm.data.ids import HostIds
 from performer_lm.data.text import TextData
-from performer_lm.data.windows import IGNORE, shift
+from performer_lm.data.windows import IGNORE
+from performer_lm.objectives import shift
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

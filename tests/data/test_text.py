@@ -15,7 +15,8 @@ from torch import Tensor
 from performer_lm.data.corpora.files import Files
 from performer_lm.data.text import TextData
 from performer_lm.data.tokenizer.recipes import BytePairs, Bytes, TokenizerFile
-from performer_lm.data.windows import IGNORE, FiniteWindows, shift
+from performer_lm.data.windows import IGNORE, FiniteWindows
+from performer_lm.objectives import shift
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

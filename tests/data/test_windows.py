@@ -13,8 +13,8 @@ from performer_lm.data.windows import (
     first_bytes,
     listed_windows,
     segments_of,
-    shift,
 )
+from performer_lm.objectives import shift
 
 
 def held_out(ids: np.ndarray, context: int, lengths: np.ndarray | None = None) -> FiniteWindows:

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from performer_lm.nn.branch import TokenInfo
 from performer_lm.nn.positions import (
     AbsolutePositions,
     AxialPositions,
@@ -9,7 +10,6 @@ from performer_lm.nn.positions import (
     NoPositions,
     Rotary,
     SinusoidalPositions,
-    find_places,
 )
 from performer_lm.ops.rotary import rotate
 
@@ -82,7 +82,7 @@ def test_places_count_real_tokens_of_their_own_document() -> None:
     x = torch.zeros(1, 8, 2)
     mask = torch.tensor([[0, 1, 1, 0, 1, 0, 1, 1]]).bool()
     segments = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]])
-    assert find_places(x, None, None).tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]]
-    assert find_places(x, mask, None)[mask].tolist() == [0, 1, 2, 3, 4]
-    assert find_places(x, None, segments).tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
-    assert find_places(x, mask, segments)[mask].tolist() == [0, 1, 0, 0, 1]
+    assert TokenInfo.of(x, None).places.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]]
+    assert TokenInfo.of(x, mask, None).places[mask].tolist() == [0, 1, 2, 3, 4]
+    assert TokenInfo.of(x, None, segments).places.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
+    assert TokenInfo.of(x, mask, segments).places[mask].tolist() == [0, 1, 0, 0, 1]

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from performer_lm.ops.checks import gather_terms
 from performer_lm.ops.chunks import cut
-from performer_lm.ops.terms import gather_terms
 
 
 def gather(tokens: int, **options):

@@ -23,7 +23,8 @@ def test_sums_by_products_are_running_sums_with_their_gradient(length: int, monk
         return out, torch.autograd.grad((out * weights).sum(), x)[0]
 
     wanted = both()
-    monkeypatch.setattr(precision, "_must_repeat", lambda x: True)
+    monkeypatch.setattr(precision, "VARIES", {"cpu"})
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     with RefuseCumsum():
         found = both()
     for one, other in zip(found, wanted, strict=True):

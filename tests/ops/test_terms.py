@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from performer_lm.ops.terms import ALL, add_block, fold, gather_terms, slice_block, slices, sum_of_newer
+from performer_lm.ops.checks import fold, gather_terms, sum_of_newer
+from performer_lm.ops.terms import ALL, add_block, slice_block, slices
 
 CPU = torch.device("cpu")
 

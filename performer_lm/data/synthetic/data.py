@@ -11,7 +11,7 @@ from performer_lm.data.ids import IGNORE, Indices
 from performer_lm.data.module import WindowData, WindowOptions
 from performer_lm.data.synthetic.tasks import Task
 from performer_lm.data.tokenizer.symbols import SymbolTokenizer
-from performer_lm.data.windows import FiniteWindows, Windows, shift, shown
+from performer_lm.data.windows import FiniteWindows, Windows, shown
 from performer_lm.ranges import Count, ranged
 
 BLOCK: Final = 256  # rows drawn together
@@ -70,7 +70,7 @@ class SyntheticData(WindowData):
         self.training = TaskWindows(self.task, seed=self._seed, context=self.context)
         lengths = self.tokenizer.byte_lengths()
         targets = self._first_targets().numpy()
-        sizes = np.where(targets == IGNORE, 0, lengths[np.maximum(targets, 0)]).sum(1)
+        sizes = np.where(targets < 0, 0, lengths[np.maximum(targets, 0)]).sum(1)
         count = max(1, round(self._validation_bytes / sizes.mean()))
         self.validation = self.held_out = FiniteWindows(self._unseen, count=count, byte_lengths=lengths)
 
@@ -87,13 +87,13 @@ class SyntheticData(WindowData):
     @property
     def prompt(self) -> str:
         """The first row that is validated on, up to its first answer."""
-        inputs, targets = shift(self.validation.rows(np.zeros(1, dtype=np.int64)))
-        first = int((targets[0] != IGNORE).nonzero()[0])
-        return self.tokenizer.decode(inputs[0, : first + 1].tolist()).strip()
+        ids = self.validation.rows(np.zeros(1, dtype=np.int64))[0]
+        first = int((ids[1:] >= 0).nonzero()[0])
+        return self.tokenizer.decode(torch.where(ids < 0, shown(ids), ids)[: first + 1].tolist()).strip()
 
     @property
     def counted(self) -> float:
-        return float((self._first_targets() != IGNORE).float().mean())
+        return float((self._first_targets() >= 0).float().mean())
 
     def _first_targets(self) -> Tensor:
-        return shift(self._unseen.rows(np.arange(BLOCK)))[1]
+        return self._unseen.rows(np.arange(BLOCK))[:, 1:]

@@ -42,11 +42,11 @@ def redrawn(attention: FavorAttention, *, num_features: int, index: int) -> Favo
     """
     features: Any = deepcopy(attention.features)
     if not is_drawn(attention):
-        raise ValueError(f"{type(features).__name__} of layer {attention.layer} are not drawn, so not drawn anew")
+        raise ValueError(f"attn/features={features.choice} of layer {attention.layer} are not drawn, so not drawn anew")
     draws, odd = divmod(num_features * features.projection.shape[1], features.num_features)
     if num_features < 1 or odd:
         wanted = "even and at least 2" if features.projection.shape[1] < features.num_features else "at least 1"
-        raise ValueError(f"num_features of {type(features).__name__} must be {wanted}, got {num_features}")
+        raise ValueError(f"num_features of attn/features={features.choice} must be {wanted}, got {num_features}")
     features.projection = features.draw(draws, index=index).to(features.projection)
     features.num_features, features.index = num_features, index
     return FavorAttention(

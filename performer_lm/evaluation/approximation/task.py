@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from performer_lm.attention.base import Attention
+from performer_lm.attention.base import parts_of
 from performer_lm.attention.favor import FavorAttention
 from performer_lm.evaluation.approximation.draws import Finding, count_measurements, is_drawn, measure_draws, redrawn
 from performer_lm.evaluation.approximation.layer import Weights, materialise_weights
@@ -70,7 +70,7 @@ class MeasureApproximation(Evaluation):
         """Want a model with FAVOR layers, the chosen one and its heads among them, and a folder to write to."""
         layers = favor_layers(model)
         if not layers:
-            kinds = sorted({type(each).__name__ for each in model.modules() if isinstance(each, Attention)})
+            kinds = sorted({f"attn={each.choice}" for each in parts_of(model)})
             raise ValueError(
                 f"task=approximation compares random features with softmax, and this model runs none "
                 f"({', '.join(kinds)}); attn=favor opens the same weights with random features"

@@ -26,7 +26,7 @@ from performer_lm.nn.attention import MultiHeadAttention
 from performer_lm.nn.branch import Branch
 from performer_lm.nn.feed_forward import FeedForward
 from performer_lm.nn.norm import RMSNorm
-from performer_lm.nn.positions import NoAbsolutePositions, Rotary
+from performer_lm.nn.positions import Rotary
 from performer_lm.nn.reversible import Reversible
 
 ATTENTION_PARTS: Final = {"project_in", "positions", "backend", "output"}  # beside others, attention is no Llama's
@@ -41,7 +41,7 @@ def is_llama(model: PerformerLM) -> bool:
     return (
         performer.causal
         and not isinstance(performer.residual, Reversible)
-        and isinstance(performer.absolute, NoAbsolutePositions)
+        and performer.absolute is None
         and len({norm.eps if isinstance(norm, RMSNorm) else None for norm in norms} - {None}) == 1
         and all(isinstance(norm, RMSNorm) for norm in norms)
         and all(_parts_of(branch) == BRANCH_PARTS and branch.gate is None for branch in branches)

@@ -38,21 +38,11 @@ class Writes(NamedTuple):
     mask: Tensor | None  # (b, n); (x, t, c): False keys are absent
     documents: Tensor | None  # (b, 1 + n); (x, t, 1 + c): the document of the token before stands first
 
-    def by_key_heads(self, part: slice = slice(None)) -> list[Tensor | None]:
-        """View tokens of a caller's, all but documents, as `(g, b, n, ...)`, queries as `(g, b, n, r, d)`."""
-        g = self.keys.shape[1]
-        turned = [None if x is None else x[:, :, part].transpose(0, 1) for x in self[1:5]]
-        mask = None if self.mask is None else self.mask[:, part].expand(g, -1, -1)
-        return [by_key_heads(self.queries[:, :, part], g), *turned, mask]
-
 
 def take_block(tokens: Writes, part: slice, tile: int, scratch: Scratch) -> Writes:
     """Copy a block out of a sequence, in whole tiles or one part of a tile."""
-    queries, keys, values, beta, log_decay, mask = tokens.by_key_heads(part)
-    assert queries is not None
-    assert keys is not None
-    assert values is not None
-    assert beta is not None
+    queries = by_key_heads(tokens.queries[:, :, part], tokens.keys.shape[1])
+    keys, values = tokens.keys[:, :, part].transpose(0, 1), tokens.values[:, :, part].transpose(0, 1)
     g, b, n, r, d = queries.shape
     t = max(1, n // tile)
     c, shape = n // t, (g * b, t, n // t)
@@ -62,10 +52,10 @@ def take_block(tokens: Writes, part: slice, tile: int, scratch: Scratch) -> Writ
     rows = rows.flatten(0, 1)
     keys = rows[:, :, c * r :]
     values = scratch("values", *values.shape).copy_(values).view(*shape, values.shape[-1])
-    beta = beta.to(rows.dtype).reshape(shape)
-    log_decay = None if log_decay is None else log_decay.reshape(shape)
+    beta = tokens.beta[:, :, part].transpose(0, 1).to(rows.dtype).reshape(shape)
+    log_decay = None if tokens.log_decay is None else tokens.log_decay[:, :, part].transpose(0, 1).reshape(shape)
+    mask = None if tokens.mask is None else tokens.mask[:, part].expand(g, -1, -1).reshape(shape)
     if mask is not None:
-        mask = mask.reshape(shape)
         for x in (keys, values):
             x.masked_fill_(~mask[..., None], 0.0)
         beta = beta.masked_fill(~mask, 0.0)

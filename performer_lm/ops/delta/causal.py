@@ -69,20 +69,18 @@ def delta_rule(
     check_log_decay(beta, k.shape[:3], name="beta")
     if mask is not None and log_decay is not None:
         log_decay = log_decay.masked_fill(~mask[:, None], 0.0)
-    maps = Maps(query=query_map, key=key_map, groups=k.shape[1]).to(memory.dtype)
+    maps = Maps(query=query_map.to(memory.dtype), key=key_map.to(memory.dtype), groups=k.shape[1])
     documents = None if segments is None else torch.cat([segments[:, :1], segments], dim=-1)
     tokens = Writes(q, k, v, beta, log_decay, mask, documents)
-    wanted = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (*tokens, memory, *maps.tensors)
-    )
-    if q.shape[2] == 1 and segments is None and not wanted:
-        with no_autocast(k.device):
-            out, memory = _write_token(maps, tokens, memory if consume else memory.clone())
-    else:
-        before = rearrange(memory, "b g m e -> (g b) m e")
-        out, after = run(maps, choose_geometry(memory, block=chunk_size), tokens, before)
-        memory = rearrange(after, "(g b) m e -> b g m e", b=memory.shape[0])
-    return out.to(q.dtype), memory
+    if q.shape[2] == 1 and segments is None:
+        leaves = (*tokens, memory, *maps.tensors)
+        if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)):
+            with no_autocast(k.device):
+                out, memory = _write_token(maps, tokens, memory if consume else memory.clone())
+            return out.to(q.dtype), memory
+    before = rearrange(memory, "b g m e -> (g b) m e")
+    out, after = run(maps, choose_geometry(memory, block=chunk_size), tokens, before)
+    return out.to(q.dtype), rearrange(after, "(g b) m e -> b g m e", b=memory.shape[0])
 
 
 def _write_token(maps: Maps, tokens: Writes, memory: Tensor) -> tuple[Tensor, Tensor]:

@@ -97,14 +97,15 @@ def pull(
     grad = torch.zeros_like(out) if grad is None else grad
     like = torch.zeros_like(after) if grad_memory is None else grad_memory
     grad_memory = like.clone(memory_format=torch.contiguous_format)
-    places, results = found.by_key_heads(), (by_key_heads(out, g), by_key_heads(grad, g), errors.transpose(0, 1))
+    places = [by_key_heads(q, g), *(None if x is None else x.transpose(0, 1) for x in found[1:5])]
+    results = by_key_heads(out, g), by_key_heads(grad, g), errors.transpose(0, 1)
     for index, part in reversed(list(enumerate(cut(out.shape[2], geometry.block, geometry.tile)))):
         taken = take_block(tokens, part, geometry.tile, scratch)
         ends = (kept[index], after, grad_memory)
         seen, at_seen, own_errors = (x[:, :, part] for x in results)
         pulled, grad_memory = _pull_block(maps, geometry, taken, (seen, at_seen, own_errors), ends, totals, scratch)
         after = kept[index]
-        for place, piece in zip(places[:5], pulled, strict=True):
+        for place, piece in zip(places, pulled, strict=True):
             if place is not None and piece is not None:
                 place[:, :, part].copy_(piece.reshape(place[:, :, part].shape))
     return found, grad_memory, totals

@@ -65,13 +65,14 @@ def causal_linear_attention(
     mask = check_per_key(k, mask=mask, segments=segments, log_decay=log_decay)
     if mask is not None and log_decay is not None:
         log_decay = log_decay.masked_fill(~mask[:, None], 0.0)
-    maps = Maps(query=query_map, key=key_map, groups=k.shape[1]).to(state.sums.dtype)
+    dtype = state.sums.dtype
+    maps = Maps(query=query_map.to(dtype), key=key_map.to(dtype), groups=k.shape[1])
     tokens = Tokens(q, k, v, log_gain, log_decay, mask, None if segments is None else _documents(segments))
-    leaves = (*tokens, *state, *maps.tensors)
-    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
-    if q.shape[2] == 1 and segments is None and not wanted:
-        with no_autocast(q.device):
-            return attend_token(maps, tokens, state, own=consume)
+    if q.shape[2] == 1 and segments is None:
+        leaves = (*tokens, *state, *maps.tensors)
+        if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)):
+            with no_autocast(q.device):
+                return attend_token(maps, tokens, state, own=consume)
     trace, after = run(maps, tokens, state, chunk_size, kernel)
     return trace.out.to(q.dtype), after
 
@@ -98,7 +99,7 @@ def bidirectional_linear_attention(
     """
     mask = check_per_key(k, mask=mask, segments=segments, log_decay=None)
     (b, g, n, d), dtype = k.shape, torch.promote_types(k.dtype, torch.float32)
-    maps = Maps(query=query_map, key=key_map, groups=g).to(dtype)
+    maps = Maps(query=query_map.to(dtype), key=key_map.to(dtype), groups=g)
     features = next(x for x in maps.key(k.new_zeros(g, 1, d, dtype=dtype)) if x is not None)
     state = empty_state(b, g, features.shape[-1], v.shape[-1], device=k.device, dtype=dtype)
     mask = k.new_ones(b, n, dtype=torch.bool) if mask is None else mask
@@ -143,7 +144,8 @@ def absorb_keys(
     if not isinstance(key_map, BlockMap):
         return signed.absorb(k, v, state, key_map=key_map, mask=mask)
     none = k[:, :1, :, :].new_empty(k.shape[0], 0, *k.shape[2:])
-    maps = Maps(query=key_map, key=key_map, groups=k.shape[1]).to(state.sums.dtype)
+    key_map = key_map.to(state.sums.dtype)
+    maps = Maps(query=key_map, key=key_map, groups=k.shape[1])
     return run(maps, Tokens(none, k, v, log_gain, None, mask, None), state, chunk_size)[1]
 
 
@@ -154,7 +156,8 @@ def read_state(q: Tensor, state: LinearState, *, query_map: FeatureMap, chunk_si
     if not isinstance(query_map, BlockMap):
         return signed.read(q, state, query_map=query_map)
     keys, values = (q.new_empty(b, g, 0, size) for size in (q.shape[-1], width - 1))
-    maps = Maps(query=query_map, key=query_map, groups=g).to(state.sums.dtype)
+    query_map = query_map.to(state.sums.dtype)
+    maps = Maps(query=query_map, key=query_map, groups=g)
     return run(maps, Tokens(q, keys, values, None, None, None, None), state, chunk_size)[0].out.to(q.dtype)
 
 

@@ -80,7 +80,7 @@ def open_chunks(maps: Maps, tokens: Tokens, state: LinearState, scratch: Scratch
         steps = Steps(None, fading.left(rows.dtype), None, None)
     else:
         scale, reach = _find_scale(rows, origin, tokens, state, fading, scratch, one_scale=one_scale)
-        if not _is_within(reach, REACH):
+        if not (reach.is_meta or bool(reach <= REACH)):  # all that the engine asks of values, once a block
             return None
         shift = (scale - origin).to(rows.dtype)
         rows.sub_(shift[:, :, None]).exp2_()
@@ -104,7 +104,7 @@ def _open_reading(maps: Maps, tokens: Tokens, state: LinearState, scratch: Scrat
     if shift is not None:
         peak = queries.amax(dim=-1, keepdim=True)
         queries.sub_(peak).exp2_()
-    fading = Fading(queries.new_ones(1, 1, 0), *[None] * 5)
+    fading = Fading(queries.new_ones(1, 1, 0), None, None, None, None, None)
     scores = queries.new_empty(*queries.shape[:3], 0)
     return Chunks(queries, rows, scores, fading, Steps(None, None, None, None), peak, None)
 
@@ -222,11 +222,6 @@ def _running_max(x: Tensor, ended: Tensor | None) -> Tensor:
         closed = torch.cat([closed[:, :step], closed[:, step:] | closed[:, :-step]], dim=1)
         x, step = torch.cat([x[:, :step], more], dim=1), 2 * step
     return x
-
-
-def _is_within(reach: Tensor, limit: float) -> bool:
-    """Return True if `reach` is at most `limit`. This look is all that the engine asks of values, once a block."""
-    return reach.is_meta or bool(reach <= limit)
 
 
 def _find_steps(exponent: Tensor, scale: Tensor, fading: Fading, dtype: torch.dtype) -> Steps:

@@ -32,11 +32,7 @@ class Fading(NamedTuple):
     gain: Tensor | None  # (x, t, c), float64: log2 of what keys are to be multiplied by beforehand
     total: Tensor | None  # (x, t, 1), float64, at most 0: log2 of what decay leaves of the state at the end
     ended: Tensor | None  # (x, t, 1) bool: whether a document ends, and nothing of the state is left
-
-    @property
-    def is_mild(self) -> bool:
-        """Return True if all decay is a gain of keys, which then stand as they would at their tile's start."""
-        return self.gain is not None and self.until_end is None
+    is_mild: bool = False  # whether all decay is a gain of keys, which stand as they would at their tile's start
 
     def left(self, dtype: torch.dtype) -> Tensor | None:
         """Return the share of the state that is left at the end, `(x, t, 1)`."""
@@ -64,7 +60,7 @@ def fade(log_decay: Tensor | None, documents: Tensor | None, scratch: Scratch, c
         past = sum_up_to(log_decay, scratch).mul_(LOG2_E)
         total = past[..., -1:]
         if gains and documents is None and total.device.type == "cpu" and float(total.amin()) > -MILD:
-            return Fading(triangle[:, None], None, None, past.neg(), total, None)
+            return Fading(triangle[:, None], None, None, past.neg(), total, None, is_mild=True)
         whole = past.round() if gains else past
         gain = whole - past if gains else None
         between, since = _exp2_differences(whole, triangle.dtype), whole.to(triangle.dtype).exp2()

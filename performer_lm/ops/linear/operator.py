@@ -30,11 +30,14 @@ def run(
 ) -> tuple[Trace, LinearState]:
     """Attend to a sequence from a state `(b, g, ...)`, with gradients: its trace and the state after it."""
     geometry = choose_geometry(state.sums, block=chunk_size)._replace(triton=takes_triton(kernel, maps, tokens))
-    leaves = [*tokens, *(rearrange(x, "b g ... -> (g b) ...") for x in state), *maps.tensors]
-    given = "".join("-" if leaf is None else "x" for leaf in leaves)
-    there = [leaf for leaf in leaves if leaf is not None]
-    keep = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in there)
-    trace = Trace(*_attend(there, given, maps.code, *geometry, keep))
+    sums, exponent = rearrange(state.sums, "b g m e -> (g b) m e"), rearrange(state.exponent, "b g m -> (g b) m")
+    leaves, given, keep = [], "", False
+    for leaf in (*tokens, sums, exponent, *maps.tensors):
+        given += "-" if leaf is None else "x"
+        if leaf is not None:
+            leaves.append(leaf)
+            keep = keep or leaf.requires_grad
+    trace = Trace(*_attend(leaves, given, maps.code, *geometry, keep and torch.is_grad_enabled()))
     after = (trace.after, trace.exponents[-1])
     return trace, LinearState(*(rearrange(x, "(g b) ... -> b g ...", b=state.sums.shape[0]) for x in after))
 
@@ -116,8 +119,9 @@ def _(
 
 
 def _take_apart(leaves: Sequence[Tensor], given: str, code: str) -> tuple[Tokens, LinearState, Maps]:
-    rest = iter(leaves)
-    found: list[Any] = [next(rest) if mark == "x" else None for mark in given]
+    rest, found = iter(leaves), list[Any]()
+    for mark in given:
+        found.append(next(rest) if mark == "x" else None)
     tokens, state = Tokens(*found[:FIRST_STATE]), LinearState(*found[FIRST_STATE:FIRST_MAP])
     return tokens, state, Maps.decode(code, tuple(found[FIRST_MAP:]))
 

@@ -9,6 +9,7 @@ Letters: `b` batch, `h` heads, `g` key heads, `r` = h / g queries per key, `n` t
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -72,6 +73,7 @@ def pull(
     q, k, v = (torch.empty_like(x) for x in tokens[:3])
     log_gain, log_decay = (None if x is None else torch.empty_like(x) for x in tokens[3:5])
     found = Tokens(q, k, v, log_gain, log_decay, None, None)
+    places = [by_key_heads(q, g), *(None if x is None else x.transpose(0, 1) for x in found[1:5])]
     outer = [None if x is None else by_key_heads(x, g) for x in (trace.out, trace.mass, *grads[:2])]
     grad_sums, totals = (
         None if grads[2] is None else grads[2].clone(),
@@ -79,7 +81,7 @@ def pull(
     )
     for index, part in reversed(list(enumerate(cut(trace.out.shape[2], geometry.block, geometry.tile)))):
         before = LinearState(trace.sums[index], trace.exponents[index])
-        gathered = Gradients(found.by_key_heads(), totals)
+        gathered = Gradients(places, totals)
         grad_sums = walk.backward(part, before, trace.exponents[index + 1], outer, grad_sums, gathered)
     assert grad_sums is not None or not trace.out.shape[2]
     return found, torch.zeros_like(trace.after) if grad_sums is None else grad_sums, totals
@@ -88,22 +90,18 @@ def pull(
 class Gradients(NamedTuple):
     """Where the gradients of a sequence are gathered."""
 
-    tokens: Tokens  # by key heads
+    tokens: list[Tensor | None]  # (g, b, n, ...) or, at queries, (g, b, n, r, d)
     tensors: list[Tensor | None]  # of the maps
 
 
+@dataclass(frozen=True)
 class Walk:
-    """One block after the other, each in the form that its features allow.
+    """One block after the other, each in the form that its features allow."""
 
-    Args:
-        maps: of queries and keys.
-        tokens: of the caller.
-        geometry: of blocks.
-        scratch: memory to work in.
-    """
-
-    def __init__(self, maps: Maps, tokens: Tokens, geometry: Geometry, scratch: Scratch) -> None:
-        self.maps, self.tokens, self.geometry, self.scratch = maps, tokens.by_key_heads(), geometry, scratch
+    maps: Maps
+    tokens: Tokens  # of the caller
+    geometry: Geometry
+    scratch: Scratch
 
     def forward(self, part: slice, state: LinearState, results: tuple[Tensor, Tensor] | None) -> LinearState:
         """Take the tokens of `part` in, and overwrite the sums of `state`.
@@ -183,10 +181,10 @@ class Walk:
         if block.log_decay is not None and log_gain is not None:
             log_decay = _pull_decay(log_gain, (grad_before * before.sums).sum(dim=(1, 2)), self.scratch)
         count = len(self.maps.query.tensors)
-        found = Tokens(
+        found = (
             self._pull_map(self.maps.query, block.queries, queries, gathered.tensors, 0),
             self._pull_map(self.maps.key, block.keys, keys, gathered.tensors, count),
-            *(values, log_gain, log_decay, None, None),
+            *(values, log_gain, log_decay),
         )
         for whole, piece in zip(gathered.tokens, found, strict=True):
             if whole is not None and piece is not None:

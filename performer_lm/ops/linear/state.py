@@ -4,6 +4,7 @@ the memory that its blocks share.
 Letters: `b` batch, `g` key heads, `m` features, `e` value width.
 """
 
+from dataclasses import dataclass, field
 from math import log2, prod
 from typing import NamedTuple
 
@@ -71,6 +72,7 @@ HELD = 1 << 27
 """The same on an accelerator: half a GiB in float32."""
 
 
+@dataclass
 class Scratch:
     """Memory that the blocks of a sequence use one after the other: tensors by name, which grow to the largest block.
 
@@ -79,16 +81,16 @@ class Scratch:
     asked for again.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._dtype, self._device = dtype, device
-        self._held: dict[str, Tensor] = {}
+    dtype: torch.dtype
+    device: torch.device
+    _held: dict[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, name: str, *shape: int) -> Tensor:
         """Return memory of this shape with arbitrary contents."""
         size = prod(shape)
         held = self._held.get(name)
         if held is None or held.numel() < size:
-            held = self._held[name] = torch.empty(size, dtype=self._dtype, device=self._device)
+            held = self._held[name] = torch.empty(size, dtype=self.dtype, device=self.device)
         return held[:size].view(shape)
 
     def take(self, name: str, x: Tensor) -> Tensor:
@@ -99,6 +101,6 @@ class Scratch:
         """Return a lower triangle of ones, `(size, size)`, to sum weights or logarithms by."""
         name = f"triangle of {size}{' of logarithms' if of_logarithms else ''}"
         if name not in self._held:
-            dtype = precise(self._device) if of_logarithms else self._dtype
-            self._held[name] = torch.ones(size, size, dtype=dtype, device=self._device).tril_()
+            dtype = precise(self.device) if of_logarithms else self.dtype
+            self._held[name] = torch.ones(size, size, dtype=dtype, device=self.device).tril_()
         return self._held[name]

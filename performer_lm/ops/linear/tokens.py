@@ -29,14 +29,6 @@ class Tokens(NamedTuple):
     mask: Tensor | None  # (b, n); (x, t, c): False keys are absent
     documents: Tensor | None  # (b, 1 + n); (x, t, 1 + c): the document of the token before stands first
 
-    def by_key_heads(self) -> "Tokens":
-        """View all of a caller's as `(g, b, n, ...)`, queries as `(g, b, n, r, d)`: how blocks are cut out of it."""
-        g = self.keys.shape[1]
-        keys, values = (x.transpose(0, 1) for x in (self.keys, self.values))
-        log_gain, log_decay = (None if x is None else x.transpose(0, 1) for x in (self.log_gain, self.log_decay))
-        mask, documents = (None if x is None else x.expand(g, -1, -1) for x in (self.mask, self.documents))
-        return Tokens(by_key_heads(self.queries, g), keys, values, log_gain, log_decay, mask, documents)
-
 
 def by_key_heads(x: Tensor, g: int) -> Tensor:
     """View `(b, h, n, ...)` as `(g, b, n, r, ...)`."""
@@ -60,11 +52,9 @@ def count_parts(n: int, block: int, tile: int) -> int:
 
 
 def take_block(tokens: Tokens, part: slice, tile: int, scratch: Scratch) -> Tokens:
-    """Copy a block out of `Tokens.by_key_heads`."""
-    queries, keys, values, *rest = (None if x is None else x[:, :, part] for x in tokens[:6])
-    assert queries is not None
-    assert keys is not None
-    assert values is not None
+    """Copy a block out of a caller's tokens."""
+    queries = by_key_heads(tokens.queries[:, :, part], tokens.keys.shape[1])
+    keys, values = tokens.keys[:, :, part].transpose(0, 1), tokens.values[:, :, part].transpose(0, 1)
     g, b, n, r, d = queries.shape
     t = max(1, n // tile)
     with_ones = scratch("values", *values.shape[:-1], values.shape[-1] + 1)
@@ -73,12 +63,14 @@ def take_block(tokens: Tokens, part: slice, tile: int, scratch: Scratch) -> Toke
     shape, dtype = (g * b, t, keys.shape[2] // t), with_ones.dtype
     queries = queries.reshape(g * b, t, n // t * r, d).to(dtype)
     keys, with_ones = keys.reshape(*shape, d).to(dtype), with_ones.view(*shape, values.shape[-1] + 1)
-    log_gain, log_decay, mask = (None if x is None else x.reshape(shape) for x in rest)
+    log_gain = None if tokens.log_gain is None else tokens.log_gain[:, :, part].transpose(0, 1).reshape(shape)
+    log_decay = None if tokens.log_decay is None else tokens.log_decay[:, :, part].transpose(0, 1).reshape(shape)
+    mask = None if tokens.mask is None else tokens.mask[:, part].expand(g, -1, -1).reshape(shape)
     if mask is not None:
         keys = keys.masked_fill(~mask[..., None], 0.0)
         with_ones.masked_fill_(~mask[..., None], 0.0)
     documents = None
     if tokens.documents is not None:
-        around = tokens.documents[:, :, part.start : part.stop + 1].reshape(g * b, n + 1)
+        around = tokens.documents[:, part.start : part.stop + 1].expand(g, -1, -1).reshape(g * b, n + 1)
         documents = around.unfold(1, n // t + 1, n // t)
     return Tokens(queries, keys, with_ones, log_gain, log_decay, mask, documents)

@@ -19,7 +19,8 @@ from performer_lm.data.streaming.data import StreamData
 from performer_lm.data.survey import digest_of
 from performer_lm.data.tokenizer import ByteTokenizer
 from performer_lm.data.tokenizer.recipes import Bytes
-from performer_lm.data.windows import IGNORE, shift
+from performer_lm.data.windows import IGNORE
+from performer_lm.objectives import shift
 
 STORIES = [f"story {number} of {number * number}" for number in range(60)]
 

@@ -6,7 +6,8 @@ import torch
 
 from performer_lm.data.synthetic.data import BLOCK, SyntheticData, TaskWindows
 from performer_lm.data.synthetic.tasks import Copy, Recall
-from performer_lm.data.windows import IGNORE, shift, shown
+from performer_lm.data.windows import IGNORE, shown
+from performer_lm.objectives import shift
 
 RECALL = Recall(vocab_size=20, pairs=3, power=0.01)
 

@@ -67,12 +67,12 @@ def test_more_features_come_closer(lively_model: Build) -> None:
 def test_features_that_are_not_drawn_are_measured_as_they_are(lively_model: Build, overrides: list[str]) -> None:
     model = lively_model(*overrides)
     assert [each.draw for each in run_sweep(model, [16])] == [None, None]
-    with pytest.raises(ValueError, match="are not drawn, so not drawn anew"):
+    with pytest.raises(ValueError, match=r"attn/features=\w+ of layer 0 are not drawn, so not drawn anew"):
         redrawn(favor_layers(model)["layer0"], num_features=16, index=0)
 
 
 @pytest.mark.parametrize(("features", "count", "wanted"), [("hyperbolic", 15, "even"), ("positive", 0, "at least 1")])
 def test_impossible_numbers_are_refused(lively_model: Build, features: str, count: int, wanted: str) -> None:
     attention = favor_layers(lively_model("attn=favor", f"attn/features={features}"))["layer0"]
-    with pytest.raises(ValueError, match=f"num_features of SoftmaxFeatures must be {wanted}.*, got {count}"):
+    with pytest.raises(ValueError, match=f"num_features of attn/features={features} must be {wanted}.*, got {count}"):
         redrawn(attention, num_features=count, index=0)

@@ -41,8 +41,7 @@ def takes_triton(kernel: Kernel, maps: Maps, tokens: Tokens) -> bool:
     if kernel == "torch":
         return False
     q, k, v = tokens[:3]
-    narrow = all(x.dtype == torch.bfloat16 for x in (q, k, v))
-    if kernel == "auto" and not (q.device.type == "cuda" and narrow):
+    if kernel == "auto" and not (q.is_cuda and all(x.dtype == torch.bfloat16 for x in (q, k, v))):
         return False
     refusal = refuse_features(maps.query, maps.key, max(q.shape[3], v.shape[3])) or _refuse_tokens(q, k, v)
     if kernel == "triton":
