@@ -43,7 +43,6 @@ STUDENTS = {  # the backend that takes the place of softmax, and its options
     "local, 128": ("local", "attn.backends.local.window=128"),
     "favor, learned": ("favor", f"attn/features@{FAVOR}.features=learned {FAVOR}.features.centred=true"),
 }
-RANKED_AS = {"favor, learned": "favor"}  # untrained, the layers of the two are about as far off
 STAGES = {  # what is typed for each, and its steps: about as many minutes of both
     "layerwise": ("experiment=linearize optimizer.lr=1e-3", 40),
     "distill": ("experiment=linearize objective=distill optimizer.lr=1e-4", 12),
@@ -87,7 +86,7 @@ class Conversions:
         count = round(job.share * self.depth)
         kept = [int((place + 0.5) * self.depth / count) for place in range(count)]
         if job.chosen == "measured":
-            kept = self.rank(RANKED_AS.get(job.student, job.student))[:count]
+            kept = self.rank(job.student)[:count]
         names = ["flash" if layer in kept else backend for layer in range(self.depth)] if kept else [backend]
         return f"attn=hybrid attn.pattern=[{','.join(names)}] {options}"
 
