@@ -222,9 +222,9 @@ def test_the_first_loss_is_that_of_a_uniform_guess(kind: str, model_section: Cal
     assert loss.item() == pytest.approx(math.log(300), rel=0.02)
 
 
-def test_decay_biases_run_from_1_to_7(model_section: Callable[..., dict[str, Any]]) -> None:
+def test_decay_biases_run_from_7_to_1(model_section: Callable[..., dict[str, Any]]) -> None:
     decay = checkpoint.build(model_section()).performer.layers[0].attention.body.decay
-    torch.testing.assert_close(decay.project.bias.data, torch.tensor([1.0, 3.0, 5.0, 7.0]))
+    torch.testing.assert_close(decay.project.bias.data, torch.tensor([7.0, 5.0, 3.0, 1.0]))
 
 
 @pytest.mark.parametrize(
