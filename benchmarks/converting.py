@@ -162,39 +162,41 @@ class Conversions:
 def tabulate(found: dict[str, Any]) -> str:
     """Return the students' bits per byte, and in brackets those with the linear part cut off, by stage."""
     lines = [
-        "| student | softmax layers | chosen | at once | after `layerwise` | after `distill` | tokens each | minutes |",
+        "| student | softmax layers | chosen | at once | after `layerwise` | after `distill` | tokens | minutes |",
         "|---|---|---|---|---|---|---|---|",
         f"| teacher | all | | {found.get('teacher', float('nan')):.3f} | | | | |",
     ]
     rows = found.get("rows", [])
-    for job in dict.fromkeys(Job(row["student"], row["share"], row["chosen"]) for row in rows):
+    for job in sorted({Job(row["student"], row["share"], row["chosen"]) for row in rows}):
         own = [row for row in rows if (row["student"], row["share"], row["chosen"]) == job]
         by_stage = {row["stage"]: f"{row['bpb']:.3f} ({row['cut_bpb']:.2f})" for row in own}
         cells = " | ".join(by_stage.get(stage, "") for stage in ("swap", *STAGES))
-        tokens, minutes = max(row["tokens"] for row in own), sum(row["minutes"] for row in own)
+        tokens, minutes = sum(row["tokens"] for row in own), sum(row["minutes"] for row in own)
         spent = f"{tokens:,} | {minutes:.0f}" if tokens else " | "
         lines.append(f"| {job.student} | {job.share:.0%} | {job.chosen} | {cells} | {spent} |")
     return "\n".join(lines)
 
 
 def draw(found: dict[str, Any]) -> None:
-    """Draw the students' bits per byte by stage."""
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    stages, rows = ("swap", *STAGES), found.get("rows", [])
-    for job in dict.fromkeys(Job(row["student"], row["share"], row["chosen"]) for row in rows):
-        own = {row["stage"]: row["bpb"] for row in rows if (row["student"], row["share"], row["chosen"]) == job}
-        places = [index for index, stage in enumerate(stages) if stage in own]
-        style = {"measured": "-", "evenly": "--"}.get(job.chosen, ":")
-        label = f"{job.student}, {job.share:.0%} softmax {job.chosen}"
-        colour = f"C{[*STUDENTS].index(job.student)}"
-        axes.plot(places, [own[stages[place]] for place in places], style, marker="o", color=colour, label=label)
+    """Draw the students' bits per byte by the share of softmax layers: at once, and after the last stage."""
+    figure, axes = plt.subplots(figsize=(8.5, 4.5))
+    for colour, student in zip(["C0", "C1", "C2", "C3"], STUDENTS, strict=True):
+        own = sorted((row for row in found.get("rows", []) if row["student"] == student), key=lambda row: row["share"])
+        for chosen, style in (("measured", "-"), ("evenly", "--")):
+            at_once = [row for row in own if row["stage"] == "swap" and row["chosen"] in (chosen, "")]
+            points = [row["share"] for row in at_once], [row["bpb"] for row in at_once]
+            axes.plot(*points, style, marker="o", color=colour, label=f"{student}, at once, {chosen}")
+        learned = [row for row in own if row["stage"] == "distill"]
+        points = [row["share"] for row in learned], [row["bpb"] for row in learned]
+        if learned:
+            axes.plot(*points, "*", markersize=14, color=colour, label=f"{student}, after both stages")
     axes.axhline(found.get("teacher", float("nan")), color="black", label="teacher")
-    axes.set_xticks(range(len(stages)), ["at once", *stages[1:]])
+    axes.set_xlabel("share of layers that keep softmax")
     axes.set_ylabel("bits per byte of held-out text")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
-    figure.savefig(ROOT / "docs" / "images" / "converting.png", dpi=150)
+    figure.savefig(ROOT / "docs" / "images" / "converting.png", dpi=110)
 
 
 def main() -> None:
