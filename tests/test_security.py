@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
 from omegaconf import OmegaConf
 
 from performer_lm import checkpoint
@@ -147,7 +148,10 @@ def test_checkpoints_are_of_this_machine(name: str, invoke: Invoke) -> None:
         assert "is not opened from elsewhere" in err
 
 
-def test_names_of_the_environment_are_in_no_artefact(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_of_the_environment_are_in_no_artefact(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    request.addfinalizer(wandb.teardown)  # it remembers a key for as long as a process lives
     for name in ("WANDB_API_KEY", "HF_TOKEN"):
         monkeypatch.setenv(name, "s3cr3t" * 7)
     monkeypatch.setenv("WANDB_MODE", "offline")
