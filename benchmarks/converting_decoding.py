@@ -1,4 +1,4 @@
-"""What a decoded token costs SmolLM2-135M and its Performers: milliseconds, and bytes of state, by length of the text.
+"""Time a decoded token of SmolLM2-135M and of its Performers, and count their bytes of state, by length of the text.
 
     python benchmarks/converting_decoding.py source=FILE.gguf [lengths=512,4096,16384]
 

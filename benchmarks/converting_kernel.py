@@ -1,4 +1,4 @@
-"""How far random features carry in each layer of a pretrained softmax model, SmolLM2-135M, before anything is learned.
+"""Measure how far random features carry in each layer of SmolLM2-135M, a softmax model, before anything is learned.
 
     python benchmarks/converting_kernel.py source=FILE.gguf
 

@@ -32,8 +32,13 @@ REFUSED = (
     "performer_lm.building",
     "performer_lm.checkpoint",
     "performer_lm.cli",
+    "performer_lm.data.run_config",
+    "performer_lm.evaluation.measured_text",
+    "performer_lm.generation",
     "performer_lm.interop",
+    "performer_lm.serving",
     "performer_lm.training.folder",
+    "performer_lm.writing",
 )
 # Of a checkpoint, which may be a stranger's, the classes of a model are built and nothing else.
 MODEL = (

@@ -30,6 +30,12 @@ DANGEROUS = [
     "performer_lm.",
     "performer_lm..cli",
     "performer_lm.building._within",
+    "performer_lm.writing.replace_text",
+    "performer_lm.data.run_config.read_data_section",
+    "performer_lm.evaluation.measured_text.open_data",
+    "performer_lm.generation.interactive.interact",
+    "performer_lm.generation.states.save_state",
+    "performer_lm.serving.server.open_socket",
 ]
 
 

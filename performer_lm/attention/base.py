@@ -55,9 +55,6 @@ class Attention(nn.Module, ABC, Generic[State]):
         ValueError: for heads that key_heads does not divide, or a dropout that the backend cannot do.
     """
 
-    choice: str
-    """The name of the backend in `attn=`: that of the class in small letters, unless the class sets another."""
-
     attends_across: bool = True
     """Whether queries may belong to another sequence than the keys, as in cross-attention."""
 
@@ -87,10 +84,10 @@ class Attention(nn.Module, ABC, Generic[State]):
         self.dim_value = dim_value
         self.layer = layer
 
-    def __init_subclass__(cls, **options: Any) -> None:
-        """Name the backend after the class."""
-        super().__init_subclass__(**options)
-        cls.choice = snake_case(cls.__name__.removesuffix("Attention"))
+    @property
+    def choice(self) -> str:
+        """Return the name of the backend in `attn=`."""
+        return snake_case(type(self).__name__.removesuffix("Attention"))
 
     @property
     def sizes(self) -> Sizes:

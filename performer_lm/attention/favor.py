@@ -71,7 +71,6 @@ class FavorAttention(Attention[LinearState]):
             layer=self.layer,
             seed=seed,
         )
-        self.choice = self.features.backend
         if kernel == "triton":
             refusal = refuse_features(*self.features.maps(), max(self.dim_head, self.dim_value))
             if refusal:
@@ -81,6 +80,11 @@ class FavorAttention(Attention[LinearState]):
                 f"redraw_interval ({redraw_interval}) needs projections that are drawn and not trained, and "
                 f"attn/features={self.features.choice} has none: set it to null, or take attn/features=positive"
             )
+
+    @property
+    def choice(self) -> str:
+        """Return the name in `attn=` of the backend that has these features."""
+        return self.features.backend
 
     def forward(
         self,

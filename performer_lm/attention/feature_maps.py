@@ -61,9 +61,6 @@ class AttentionFeatures(nn.Module, ABC):
         seed: of the draws.
     """
 
-    choice: str
-    """The name of the features in `attn/features=`: that of the class in small letters, unless it sets another."""
-
     backend: str = "favor"
     """The name in `attn=` of the backend whose features these are."""
 
@@ -80,11 +77,6 @@ class AttentionFeatures(nn.Module, ABC):
     fixed: bool = False
     """Whether `redraw` leaves the projection alone from now on; checkpoints keep this."""
 
-    def __init_subclass__(cls, **options: Any) -> None:
-        """Name the features after the class."""
-        super().__init_subclass__(**options)
-        cls.choice = vars(cls).get("choice", snake_case(cls.__name__.removesuffix("Features")))
-
     def __init__(
         self, *, heads: int, key_heads: int, dim_head: int, num_features: Count | None, layer: int, seed: int
     ) -> None:
@@ -92,6 +84,11 @@ class AttentionFeatures(nn.Module, ABC):
         self.group, self.key_heads, self.dim_head = heads // key_heads, key_heads, dim_head
         self.layer, self.seed = layer, seed
         self.num_features = default_num_features(dim_head) if num_features is None else num_features
+
+    @property
+    def choice(self) -> str:
+        """Return the name of the features in `attn/features=`."""
+        return snake_case(type(self).__name__.removesuffix("Features"))
 
     @abstractmethod
     def maps(self) -> tuple[FeatureMap, FeatureMap]:
@@ -216,10 +213,8 @@ class SoftmaxFeatures(RandomFeatures):
         super().__init__(pairs=antithetic, learned=learned, **drawn)
         self.antithetic, self.momentum = antithetic, momentum
         self.centres = nn.Parameter(torch.zeros(2, self.key_heads, self.dim_head)) if centred else None
-        self.observes = momentum is not None
-        kinds = {"optimal": self.observes, "learned": learned, "hyperbolic": antithetic, "positive": True}
-        self.choice = next(kind for kind, holds in kinds.items() if holds)
         if momentum is not None:
+            self.observes = True
             self.register_buffer("mean_square", torch.zeros(self.key_heads))
             self.register_buffer("pending", torch.zeros(2, self.key_heads), persistent=False)  # sum, count
 
@@ -229,6 +224,13 @@ class SoftmaxFeatures(RandomFeatures):
         if self.momentum is not None:
             self.mean_square, self.pending = widen(self.mean_square), widen(self.pending)
         return self
+
+    @property
+    def choice(self) -> str:
+        """Return the name in `attn/features=` of the options that tell these features from the others."""
+        if self.observes or not self.redrawn:
+            return "optimal" if self.observes else "learned"
+        return "hyperbolic" if self.antithetic else "positive"
 
     def maps(self) -> tuple[FeatureMap, FeatureMap]:
         """Return one map for both sides, but for the norm |x|^2 / 2, which cancels in a query and is left out."""

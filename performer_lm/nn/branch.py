@@ -39,7 +39,10 @@ class TokenInfo(NamedTuple):
     def of(
         cls, x: Tensor, mask: Tensor | None, segments: Tensor | None = None, context: Context | None = None
     ) -> "TokenInfo":
-        """Find the places of tokens `(b, n, dim)`: real tokens alone count, and pads before the first get -1."""
+        """Return the info of tokens `(b, n, dim)` with their places in their documents, from 0.
+
+        Real tokens alone count; pads before the first get -1.
+        """
         if mask is None:
             places = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
         else:

@@ -1,4 +1,4 @@
-"""What attention may be given: q, k, v and the options of each key or pair, checked and folded in one place.
+"""Check and fold the inputs of attention: q, k, v and the options of each key or pair.
 
 A mask is bool, or integer in the convention of `transformers`: 0 hides, 1 keeps. Values are not looked at, as that
 would wait for the device.

@@ -134,8 +134,10 @@ class BlockMap(FeatureMap):
     @property
     def code(self) -> str:
         """Return the class and its numbers as text."""
-        _, *numbers = vars(self).values()  # the tensors stand first
-        return " ".join(map(str, (type(self).__name__, *numbers)))
+        code = type(self).__name__
+        for field in fields(self)[1:]:  # the tensors stand first
+            code += f" {getattr(self, field.name)}"
+        return code
 
     @staticmethod
     def decode(code: str, tensors: tuple[Tensor, ...]) -> "BlockMap":
