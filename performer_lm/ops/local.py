@@ -1,21 +1,21 @@
-"""Softmax attention inside a sliding window, linear in n.
+"""Softmax attention inside a sliding window, and to the first tokens before it, linear in n.
 
 The sequence is cut into blocks as long as the window; a block of queries sees its own keys and its neighbours', and
-each block is one more row of the batch of `exact_attention`. A masked key is as if absent, so windows count kept keys:
-the kept tokens of each row are first moved together at its end, and their outputs moved back.
+each block is one more row of the batch of softmax's reference. A masked key is as if absent, so windows count kept
+keys: the kept tokens of each row are first moved together at its end, and their outputs moved back.
 
-Letters: `b` batch, `h` heads, `g` key heads, `i` queries, `j` keys, `t` blocks, `w` window, `d` head width, `e` value
-width.
+Letters: `b` batch, `h` heads, `g` key heads, `r` query heads per key head, `i` queries, `j` keys, `t` blocks, `w`
+window, `s` sinks, `d` head width, `e` value width.
 """
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import einsum, rearrange
 from torch import Tensor
 
-from performer_lm.ops.checks import check_per_key, check_shapes, fold_batch, sum_of_newer
+from performer_lm.ops.checks import check_per_key, check_shapes, fold_batch, gather_terms, sum_of_newer
 from performer_lm.ops.precision import no_autocast, sum_dtype
-from performer_lm.ops.softmax import exact_attention
+from performer_lm.ops.softmax import attend, exact_attention
 
 
 def local_attention(
@@ -24,6 +24,7 @@ def local_attention(
     v: Tensor,
     *,
     window: int,
+    sinks: int = 0,
     causal: bool = False,
     key_mask: Tensor | None = None,
     segments: Tensor | None = None,
@@ -39,12 +40,14 @@ def local_attention(
         k: `(..., g, j, d)`.
         v: `(..., g, j, e)`.
         window: a query sees keys less than `window` kept keys away.
+        sinks: a query sees the first `sinks` kept keys of its sequence, or its document, too, once they lie before
+            the window: a softmax that was trained on whole sequences leans on them (StreamingLLM, 2309.17453).
 
     Returns:
         `(..., h, i, e)` in q's dtype.
 
     Raises:
-        ValueError: as `exact_attention`, for a window below 1, or lengths that do not fit.
+        ValueError: as `exact_attention`, for a window below 1, sinks below 0, or lengths that do not fit.
 
     Examples:
         >>> import torch
@@ -57,28 +60,42 @@ def local_attention(
     queries, keys = q.shape[-2], k.shape[-2]
     if window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
+    if sinks < 0:
+        raise ValueError(f"sinks must be at least 0, got {sinks}")
     if queries > keys or (queries < keys and not causal):
         wanted = "at most as many queries as keys" if causal else "as many queries as keys"
         raise ValueError(f"a window needs {wanted}, got {queries} and {keys}; attn=exact attends across sequences")
-    if causal and queries == 1:
-        return exact_attention(
-            q, k, v, causal=True, window=window, key_mask=key_mask, segments=segments, log_decay=log_decay, scale=scale
-        )
     key_mask = check_per_key(k, mask=key_mask, segments=segments, log_decay=log_decay, name="key_mask")
     shape = (*q.shape[:-1], v.shape[-1])
     q, k, v = (fold_batch(x, 3) for x in (q, k, v))
     key_mask, segments = (None if x is None else fold_batch(x, 1) for x in (key_mask, segments))
     log_decay = None if log_decay is None else fold_batch(log_decay, 2)
+    kept = k.new_ones(k.shape[0], keys, dtype=torch.bool) if key_mask is None else key_mask
+    if causal and queries == 1:
+        sight = _see(kept, segments, window, sinks)[:, None, None] if sinks else None
+        out = exact_attention(
+            q,
+            k,
+            v,
+            causal=True,
+            window=None if sinks else window,
+            mask=sight,
+            key_mask=key_mask,
+            segments=segments,
+            log_decay=log_decay,
+            scale=scale,
+        )
+        return out.reshape(shape)
     if key_mask is None:
-        return _attend_in_blocks(q, k, v, window, causal, None, segments, log_decay, scale).reshape(shape)
+        return _attend_in_blocks(q, k, v, window, sinks, causal, kept, segments, log_decay, scale).reshape(shape)
 
     order = kept_last(key_mask)
     back = order.argsort(-1)
     q = F.pad(q, (0, 0, keys - queries, 0))
-    q, k, v, key_mask = (take_tokens(x, order) for x in (q, k, v, key_mask))
+    q, k, v, kept = (take_tokens(x, order) for x in (q, k, v, kept))
     segments = None if segments is None else take_tokens(segments, order)
     log_decay = None if log_decay is None else take_tokens(log_decay, order)
-    out = _attend_in_blocks(q, k, v, window, causal, key_mask, segments, log_decay, scale)
+    out = _attend_in_blocks(q, k, v, window, sinks, causal, kept, segments, log_decay, scale)
     return take_tokens(out, back)[..., keys - queries :, :].reshape(shape)
 
 
@@ -89,7 +106,7 @@ def attend_to_window(q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor, log_d
         q: `(b, h, 1, d)`.
         k: `(b, g, w, d)`, the last of them at the query's own place.
         v: `(b, g, w, e)`.
-        key_mask: `(b, w)` bool, False at the front where keys are absent, True at the last.
+        key_mask: `(b, w)` bool, False where keys are absent, True at the last; an absent key does not decay.
         log_decay: `(b, g, w)`.
 
     Returns:
@@ -125,18 +142,20 @@ def _attend_in_blocks(
     k: Tensor,
     v: Tensor,
     window: int,
+    sinks: int,
     causal: bool,
-    key_mask: Tensor | None,
+    kept: Tensor,
     segments: Tensor | None,
     log_decay: Tensor | None,
     scale: float | None,
 ) -> Tensor:
     """Attend where masked tokens, if any, stand at the front of their row."""
-    batch, queries, keys = q.shape[0], q.shape[-2], k.shape[-2]
+    batch, queries, given = q.shape[0], q.shape[-2], q.dtype
     blocks = -(-queries // window)
-    if key_mask is None:
-        key_mask = q.new_ones(batch, keys, dtype=torch.bool)
-    folded = rearrange(F.pad(q, (0, 0, blocks * window - queries, 0)), "b h (t w) d -> (b t) h w d", w=window)
+    missing = blocks * window - queries
+
+    def fold(x: Tensor) -> Tensor:
+        return rearrange(F.pad(x, (0, 0, missing, 0)), "b h (t w) d -> (b t) h w d", w=window)
 
     def around(x: Tensor) -> Tensor:
         return _neighbourhoods(x, blocks=blocks, window=window, causal=causal)
@@ -144,19 +163,86 @@ def _attend_in_blocks(
     def around_flat(x: Tensor) -> Tensor:
         return around(x[:, None, :, None])[:, 0, :, 0]
 
-    out = exact_attention(
-        folded,
-        around(k),
-        around(v),
-        causal=causal,
-        window=window if causal else None,
-        mask=None if causal else _band(window, q.device),
-        key_mask=around_flat(key_mask),
-        segments=None if segments is None else around_flat(segments),
-        log_decay=None if log_decay is None else around(log_decay[..., None])[..., 0],
-        scale=scale,
-    )
-    return rearrange(out, "(b t) h w e -> b h (t w) e", b=batch)[..., blocks * window - queries :, :]
+    with no_autocast(q.device):
+        dtype = sum_dtype(q, k, v)
+        q, k, v = (x.to(dtype) for x in (q, k, v))
+        folded, keys, values = fold(q), around(k), around(v)
+        terms = gather_terms(
+            folded,
+            keys,
+            values,
+            causal=causal,
+            window=window if causal else None,
+            mask=None if causal else _band(window, q.device),
+            key_mask=around_flat(kept),
+            segments=None if segments is None else around_flat(segments),
+            log_decay=None if log_decay is None else around(log_decay[..., None])[..., 0],
+            scale=scale,
+        )
+        own = None
+        if sinks:
+            scores, of_sinks = _meet_sinks(q * terms.scale, k, v, window, sinks, kept, segments, log_decay)
+            of_sinks = fold(rearrange(of_sinks, "b g i s e -> b g i (s e)"))
+            own = fold(scores), rearrange(of_sinks, "b g w (s e) -> b g w s e", s=sinks)
+        out = attend(folded, keys, values, terms, own)
+    return rearrange(out, "(b t) h w e -> b h (t w) e", b=batch)[..., missing:, :].to(given)
+
+
+def _meet_sinks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    sinks: int,
+    kept: Tensor,
+    segments: Tensor | None,
+    log_decay: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return each query's scores `(b, h, i, s)` with its sinks, -inf in or after the window, and their values.
+
+    Masked tokens, if any, stand at the front of their row; q is scaled. Values are `(b, g, i, s, e)`.
+    """
+    queries, keys = q.shape[2], k.shape[2]
+    places = torch.arange(keys, device=q.device)
+    first = (places - _rank(kept, segments))[:, -queries:, None]
+    wanted = first + torch.arange(sinks, device=q.device)
+    too_new = places[-queries:, None] - wanted < window
+    wanted = wanted.clamp(0, keys - 1)
+    grouped = rearrange(q, "b (g r) i d -> b g r i d", g=k.shape[1])
+    scores = einsum(grouped, _take_each(k, wanted), "b g r i d, b g i s d -> b g r i s")
+    if log_decay is not None:
+        newer = sum_of_newer(log_decay, kept)[..., None]
+        faded = _take_each(newer, wanted)[..., 0] - newer[:, :, -queries:]
+        scores = scores + faded[:, :, None].to(scores.dtype)
+    scores = rearrange(scores, "b g r i s -> b (g r) i s").masked_fill(too_new[:, None], -torch.inf)
+    return scores, _take_each(v, wanted)
+
+
+def _take_each(x: Tensor, wanted: Tensor) -> Tensor:
+    """Take keys `wanted` `(b, i, s)` of `(b, g, j, d)` for each query: `(b, g, i, s, d)`.
+
+    As rows of an embedding: many queries take one key, and these gradients are added in one order on every device.
+    """
+    batch, groups, keys, _ = x.shape
+    rows = rearrange(x, "b g j d -> (b j) (g d)")
+    starts = torch.arange(batch, device=x.device) * keys
+    return rearrange(F.embedding(wanted + starts[:, None, None], rows), "b i s (g d) -> b g i s d", g=groups)
+
+
+def _rank(kept: Tensor, segments: Tensor | None) -> Tensor:
+    """Return the place of each kept key in its document, from 0, or in its sequence: `(b, j)`."""
+    count = kept.cumsum(-1)
+    if segments is None:
+        return count - 1
+    starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
+    before = torch.where(starts, count - kept.int(), 0).cummax(-1).values
+    return count - 1 - before
+
+
+def _see(kept: Tensor, segments: Tensor | None, window: int, sinks: int) -> Tensor:
+    """Return True for the keys in the last query's window, and for sinks: `(b, j)`."""
+    count = kept.cumsum(-1)
+    return (count[:, -1:] - count < window) | (_rank(kept, segments) < sinks)
 
 
 def _neighbourhoods(x: Tensor, *, blocks: int, window: int, causal: bool) -> Tensor:

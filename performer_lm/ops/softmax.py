@@ -4,6 +4,7 @@ Letters: `b` batch, `h` heads, `g` key heads, `r` query heads per key head, `i` 
 value width.
 """
 
+import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
@@ -79,16 +80,26 @@ def exact_attention(
         seed=seed,
     )
     with no_autocast(q.device):
-        out = _attend(*fold_heads(q, k, v, dtype=sum_dtype(q, k, v)), terms)
+        out = attend(*fold_heads(q, k, v, dtype=sum_dtype(q, k, v)), terms)
     return out.reshape(*q.shape[:-1], v.shape[-1]).to(q.dtype)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
-    """Return softmax(scale q k + terms) v: `(b h i e)`."""
-    groups = k.shape[1]
+def attend(q: Tensor, k: Tensor, v: Tensor, terms: Terms, own: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Return softmax(scale q k + terms) v: `(b h i e)`.
+
+    Args:
+        q: `(b, h, i, d)`, widened to the dtype of sums.
+        k: `(b, g, j, d)`.
+        v: `(b, g, j, e)`.
+        terms: the options of the call.
+        own: scores `(b, h, i, s)` and values `(b, g, i, s, e)` of s keys more, which each query has to itself.
+    """
+    groups, keys = k.shape[1:3]
     queries = rearrange(q * terms.scale, "b (g r) i d -> b g r i d", g=groups)
     scores = einsum(queries, k, "b g r i d, b g j d -> b g r i j")
     scores = terms.add_to(rearrange(scores, "b g r i j -> b (g r) i j"), ALL, ALL)
+    if own is not None:
+        scores = torch.cat((scores, own[0]), dim=-1)
     sees_none = None
     if terms.may_hide_rows:  # a row of -inf alone has no softmax; as a row of zeros it has one, whose output is dropped
         sees_none = scores.isneginf().all(-1, keepdim=True)
@@ -97,5 +108,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
     if terms.dropout > 0.0:
         weights = weights * terms.kept(weights, ALL, ALL)
     weights = rearrange(weights, "b (g r) i j -> b g r i j", g=groups)
-    out = rearrange(einsum(weights, v, "b g r i j, b g j e -> b g r i e"), "b g r i e -> b (g r) i e")
+    out = einsum(weights[..., :keys], v, "b g r i j, b g j e -> b g r i e")
+    if own is not None:
+        out = out + einsum(weights[..., keys:], own[1], "b g r i s, b g i s e -> b g r i e")
+    out = rearrange(out, "b g r i e -> b (g r) i e")
     return out if sees_none is None else out.masked_fill(sees_none, 0.0)

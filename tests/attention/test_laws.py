@@ -40,7 +40,7 @@ SMALL = {  # blocks smaller than the sequences here; a file without a line is te
 }
 
 
-COMPOSED = ["split", "split in a hybrid", "split of delta"]  # no file of their own builds these
+COMPOSED = ["split", "split in a hybrid", "split of delta", "local with sinks"]  # no file of their own builds these
 
 
 @cache
@@ -52,7 +52,9 @@ def find(name: str) -> AttentionFactory:
         split = partial(SplitAttention, attn=find("chunked"), local=find("local"), local_heads=2)
         return partial(HybridAttention, pattern=["split"], backends={"split": split})
     if name == "split of delta":
-        return partial(SplitAttention, attn=find("delta"), local=find("local"), local_heads=2)
+        return partial(SplitAttention, attn=find("delta"), local=find("local with sinks"), local_heads=2)
+    if name == "local with sinks":
+        return partial(find("local"), sinks=2)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose("train", overrides=[f"attn={name}", *SMALL.get(name, [])])
     factory: AttentionFactory = build_section(OmegaConf.to_container(cfg.attn, resolve=True))
