@@ -26,6 +26,7 @@ KINDS = {
     "chunked": ["attn=chunked"],
     "flash": ["attn=flash"],
     "local": ["attn=local", "attn.window=5"],
+    "sinks": ["attn=local", "attn.window=4", "attn.sinks=2"],
     "hybrid": ["attn=hybrid", "attn.pattern=[local,favor]", "attn.backends.local.window=5"],
     "split": ["attn=favor", "attn.num_features=16", "model.local_heads=2"],
     "all local in one layer": ["attn=exact", "model.local_heads=[0,4]"],

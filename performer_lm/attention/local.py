@@ -138,7 +138,7 @@ class LocalAttention(Attention[LocalCache]):
         places = torch.arange(seen.mask.shape[1], device=seen.mask.device)
         filled = seen.mask[:, : self.sinks].sum(1, keepdim=True)
         sinks = torch.where(places[: self.sinks] == filled, self.sinks, places[: self.sinks])
-        last = torch.cat((sinks, places[self.sinks + 1 :].expand(len(filled), -1)), dim=1)
+        last = torch.cat((sinks, places[self.sinks + 1 :].expand(filled.shape[0], -1)), dim=1)
         decay = seen.log_decay
         if decay is not None:
             lost = decay[..., self.sinks].where(filled == self.sinks, 0.0)

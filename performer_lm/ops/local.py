@@ -151,7 +151,7 @@ def _attend_in_blocks(
 ) -> Tensor:
     """Attend where masked tokens, if any, stand at the front of their row."""
     batch, queries, given = q.shape[0], q.shape[-2], q.dtype
-    blocks = -(-queries // window)
+    blocks = -(-queries // window) + torch.compiler.is_exporting()  # programs take any number of blocks but one
     missing = blocks * window - queries
 
     def fold(x: Tensor) -> Tensor:
@@ -250,8 +250,8 @@ def _neighbourhoods(x: Tensor, *, blocks: int, window: int, causal: bool) -> Ten
     front = (blocks + 1) * window - x.shape[2]
     padded = F.pad(x, (0, 0, front, 0 if causal else window))
     parts = rearrange(padded, "b g (t w) d -> b t g w d", w=window)
-    before, own, after = parts[:, :blocks], parts[:, 1 : blocks + 1], parts[:, 2:]
-    seen = torch.cat([before, own] if causal else [before, after, own], dim=3)
+    before, own = parts[:, :blocks], parts[:, 1 : blocks + 1]
+    seen = torch.cat([before, own] if causal else [before, parts[:, 2:], own], dim=3)
     return rearrange(seen, "b t g s d -> (b t) g s d")
 
 

@@ -61,6 +61,7 @@ VARIANTS = {
     "no extras": ["model.convolution=0", "model.decay=false", "model.gate=false"],
     "plain favor": ["model=transformer"],
     "hybrid by layers": ["attn=hybrid", "attn.pattern=[delta,flash]", "model.token_shift=true"],
+    "first tokens in sight": ["attn=local", "attn.window=4", "attn.sinks=2"],
     "local heads": ["model.local_heads=1", "model.key_heads=4", "model.qk_norm=8"],
     "local heads beside softmax": ["model.local_heads=[0,2]", "attn=flash"],
     "two streams, tied": ["model.reversible=true", "model.tie_embeddings=true", "model/norm=layer"],
@@ -149,7 +150,7 @@ def test_an_export_gives_the_logits_and_the_text_of_the_model(name: str, exporte
         assert torch.equal(found[:, tokens.shape[1] :], wanted), use_cache
 
 
-@pytest.mark.parametrize("name", ["attn=favor", "attn=delta", "hybrid by layers", "local heads"])
+@pytest.mark.parametrize("name", ["attn=favor", "attn=delta", "hybrid by layers", "local heads", "first tokens in sight"])
 @torch.inference_mode()
 def test_beams_follow_the_streams_that_ours_follow(name: str, exported: Any) -> None:
     model, twin = exported(*VARIANTS[name])
@@ -165,7 +166,7 @@ def test_beams_follow_the_streams_that_ours_follow(name: str, exported: Any) -> 
         assert until_end(own[11:]) == until_end(best.tokens[0])
 
 
-@pytest.mark.parametrize("name", ["attn=favor", "attn=local", "attn=flash"])
+@pytest.mark.parametrize("name", ["attn=favor", "attn=local", "first tokens in sight", "attn=flash"])
 @torch.inference_mode()
 def test_a_cache_goes_on_in_any_parts_and_its_streams_can_be_picked_and_repeated(name: str, exported: Any) -> None:
     model, twin = exported(*VARIANTS[name])

@@ -12,13 +12,13 @@ from performer_lm.model import PerformerLM
 
 Build = Callable[..., PerformerLM]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
-LINEAR = ["favor", "relu", "linear", "delta", "local"]
+LINEAR = ["favor", "relu", "linear", "delta", "local", "local attn.window=100", "local attn.window=4", "local attn.window=4 attn.sinks=2"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attn", [*LINEAR, "flash", "hybrid"])
 def test_the_program_of_a_forward_takes_any_batch_and_length(attn: str, lively_model: Build, tmp_path: Path) -> None:
-    model = lively_model(f"attn={attn}", "model.depth=1")
+    model = lively_model(*f"attn={attn}".split(), "model.depth=1")
     torch.export.save(export_forward(model), tmp_path / "forward.pt2")
     program = torch.export.load(tmp_path / "forward.pt2").module()
     for shape in ((1, 4), (2, 31), (5, 130)):
@@ -30,7 +30,7 @@ def test_the_program_of_a_forward_takes_any_batch_and_length(attn: str, lively_m
 @pytest.mark.slow
 @pytest.mark.parametrize("attn", LINEAR)
 def test_the_program_of_a_step_decodes_what_the_model_does(attn: str, lively_model: Build) -> None:
-    model = lively_model(f"attn={attn}", "model.depth=1")
+    model = lively_model(*f"attn={attn}".split(), "model.depth=1")
     program = export_step(model).module()
     tokens = torch.randint(40, (2, 12))
     with torch.no_grad():
