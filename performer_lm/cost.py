@@ -12,15 +12,18 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from performer_lm.attention.base import Attention, parts_of
+from performer_lm.attention.chunked import ChunkedAttention
 from performer_lm.attention.favor import FavorAttention
 from performer_lm.attention.flash import FlashAttention
+from performer_lm.attention.flash_tiled import FlashTiledAttention
 from performer_lm.attention.joining import count_bytes
 from performer_lm.language_model import LanguageModel
 from performer_lm.nn.attention import MultiHeadAttention
 from performer_lm.objectives import Objective
 
-LONGEST = 256
-"""Tokens up to which activations are counted as they are; beyond, a parabola through three counts goes on."""
+LONGEST = 2048
+"""Tokens up to which activations are counted where attention is a loop in Python, even on `meta`; it keeps them in
+proportion to the tokens."""
 
 
 class Size(NamedTuple):
@@ -68,12 +71,14 @@ def measure_cost(model: LanguageModel, objective: Objective, *, context: int) ->
     linear = [
         (part, body.causal) for body in layers for part in parts_of(body.backend) if isinstance(part, FavorAttention)
     ]
+    loops = any(isinstance(part, ChunkedAttention | FlashTiledAttention) for part in parts_of(model))
+    counted = min(context, LONGEST) if loops else context
     return Cost(
         size=count_numbers(model),
         flops=model.count_flops(context) / context,
         backends=backends,
         softmax=_cost_of(_flash_like(linear[0][0]), context, causal=linear[0][1]) if linear else None,
-        activation_bytes=_extrapolate(model, objective, context),
+        activation_bytes=round(count_activations(model, objective, tokens=counted) * context / counted),
         pays_from=find_crossover(*linear[0]) if linear else None,
     )
 
@@ -123,15 +128,6 @@ def find_crossover(backend: FavorAttention, causal: bool) -> int:
         middle = (low + high) // 2
         low, high = (low, middle) if pays(middle) else (middle, high)
     return high
-
-
-def _extrapolate(model: LanguageModel, objective: Objective, context: int) -> int:
-    if context <= LONGEST:
-        return count_activations(model, objective, tokens=context)
-    step = LONGEST // 4
-    one, two, three = (count_activations(model, objective, tokens=LONGEST - back * step) for back in (2, 1, 0))
-    ahead = (context - LONGEST) / step
-    return round(three + ahead * (three - two) + ahead * (ahead + 1) / 2 * (three - 2 * two + one))
 
 
 class _Fused(TorchFunctionMode):
