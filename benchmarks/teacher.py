@@ -76,12 +76,12 @@ def open_student(folder: Path, words: str = "") -> PerformerLM:
     return model
 
 
-def open_text(count: int) -> Text:
+def open_text(count: int, *, context: int = CONTEXT) -> Text:
     """Return windows of held-out text, evenly spread, as the teacher reads them."""
     opened = checkpoint.read(checkpoint.find(str(TEACHER)))
     teacher, tokenizer = checkpoint.open_model(opened)
     assert isinstance(teacher, PerformerLM)
-    section = {key: value for key, value in composed("data", *DATA.split()).items() if key != "tokenizer"}
+    section = {key: value for key, value in composed("data", *DATA.split(), f"data.context={context}").items() if key != "tokenizer"}
     data = build(section, key="data", more={"tokenizer": Restored(plain=tokenizer.to_dict())})
     data.prepare_held_out(whole=False)
     rows = data.held_out.rows(spread_places(data.held_out, count))
