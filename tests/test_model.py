@@ -223,9 +223,20 @@ def test_the_first_loss_is_that_of_a_uniform_guess(kind: str, model_section: Cal
     assert loss.item() == pytest.approx(math.log(300), rel=0.02)
 
 
-def test_decay_biases_run_from_7_to_1(model_section: Callable[..., dict[str, Any]]) -> None:
-    decay = checkpoint.build(model_section()).performer.layers[0].attention.body.decay
-    torch.testing.assert_close(decay.project.bias.data, torch.tensor([7.0, 5.0, 3.0, 1.0]))
+@pytest.mark.parametrize(
+    ("options", "biases"),
+    [
+        ([], [7.0, 5.0, 3.0, 1.0]),
+        (["model.local_heads=1"], [7.0, 4.0, 1.0, 7.0]),
+        (["model.local_heads=2", "attn=hybrid", "attn.pattern=[delta,flash]"], [7.0, 1.0, 7.0, 1.0]),
+        (["model.heads=1"], [7.0]),
+    ],
+)
+def test_biases_of_decay_run_from_7_to_1_over_the_heads_of_each_backend(
+    model_section: Callable[..., dict[str, Any]], options: list[str], biases: list[float]
+) -> None:
+    decay = checkpoint.build(model_section(*options)).performer.layers[0].attention.body.decay
+    torch.testing.assert_close(decay.project.bias.data, torch.tensor(biases))
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ class HybridAttention(Attention[Any]):
                     f"attn.pattern: no backend {name!r}; did you mean {nearest[0]!r}? (choices: {', '.join(backends)})"
                 )
         self.chosen = backends[pattern[self.layer % len(pattern)]](**self.sizes)
+        self.keys_each = self.chosen.keys_each
         self.attends_across, self.takes_beta = self.chosen.attends_across, self.chosen.takes_beta
 
     def check(self, **use: bool) -> None:

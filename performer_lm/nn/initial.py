@@ -3,8 +3,9 @@
 import torch
 from torch import nn
 
+from performer_lm.nn.attention import MultiHeadAttention
 from performer_lm.nn.branch import Branch
-from performer_lm.nn.mixing import LogDecay, ShortConvolution
+from performer_lm.nn.mixing import ShortConvolution
 from performer_lm.nn.positions import AxialPositions, LearnedPositions
 
 
@@ -19,7 +20,7 @@ def initialise(model: nn.Module) -> None:
     | the same, behind a ReZero gate | normal(1 / sqrt(fan in)): the gate is what is zero |
     | biases | zeros |
     | convolution | the token itself (1), and a little of those before (normal(0.1)) |
-    | decay | weight zeros; bias evenly from `longest` to `shortest` over the heads |
+    | decay | weight zeros; bias evenly from `longest` to `shortest` over the heads of each backend |
     | learned and axial positions | normal(0.02) |
     | norms, ReZero gates, temperatures | their constructors': gain 1 (ScaleNorm sqrt(dim)), offset 0, gate 0, logit 0 |
     | projections of random features | their backend's own |
@@ -36,10 +37,11 @@ def initialise(model: nn.Module) -> None:
             for parameter in module.parameters():
                 nn.init.normal_(parameter, std=0.02)
     for module in model.modules():
-        if isinstance(module, LogDecay):
-            nn.init.zeros_(module.project.weight)
-            bias = module.project.bias
-            bias.copy_(torch.linspace(module.longest, module.shortest, len(bias), device=bias.device))
+        if isinstance(module, MultiHeadAttention) and module.decay is not None:
+            nn.init.zeros_(module.decay.project.weight)
+            bias, longest, shortest = module.decay.project.bias, module.decay.longest, module.decay.shortest
+            for group in bias.split(module.backend.keys_each):
+                group.copy_(torch.linspace(longest, shortest, len(group), device=bias.device))
         elif isinstance(module, Branch) and module.gate is None:
             for name, parameter in module.named_parameters():
                 if name.endswith("project_out.weight"):
