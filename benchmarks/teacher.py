@@ -81,7 +81,11 @@ def open_text(count: int, *, context: int = CONTEXT) -> Text:
     opened = checkpoint.read(checkpoint.find(str(TEACHER)))
     teacher, tokenizer = checkpoint.open_model(opened)
     assert isinstance(teacher, PerformerLM)
-    section = {key: value for key, value in composed("data", *DATA.split(), f"data.context={context}").items() if key != "tokenizer"}
+    section = {
+        key: value
+        for key, value in composed("data", *DATA.split(), f"data.context={context}").items()
+        if key != "tokenizer"
+    }
     data = build(section, key="data", more={"tokenizer": Restored(plain=tokenizer.to_dict())})
     data.prepare_held_out(whole=False)
     rows = data.held_out.rows(spread_places(data.held_out, count))

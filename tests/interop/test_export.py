@@ -150,7 +150,9 @@ def test_an_export_gives_the_logits_and_the_text_of_the_model(name: str, exporte
         assert torch.equal(found[:, tokens.shape[1] :], wanted), use_cache
 
 
-@pytest.mark.parametrize("name", ["attn=favor", "attn=delta", "hybrid by layers", "local heads", "first tokens in sight"])
+@pytest.mark.parametrize(
+    "name", ["attn=favor", "attn=delta", "hybrid by layers", "local heads", "first tokens in sight"]
+)
 @torch.inference_mode()
 def test_beams_follow_the_streams_that_ours_follow(name: str, exported: Any) -> None:
     model, twin = exported(*VARIANTS[name])

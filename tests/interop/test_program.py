@@ -12,7 +12,16 @@ from performer_lm.model import PerformerLM
 
 Build = Callable[..., PerformerLM]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
-LINEAR = ["favor", "relu", "linear", "delta", "local", "local attn.window=100", "local attn.window=4", "local attn.window=4 attn.sinks=2"]
+LINEAR = [
+    "favor",
+    "relu",
+    "linear",
+    "delta",
+    "local",
+    "local attn.window=100",
+    "local attn.window=4",
+    "local attn.window=4 attn.sinks=2",
+]
 
 
 @pytest.mark.slow

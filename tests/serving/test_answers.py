@@ -170,7 +170,9 @@ def test_the_default_of_a_parameter_is_that_of_openai(serve: Any, tiny: Performe
         assert whole["choices"][0]["text"] == rows_of(tiny, "line", max_tokens=16)[0].text
 
 
-@pytest.mark.parametrize("words", [["attn=favor"], ["attn=local", "attn.window=5", "attn.sinks=1"], ["attn=exact"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [["attn=favor"], ["attn=local", "attn.window=5", "attn.sinks=1"], ["attn=exact"]], ids=" ".join
+)
 def test_a_prefix_seen_is_read_no_more_and_answers_stay(
     serve: Any, lively_model: Build, words: list[str], rows_of: RowsOf
 ) -> None:
