@@ -4,17 +4,18 @@ The sequence is cut into blocks as long as the window; a block of queries sees i
 each block is one more row of the batch of softmax's reference. A masked key is as if absent, so windows count kept
 keys: the kept tokens of each row are first moved together at its end, and their outputs moved back.
 
-Letters: `b` batch, `h` heads, `g` key heads, `r` query heads per key head, `i` queries, `j` keys, `t` blocks, `w`
+Letters: `b` batch, `h` heads, `g` key heads, `i` queries, `j` keys, `t` blocks, `w`
 window, `s` sinks, `d` head width, `e` value width.
 """
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange
+from einops import rearrange
 from torch import Tensor
 
 from performer_lm.ops.checks import check_per_key, check_shapes, fold_batch, gather_terms, sum_of_newer
 from performer_lm.ops.precision import no_autocast, sum_dtype
+from performer_lm.ops.sinks import in_sight, meet_sinks
 from performer_lm.ops.softmax import attend, exact_attention
 
 
@@ -72,7 +73,7 @@ def local_attention(
     log_decay = None if log_decay is None else fold_batch(log_decay, 2)
     kept = k.new_ones(k.shape[0], keys, dtype=torch.bool) if key_mask is None else key_mask
     if causal and queries == 1:
-        sight = _see(kept, segments, window, sinks)[:, None, None] if sinks else None
+        sight = in_sight(kept, segments, window, sinks)[:, None, None] if sinks else None
         out = exact_attention(
             q,
             k,
@@ -181,68 +182,11 @@ def _attend_in_blocks(
         )
         own = None
         if sinks:
-            scores, of_sinks = _meet_sinks(q * terms.scale, k, v, window, sinks, kept, segments, log_decay)
+            scores, of_sinks = meet_sinks(q * terms.scale, k, v, window, sinks, kept, segments, log_decay)
             of_sinks = fold(rearrange(of_sinks, "b g i s e -> b g i (s e)"))
             own = fold(scores), rearrange(of_sinks, "b g w (s e) -> b g w s e", s=sinks)
         out = attend(folded, keys, values, terms, own)
     return rearrange(out, "(b t) h w e -> b h (t w) e", b=batch)[..., missing:, :].to(given)
-
-
-def _meet_sinks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int,
-    sinks: int,
-    kept: Tensor,
-    segments: Tensor | None,
-    log_decay: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Return each query's scores `(b, h, i, s)` with its sinks, -inf in or after the window, and their values.
-
-    Masked tokens, if any, stand at the front of their row; q is scaled. Values are `(b, g, i, s, e)`.
-    """
-    queries, keys = q.shape[2], k.shape[2]
-    places = torch.arange(keys, device=q.device)
-    first = (places - _rank(kept, segments))[:, -queries:, None]
-    wanted = first + torch.arange(sinks, device=q.device)
-    too_new = places[-queries:, None] - wanted < window
-    wanted = wanted.clamp(0, keys - 1)
-    grouped = rearrange(q, "b (g r) i d -> b g r i d", g=k.shape[1])
-    scores = einsum(grouped, _take_each(k, wanted), "b g r i d, b g i s d -> b g r i s")
-    if log_decay is not None:
-        newer = sum_of_newer(log_decay, kept)[..., None]
-        faded = _take_each(newer, wanted)[..., 0] - newer[:, :, -queries:]
-        scores = scores + faded[:, :, None].to(scores.dtype)
-    scores = rearrange(scores, "b g r i s -> b (g r) i s").masked_fill(too_new[:, None], -torch.inf)
-    return scores, _take_each(v, wanted)
-
-
-def _take_each(x: Tensor, wanted: Tensor) -> Tensor:
-    """Take keys `wanted` `(b, i, s)` of `(b, g, j, d)` for each query: `(b, g, i, s, d)`.
-
-    As rows of an embedding: many queries take one key, and these gradients are added in one order on every device.
-    """
-    batch, groups, keys, _ = x.shape
-    rows = rearrange(x, "b g j d -> (b j) (g d)")
-    starts = torch.arange(batch, device=x.device) * keys
-    return rearrange(F.embedding(wanted + starts[:, None, None], rows), "b i s (g d) -> b g i s d", g=groups)
-
-
-def _rank(kept: Tensor, segments: Tensor | None) -> Tensor:
-    """Return the place of each kept key in its document, from 0, or in its sequence: `(b, j)`."""
-    count = kept.cumsum(-1)
-    if segments is None:
-        return count - 1
-    starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
-    before = torch.where(starts, count - kept.int(), 0).cummax(-1).values
-    return count - 1 - before
-
-
-def _see(kept: Tensor, segments: Tensor | None, window: int, sinks: int) -> Tensor:
-    """Return True for the keys in the last query's window, and for sinks: `(b, j)`."""
-    count = kept.cumsum(-1)
-    return (count[:, -1:] - count < window) | (_rank(kept, segments) < sinks)
 
 
 def _neighbourhoods(x: Tensor, *, blocks: int, window: int, causal: bool) -> Tensor:
