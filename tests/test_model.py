@@ -227,12 +227,13 @@ def test_the_first_loss_is_that_of_a_uniform_guess(kind: str, model_section: Cal
     ("options", "biases"),
     [
         ([], [7.0, 5.0, 3.0, 1.0]),
-        (["model.local_heads=1"], [7.0, 4.0, 1.0, 7.0]),
-        (["model.local_heads=2", "attn=hybrid", "attn.pattern=[delta,flash]"], [7.0, 1.0, 7.0, 1.0]),
+        (["model.local_heads=1"], [5.0, 3.0, 1.0, 7.0]),
+        (["model.local_heads=2", "attn=hybrid", "attn.pattern=[delta,flash]"], [3.0, 1.0, 7.0, 5.0]),
+        (["model.heads=2", "model.local_heads=1"], [7.0, 7.0]),
         (["model.heads=1"], [7.0]),
     ],
 )
-def test_biases_of_decay_run_from_7_to_1_over_the_heads_of_each_backend(
+def test_biases_of_decay_run_from_7_for_local_heads_to_1(
     model_section: Callable[..., dict[str, Any]], options: list[str], biases: list[float]
 ) -> None:
     decay = checkpoint.build(model_section(*options)).performer.layers[0].attention.body.decay

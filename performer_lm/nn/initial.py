@@ -20,7 +20,7 @@ def initialise(model: nn.Module) -> None:
     | the same, behind a ReZero gate | normal(1 / sqrt(fan in)): the gate is what is zero |
     | biases | zeros |
     | convolution | the token itself (1), and a little of those before (normal(0.1)) |
-    | decay | weight zeros; bias evenly from `longest` to `shortest` over the heads of each backend |
+    | decay | weight zeros; bias evenly from `longest`, for local heads, to `shortest`; an only global head: `longest` |
     | learned and axial positions | normal(0.02) |
     | norms, ReZero gates, temperatures | their constructors': gain 1 (ScaleNorm sqrt(dim)), offset 0, gate 0, logit 0 |
     | projections of random features | their backend's own |
@@ -40,8 +40,10 @@ def initialise(model: nn.Module) -> None:
         if isinstance(module, MultiHeadAttention) and module.decay is not None:
             nn.init.zeros_(module.decay.project.weight)
             bias, longest, shortest = module.decay.project.bias, module.decay.longest, module.decay.shortest
-            for group in bias.split(module.backend.keys_each):
-                group.copy_(torch.linspace(longest, shortest, len(group), device=bias.device))
+            alone, *local = module.backend.keys_each  # global heads, and local ones where there are any
+            bias.copy_(torch.linspace(longest, shortest, len(bias), device=bias.device).roll(-sum(local)))
+            if alone == 1:
+                bias[0] = longest
         elif isinstance(module, Branch) and module.gate is None:
             for name, parameter in module.named_parameters():
                 if name.endswith("project_out.weight"):

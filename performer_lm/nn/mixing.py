@@ -173,9 +173,9 @@ class _ShiftedProducts(torch.autograd.Function):
 class LogDecay(nn.Module):
     """Compute how fast each key head forgets from the token: `log_decay = logsigmoid(W x + bias)`, at most 0.
 
-    Of the heads that run one backend, the first starts with bias `longest`, a half-life of hundreds of tokens, and the
-    last with `shortest`, a few tokens. So an only head of a group remembers, a local one too: one that forgets within a
-    few tokens learns neither recall nor to copy from near by.
+    Biases start evenly between `longest`, a half-life of hundreds of tokens, and `shortest`, of a few. Local heads have
+    the longest, and so has an only global head: one that forgets within a few tokens learns neither to copy from near
+    by nor to recall.
     """
 
     def __init__(self, dim: int, *, key_heads: int, shortest: float = 1.0, longest: float = 7.0) -> None:
