@@ -80,7 +80,7 @@ class Attention(nn.Module, ABC, Generic[State]):
         self.dropout = dropout
         self.heads = heads
         self.key_heads = key_heads
-        self.keys_each = [key_heads]  # of the groups of heads that run one backend each
+        self.keys_each = [key_heads]  # of each group of heads that runs one backend: global heads, then local ones
         self.dim_head = dim_head
         self.dim_value = dim_value
         self.layer = layer

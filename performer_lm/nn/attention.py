@@ -77,8 +77,9 @@ class MultiHeadAttention(Body):
         self.key_norm = None if head_norm is None else head_norm(dim_head)
         places = positions(dim_head=dim_head)
         self.positions = None if isinstance(places, NoPositions) else places
-        self.decay = LogDecay(dim, key_heads=key_heads) if decay else None
-        self.backend = attn(heads=heads, key_heads=key_heads, dim_head=dim_head, dim_value=dim_head, layer=layer)
+        backend = attn(heads=heads, key_heads=key_heads, dim_head=dim_head, dim_value=dim_head, layer=layer)
+        self.decay = LogDecay(dim, key_heads=key_heads, local=sum(backend.keys_each[1:])) if decay else None
+        self.backend = backend  # behind decay: optimizers know weights by their order
         self.backend.check(causal=causal, packed=False)
         if self.backend.takes_beta:  # a part of the backend: another one leaves it out
             self.backend.beta = WriteStrength(dim, key_heads=key_heads)

@@ -3,9 +3,8 @@
 import torch
 from torch import nn
 
-from performer_lm.nn.attention import MultiHeadAttention
 from performer_lm.nn.branch import Branch
-from performer_lm.nn.mixing import ShortConvolution
+from performer_lm.nn.mixing import LogDecay, ShortConvolution
 from performer_lm.nn.positions import AxialPositions, LearnedPositions
 
 
@@ -37,13 +36,13 @@ def initialise(model: nn.Module) -> None:
             for parameter in module.parameters():
                 nn.init.normal_(parameter, std=0.02)
     for module in model.modules():
-        if isinstance(module, MultiHeadAttention) and module.decay is not None:
-            nn.init.zeros_(module.decay.project.weight)
-            bias, longest, shortest = module.decay.project.bias, module.decay.longest, module.decay.shortest
-            alone, *local = module.backend.keys_each  # global heads, and local ones where there are any
-            bias.copy_(torch.linspace(longest, shortest, len(bias), device=bias.device).roll(-sum(local)))
-            if alone == 1:
-                bias[0] = longest
+        if isinstance(module, LogDecay):
+            nn.init.zeros_(module.project.weight)
+            bias = module.project.bias
+            spread = torch.linspace(module.longest, module.shortest, len(bias), device=bias.device)
+            bias.copy_(spread.roll(-module.local))
+            if len(bias) - module.local == 1:
+                bias[0] = module.longest
         elif isinstance(module, Branch) and module.gate is None:
             for name, parameter in module.named_parameters():
                 if name.endswith("project_out.weight"):

@@ -178,8 +178,11 @@ class LogDecay(nn.Module):
     by nor to recall.
     """
 
-    def __init__(self, dim: int, *, key_heads: int, shortest: float = 1.0, longest: float = 7.0) -> None:
+    def __init__(
+        self, dim: int, *, key_heads: int, local: int = 0, shortest: float = 1.0, longest: float = 7.0
+    ) -> None:
         super().__init__()
+        self.local = local  # of the key heads, the last
         self.shortest = shortest
         self.longest = longest
         self.project = nn.Linear(dim, key_heads)
