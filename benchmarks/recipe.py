@@ -39,7 +39,7 @@ NOW = {  # 4 heads of 64, and half-lives by backend: the default since 2026-11-2
     "default, delta": "attn=delta",
     "default, delta 3 : flash 1": "attn=hybrid attn.pattern=[delta,delta,delta,flash] model.local_heads=[1,1,1,0]",
     "default, rotary transformer": f"{ROTARY} model.heads=4",
-    "default, local": "attn=local attn.window=128 model.local_heads=0",
+    "default, local of 128": "attn=local attn.window=128 model.local_heads=0",
 }
 WITHOUT = {
     f"{arm}, no {part}": f"{NOW[arm]} model.{part}={none}"
@@ -59,7 +59,7 @@ BEFORE = {
     "delta, 4 heads, m 128, 1 local": "attn=delta model.heads=4 model.local_heads=1 attn.num_features=128",
     "hybrid delta, 4 heads": DELTA_HYBRID.replace("heads=8", "heads=4"),
     "rotary transformer, 4 heads": f"{ROTARY} model.heads=4",
-    "local, 4 heads": f"attn=local {WIDE}",
+    "local of 256, 4 heads": f"attn=local attn.window=256 {WIDE}",
     "hybrid favor": f"attn=hybrid {HYBRID_M64.format('favor')} {NARROW}",
     "delta, 2 local heads": f"attn=delta {M64} model.heads=8 model.local_heads=2",
     "favor, 2 local heads": f"attn=favor {M64} model.heads=8 model.local_heads=2",
