@@ -1,13 +1,13 @@
 """Performers against softmax at equal tokens, steps and tuning: what each arm gives, and what it is made of.
 
-    python benchmarks/recipe.py [rates] [long] [seeds] [context] [prose] [jobs=1]   run what is missing, then the tables
-    python benchmarks/recipe.py table                                               the tables alone
+    python benchmarks/recipe.py [rates] [long] [seeds] [parts] [prose] [context] [jobs=1]   run what is missing
+    python benchmarks/recipe.py table                                                       the tables alone
 
 Each arm of `NOW` trains with three learning rates for 300 steps (`rates`), then for 1200 with the best of the three
 (`long`) and more seeds (`seeds`), and for 300 without each extra (`parts`), in windows of 2048 (`context`) and on text
 that is no code (`prose`: what installed packages say of themselves). A run is `python train.py` with the words in
-`ARMS`, in runs/recipe/; one that was cut off goes on. About six hours of one core. The arms of `BEFORE`, heads of 32
-and another order of half-lives, are measured and not run again; NVIDIA H100 and H200, bf16-mixed.
+`ARMS`, in runs/recipe/; one that was cut off goes on. About six hours of one core. The arms of `BEFORE` were
+measured in bf16-mixed on NVIDIA H100 and H200 and are not run again.
 Writes results/recipe.json and results/recipe.png.
 """
 
@@ -33,7 +33,7 @@ NARROW, M64 = "model.heads=8 model.local_heads=0", "attn.num_features=64"  # hea
 WIDE = "model.heads=4 model.local_heads=0"
 ROTARY = "model=transformer attn=flash model.feed_forward.mult=4.5"  # as many parameters as the others
 PARTS = {"convolution": "0", "decay": "false", "gate": "false"}
-NOW = {  # 4 heads of 64, and half-lives by backend: the default since 2026-11-27
+NOW = {  # the default model with each attention: 4 heads of 64
     "default, flash": "attn=flash model.local_heads=0",
     "default, favor": "attn=favor",
     "default, delta": "attn=delta",

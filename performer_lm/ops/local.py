@@ -4,8 +4,8 @@ The sequence is cut into blocks as long as the window; a block of queries sees i
 each block is one more row of the batch of softmax's reference. A masked key is as if absent, so windows count kept
 keys: the kept tokens of each row are first moved together at its end, and their outputs moved back.
 
-Letters: `b` batch, `h` heads, `g` key heads, `i` queries, `j` keys, `t` blocks, `w`
-window, `s` sinks, `d` head width, `e` value width.
+Letters: `b` batch, `h` heads, `g` key heads, `i` queries, `j` keys, `t` blocks, `w` window, `s` sinks, `d` head width,
+`e` value width.
 """
 
 import torch
@@ -73,18 +73,9 @@ def local_attention(
     log_decay = None if log_decay is None else fold_batch(log_decay, 2)
     kept = k.new_ones(k.shape[0], keys, dtype=torch.bool) if key_mask is None else key_mask
     if causal and queries == 1:
-        sight = in_sight(kept, segments, window, sinks)[:, None, None] if sinks else None
+        sight = in_sight(kept, segments, window, sinks)[:, None, None]
         out = exact_attention(
-            q,
-            k,
-            v,
-            causal=True,
-            window=None if sinks else window,
-            mask=sight,
-            key_mask=key_mask,
-            segments=segments,
-            log_decay=log_decay,
-            scale=scale,
+            q, k, v, causal=True, mask=sight, key_mask=key_mask, segments=segments, log_decay=log_decay, scale=scale
         )
         return out.reshape(shape)
     if key_mask is None:

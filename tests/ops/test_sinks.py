@@ -16,7 +16,7 @@ def see_window_and_sinks(call, *, window, sinks):
         for i in range(queries):
             at = keys - queries + i
             for j in range(keys):
-                apart = sum(kept[row][min(at, j) + 1 : max(at, j) + 1]) if j <= at else sum(kept[row][at + 1 : j + 1])
+                apart = sum(kept[row][min(at, j) + 1 : max(at, j) + 1])
                 older = sum(kept[row][x] and document[row][x] == document[row][j] for x in range(j))
                 seen[row, 0, i, j] = apart < window or (j < at and older < sinks)
     return seen
@@ -37,15 +37,3 @@ def test_sinks_stay_in_sight(calls, agree, data, window, sinks, causal):
         lambda **c: exact_attention(**c, mask=seen).where(kept, 0.0),
         call,
     )
-
-
-def test_gradients_of_a_sink_are_added_in_one_order():
-    q, k, v = torch.randn(3, 2, 2, 300, 8)
-    found = [
-        torch.autograd.grad(
-            local_attention(q, k, x := v.clone().requires_grad_(), window=4, sinks=2, causal=True).sum(), x
-        )[0]
-        for _ in range(3)
-    ]
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
