@@ -170,11 +170,14 @@ def tabulate(found: dict[str, Any]) -> str:
     rows = found.get("rows", [])
     for job in sorted({Job(row["student"], row["share"], row["chosen"]) for row in rows}):
         own = [row for row in rows if (row["student"], row["share"], row["chosen"]) == job]
-        by_stage = {row["stage"]: f"{row['bpb']:.3f} ({row['cut_bpb']:.2f})" for row in own}
-        cells = " | ".join(by_stage.get(stage, "") for stage in ("swap", *STAGES))
-        tokens, minutes = sum(row["tokens"] for row in own), sum(row["minutes"] for row in own)
-        spent = f"{tokens:,} | {minutes:.0f}" if tokens else " | "
-        lines.append(f"| {job.student} | {job.share:.0%} | {job.chosen} | {cells} | {spent} |")
+        by_stage = [sorted((r for r in own if r["stage"] == stage), key=lambda r: r["steps"]) for stage in STAGES]
+        swap = next(row for row in own if row["stage"] == "swap")
+        for stages in list(zip(*by_stage, strict=False)) or [()]:  # shorter stages first
+            cells = [f"{row['bpb']:.3f} ({row['cut_bpb']:.2f})" for row in (swap, *stages)]
+            cells += [""] * (1 + len(STAGES) - len(cells))
+            tokens, minutes = sum(row["tokens"] for row in stages), sum(row["minutes"] for row in stages)
+            spent = f"{tokens:,} | {minutes:.0f}" if tokens else " | "
+            lines.append(f"| {job.student} | {job.share:.0%} | {job.chosen} | {' | '.join(cells)} | {spent} |")
     return "\n".join(lines)
 
 

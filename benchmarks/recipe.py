@@ -33,13 +33,13 @@ NARROW, M64 = "model.heads=8 model.local_heads=0", "attn.num_features=64"  # hea
 WIDE = "model.heads=4 model.local_heads=0"
 ROTARY = "model=transformer attn=flash model.feed_forward.mult=4.5"  # as many parameters as the others
 PARTS = {"convolution": "0", "decay": "false", "gate": "false"}
-NOW = {  # the default model with each attention: 4 heads of 64
-    "default, flash": "attn=flash model.local_heads=0",
-    "default, favor": "attn=favor",
-    "default, delta": "attn=delta",
-    "default, delta 3 : flash 1": "attn=hybrid attn.pattern=[delta,delta,delta,flash] model.local_heads=[1,1,1,0]",
-    "default, rotary transformer": f"{ROTARY} model.heads=4",
-    "default, local of 128": "attn=local attn.window=128 model.local_heads=0",
+NOW = {  # configs/experiment: the default model with each attention, 4 heads of 64
+    "default, flash": "experiment=recipe_flash",
+    "default, favor": "experiment=recipe_favor",
+    "default, delta": "experiment=recipe_delta",
+    "default, delta 3 : flash 1": "experiment=recipe_hybrid",
+    "default, rotary transformer": "experiment=recipe_transformer",
+    "default, local of 128": "experiment=recipe_local",
 }
 WITHOUT = {
     f"{arm}, no {part}": f"{NOW[arm]} model.{part}={none}"

@@ -249,7 +249,9 @@ def test_other_features_are_drawn_in_the_place_of_those_that_do_not_fit(
     opened, _ = checkpoint.open_model(checkpoint.read(saved), attn=model_section("attn=favor", *asked)["attn"])
     backends = [module for module in opened.modules() if isinstance(module, FavorAttention)]
     expected = [
-        module for module in checkpoint.build(model_section(*asked)).modules() if isinstance(module, FavorAttention)
+        module
+        for module in checkpoint.build(model_section("attn=favor", *asked)).modules()
+        if isinstance(module, FavorAttention)
     ]
     for one, other in zip(backends, expected, strict=True):
         assert torch.equal(one.features.projection, other.features.projection)  # type: ignore[arg-type]

@@ -104,7 +104,7 @@ ANOTHER = "; data=files data.path=FILE measures another text\n"
 
 
 def test_a_run_s_text_that_is_not_at_hand_is_one_line(invoke: Invoke, trained: Invoke, lines: str) -> None:
-    config = run_of(trained)
+    config = run_of(trained, "attn=favor")
     folder = config.parent.resolve()
 
     def refused(*options: str) -> str:
@@ -150,9 +150,9 @@ def test_a_model_that_gives_no_number_is_told_by_its_exit_code(invoke: Invoke, t
 
 SMALL = ["task=approximation", "task.num_features=[4,8]", "task.redraws=2", "task.queries=8", "task.tokens=12"]
 APPROXIMATED = {
-    "local heads": (["model.local_heads=1", "model.local.window=16"], {"layer0": 1, "layer1": 1}),
+    "local heads": (["attn=favor", "model.local_heads=1", "model.local.window=16"], {"layer0": 1, "layer1": 1}),
     "hybrid": (["attn=hybrid", "attn.pattern=[flash,favor]"], {"layer1": 2}),
-    "qk norm": (["model.qk_norm=4", "data.documents=packed"], {"layer0": 2, "layer1": 2}),
+    "qk norm": (["attn=favor", "model.qk_norm=4", "data.documents=packed"], {"layer0": 2, "layer1": 2}),
     "mlm": (KINDS["mlm"][0], {"layer0": 2, "layer1": 2}),
     "seq2seq": (KINDS["seq2seq"][0], {"encoder/layer0": 2, "decoder/layer0": 2, "decoder/layer0/cross": 2}),
     "linear": (["attn=linear"], {"layer0": 2, "layer1": 2}),

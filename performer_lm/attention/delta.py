@@ -58,7 +58,10 @@ class DeltaAttention(Attention[Tensor]):
             seed=seed,
         )
         if self.features.observes:
-            raise ValueError("attn=delta keeps no running averages: take attn/features=positive, hyperbolic or learned")
+            raise ValueError(
+                "attn=delta keeps no running averages, which attn=favor does: take that, or attn/features=positive, "
+                "hyperbolic or learned"
+            )
         self._maps()
 
     def _maps(self) -> tuple[BlockMap, BlockMap]:
@@ -68,8 +71,8 @@ class DeltaAttention(Attention[Tensor]):
         query_map, key_map = self.features.maps()
         if not (isinstance(query_map, BlockMap) and isinstance(key_map, BlockMap)):
             raise ValueError(
-                f"attn=delta takes no attn/features={self.features.choice}: take positive, hyperbolic, learned, "
-                "generalized or identity"
+                f"attn=delta takes no attn/features={self.features.choice}: take attn=favor, or attn/features="
+                "positive, hyperbolic, learned, generalized or identity"
             )
         return query_map, key_map
 

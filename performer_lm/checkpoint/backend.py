@@ -34,11 +34,11 @@ def with_backend(
         section: of a model.
         attn: the backend's section, or a factory.
         typed: paths of the options of `attn` that were typed, `attn` itself where the backend was: a stack that has
-            this backend keeps its own options but for those. None: all of `attn` counts.
+            this backend, or none was typed, keeps its own options but for those. None: all of `attn` counts.
         source: what the section is of, for messages.
 
     Raises:
-        ValueError: for options that were typed without a backend, and that are of another one than the stack's.
+        ValueError: for options that were typed without a backend, and that the stack's has not.
     """
     found = {
         name: with_backend(value, attn, typed=typed, source=source) if isinstance(value, Mapping) else value
@@ -67,9 +67,10 @@ def _with_typed(own: Any, attn: Any, typed: Sequence[str], source: object) -> An
     is_same_class = own.get(TARGET) == attn.get(TARGET)
     if "attn" in typed and not (is_same_class and _other_kernel(own) == _other_kernel(attn)):
         return attn
-    if not is_same_class:
+    unknown = [path for path in typed if path != "attn" and path.split(".")[1] not in own]
+    if unknown and not is_same_class:
         wanted, found = (str(each.get(TARGET)).rpartition(".")[2] for each in (attn, own))
-        raise ValueError(f"{typed[0]} is of {wanted}, and {source} has {found}: type attn= as well")
+        raise ValueError(f"{unknown[0]} is of {wanted}, and {source} has {found}: type attn= as well")
     chosen = deepcopy(dict(own))
     if isinstance(chosen.get("backends"), dict):  # a version may offer others besides
         chosen["backends"] = {**attn.get("backends", {}), **chosen["backends"]}

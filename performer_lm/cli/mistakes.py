@@ -89,7 +89,7 @@ def _mistakes(loader: Loader, overrides: Sequence[str], *, multirun: bool) -> It
             yield _misplaced(loader, override, loader.choices(chosen)) or _told(override, failure)
         chosen.append(str(override.input_line))
     for override in settings:
-        if problem := _wrong_key(override, base, loader):
+        if problem := _wrong_key(override, base, loader, chosen):
             yield problem
     for override in settings:
         try:
@@ -145,14 +145,15 @@ def _misplaced(loader: Loader, override: Override, chosen: dict[str, str]) -> st
     return f"{line}: {owner} has no {group} to choose{hint}"
 
 
-def _wrong_key(override: Override, base: DictConfig, loader: Loader) -> str | None:
+def _wrong_key(override: Override, base: DictConfig, loader: Loader, chosen: Sequence[str]) -> str | None:
     key, line = override.key_or_group, str(override.input_line)
     parent, name = _split(base, key)
     if override.is_add() and not name and not OmegaConf.is_config(_at(base, key)):
         return f"{line}: {key} is in the config already; write {line.lstrip('+')}"
     if name and not override.is_add() and not override.is_force_add():
         groups = [] if parent else loader.options("", kind=ObjectType.GROUP)
-        return f"{'~' * override.is_delete()}{key}: {_unknown(base, groups, parent=parent, name=name, key=key)}"
+        problem = _of_other_choices(key, loader, chosen) or _unknown(base, groups, parent=parent, name=name, key=key)
+        return f"{'~' * override.is_delete()}{key}: {problem}"
     if not override.is_add() and isinstance(_at(base, key), DictConfig) and isinstance(override.value(), list):
         return f"{line}: wanted a section (key=value pairs below {key}), got a list"
     return dotted_choice(loader, override)
@@ -171,6 +172,20 @@ def _split(cfg: DictConfig, key: str) -> tuple[str, str]:
             return path, name
         path = f"{path}.{name}" if path else name
     return path, ""
+
+
+def _of_other_choices(key: str, loader: Loader, chosen: Sequence[str]) -> str | None:
+    """Return which files of the innermost group around a key bring it; None where none does."""
+    parts = key.split(".")[:-1]
+    for count in range(len(parts), 0, -1):
+        group, having = "/".join(parts[:count]), list[str]()
+        for choice in [f"{group}={name}" for name in loader.options(group)]:
+            with suppress(*COMPOSITION_ERRORS):
+                if not _split(loader.load([*chosen, choice]), key)[1]:
+                    having.append(choice)
+        if having:
+            return f"unknown key; {'these have it' if having[1:] else 'this has it'}: {', '.join(having)}"
+    return None
 
 
 def _unknown(base: DictConfig, groups: Sequence[str], *, parent: str, name: str, key: str) -> str:

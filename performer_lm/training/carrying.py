@@ -87,7 +87,8 @@ def _carry_optimizer(resumed: Checkpoint, model: LanguageModel, optimizer: Optim
         part["state"].update({index: known[name] for index, name in enumerate(names) if name in stays})
     content["optimizer_states"] = [fresh]
     content["lr_schedulers"] = [_for_groups(state, optimizer) for state in content["lr_schedulers"]]
-    return [f"the optimizer starts anew on {total - len(stays)} of {total} parameters"]
+    anew = total - len(stays)
+    return [f"the optimizer starts anew on {anew} of {total} parameters"] if anew else []
 
 
 def _fits(state: Mapping[str, Any] | None, parameter: Tensor) -> bool:

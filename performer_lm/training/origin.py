@@ -102,8 +102,7 @@ class Origin:
             return
         saved = self.resumed.section["model"]
         sections = {name: plain(self.cfg[name]) for name in ("model", "attn")}
-        keep_former_defaults(sections["model"], saved, typed=self._typed)
-        keep_former_defaults(sections["attn"], _attn_of(saved), typed=self._typed)
+        keep_former_defaults(sections, {"model": saved, "attn": _attn_of(saved)}, typed=self._typed)
         with open_dict(self.cfg):
             for name, section in sections.items():
                 if section != plain(self.cfg[name]):

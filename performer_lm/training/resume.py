@@ -4,19 +4,36 @@ import json
 import math
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from copy import deepcopy
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from performer_lm.building import TARGET
 from performer_lm.checkpoint import AVERAGES, Checkpoint
+from performer_lm.checkpoint.backend import FAVOR, set_path
 from performer_lm.data.windows import FiniteWindows
 
 EMA = "callbacks.ema.decay"
 
 FORMER_DEFAULTS = {"heads": 8, "local_heads": 0, "num_features": 64}
 """Options of a model, and their defaults in earlier versions, by which a run that began with them goes on."""
+
+FORMER_ATTN: dict[str, Any] = {
+    TARGET: FAVOR,
+    "num_features": 128,
+    "chunk_size": None,
+    "kernel": "auto",
+    "features": {
+        TARGET: "performer_lm.attention.feature_maps.SoftmaxFeatures",
+        **{"_partial_": True, "coupling": "orthogonal", "momentum": None},
+        **dict.fromkeys(("regularized", "antithetic", "learned", "centred"), False),
+    },
+    **{"_partial_": True, "redraw_interval": None, "redraw_until": None},
+}
+"""The attention of earlier versions where none was typed."""
 
 ROUNDING = frozenset({"chunk_size", "query_chunk_size", "key_chunk_size", "kernel"})
 """Options that move results by rounding only, so that a run with another one is the same run."""
@@ -72,9 +89,21 @@ def keep_former_defaults(section: dict[str, Any], saved: Mapping[str, Any], *, t
     for name, value in section.items():
         old = saved.get(name)
         if isinstance(value, dict) and isinstance(old, Mapping):
+            if name == "attn" and "attn" not in typed and old.get(TARGET) == FAVOR != value.get(TARGET):
+                value = section[name] = _former_attn(value, typed)
             keep_former_defaults(value, old, typed=typed)
         elif name in former and old == former[name]:
             section[name] = old
+
+
+def _former_attn(wanted: Mapping[str, Any], typed: Collection[str]) -> dict[str, Any]:
+    """Return the former default attention, with the seed of the wanted one and those of its options that were typed."""
+    section = deepcopy(FORMER_ATTN)
+    for path in ("attn.seed", *typed):
+        before, _, option = path.rpartition("attn.")
+        if option and before in ("", "model."):
+            set_path(option.split("."), wanted, section)
+    return section
 
 
 def former_defaults(typed: Collection[str]) -> dict[str, Any]:

@@ -204,7 +204,7 @@ def test_a_run_refuses_kernels_that_its_device_has_not(
     invoke: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(favor_module, "runs_on", lambda device: False)  # as without an interpreter
-    code, out, err = invoke("debug=fast", "attn.kernel=triton", "run_dir=run")
+    code, out, err = invoke("debug=fast", "attn=favor", "attn.kernel=triton", "run_dir=run")
     assert (code, out) == (2, "")
     assert err.startswith("error: kernel=triton needs a CUDA device, got cpu")
     assert err.count("\n") == 1

@@ -286,7 +286,7 @@ def serve(model: PerformerLM) -> list[tuple[list[int], list[float]]]:
 
 
 def test_rows_that_join_and_leave_are_captured_anew(lively_model: Build, graphs: Graphs) -> None:
-    model = lively_model(*DEFAULT, vocab_size=257)
+    model = lively_model(*DEFAULT, "attn=favor", vocab_size=257)
     wanted = serve(model)
     made = graphs()
     assert serve(model) == [(tokens, pytest.approx(log_probs)) for tokens, log_probs in wanted]

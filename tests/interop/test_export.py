@@ -55,11 +55,11 @@ CAUSAL_FEATURES = [name for name in FEATURES if name not in ("trig", "identity")
 PLAIN = ["model=transformer", "model.feed_forward.activation=silu", "model.feed_forward.gated=true"]
 VARIANTS = {
     **{f"attn={name}": [f"attn={name}"] for name in BACKENDS},
-    **{f"features={name}": [f"attn/features={name}"] for name in CAUSAL_FEATURES},
-    "averages": ["attn/features=optimal", "attn.features.centred=true"],
+    **{f"features={name}": ["attn=favor", f"attn/features={name}"] for name in CAUSAL_FEATURES},
+    "averages": ["attn=favor", "attn/features=optimal", "attn.features.centred=true"],
     "delta with identity": ["attn=delta", "attn/features=identity", "attn.num_features=null"],
     "no extras": ["model.convolution=0", "model.decay=false", "model.gate=false"],
-    "plain favor": ["model=transformer"],
+    "plain favor": ["model=transformer", "attn=favor"],
     "hybrid by layers": ["attn=hybrid", "attn.pattern=[delta,flash]", "model.token_shift=true"],
     "first tokens in sight": ["attn=local", "attn.window=4", "attn.sinks=2"],
     "local heads": ["model.local_heads=1", "model.key_heads=4", "model.qk_norm=8"],
@@ -191,7 +191,7 @@ def test_a_cache_goes_on_in_any_parts_and_its_streams_can_be_picked_and_repeated
 
 
 def test_an_export_trains_and_is_saved_with_its_code(exported: Any, tmp_path: Path) -> None:
-    _, twin = exported("attn/features=optimal")
+    _, twin = exported("attn=favor", "attn/features=optimal")
     tokens = torch.tensor(rows(12, 12))
     loss = twin.train()(tokens, labels=tokens).loss
     expected = torch.nn.functional.cross_entropy(twin(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
@@ -204,7 +204,7 @@ def test_an_export_trains_and_is_saved_with_its_code(exported: Any, tmp_path: Pa
 
 
 def test_an_export_opens_in_half_the_precision(exported: Any, tmp_path: Path) -> None:
-    model, _ = exported("attn/features=optimal")
+    model, _ = exported("attn=favor", "attn/features=optimal")
     twin = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True, dtype="bfloat16")
     tokens = torch.tensor(rows(12))
     assert {buffer.dtype for name, buffer in twin.named_buffers() if "mean_square" in name} == {torch.float32}
@@ -384,7 +384,7 @@ def test_the_stand_ins_refuse_what_does_not_fit() -> None:
     [
         (["model=performer_encoder"], "an encoder"),
         (["model=performer_seq2seq", "model.encoder.depth=1"], "seq2seq"),
-        (["+model.cross_attend=true"], "cross-attention"),
+        (["attn=favor", "+model.cross_attend=true"], "cross-attention"),
     ],
 )
 def test_what_is_no_causal_language_model_is_refused_by_name(

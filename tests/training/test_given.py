@@ -45,7 +45,9 @@ def given(start: Start, kept: Path) -> str:
         shutil.copytree(kept, "runs/given", symlinks=True)
         Path("runs/latest").symlink_to("given")
         return "runs/given"
-    start("model.dim=24", "tokenizer=characters", "callbacks.ema.decay=0.9", "seed=3", "run_dir=runs/given").fit()
+    start(
+        "model.dim=24", "attn=favor", "tokenizer=characters", "callbacks.ema.decay=0.9", "seed=3", "run_dir=runs/given"
+    ).fit()
     best = next(path for path in Path("runs/given/checkpoints").glob("step=000002*.ckpt"))
     checkpoint.point(Path("runs/given/checkpoints/best.ckpt"), best)
     shutil.copytree("runs/given", kept, symlinks=True)
@@ -136,7 +138,7 @@ def test_what_does_not_fit_is_told_in_one_line_and_leaves_nothing(
 
 def test_options_of_another_backend_than_the_given_one_want_its_name(start: Start) -> None:
     start("attn=flash", "run_dir=runs/given").fit()
-    with pytest.raises(ValueError, match=r"attn\.num_features is of FavorAttention, .* FlashAttention: type attn="):
+    with pytest.raises(ValueError, match=r"attn\.num_features is of DeltaAttention, .* FlashAttention: type attn="):
         start("init=runs/given", "attn.num_features=8")
     assert start("init=runs/given", "attn=favor", "attn.num_features=8").task.section["model"]["attn"]["num_features"]
 

@@ -69,3 +69,28 @@ def test_what_was_typed_stands_in_the_config_and_damage_starts_nothing_over(star
     other = start("ckpt=auto", "attn.num_features=32")  # which never was a default
     assert other.resumed is None
     other.run_folder.release()
+
+
+@pytest.mark.parametrize("began", [[], ["attn/features=hyperbolic", "attn.num_features=16"]], ids=["plain", "typed"])
+@pytest.mark.parametrize("ckpt", ["ckpt=runs/a", "ckpt=auto"])
+def test_a_run_that_began_with_the_former_attention_goes_on_with_it(start: Start, began: list[str], ckpt: str) -> None:
+    start("attn=favor", *began, "run_dir=runs/a").fit()
+    run = start(*began, ckpt, "trainer.max_steps=5")
+    assert run.folder.resolve() == Path("runs/a").resolve()
+    config = begun(run)
+    assert config["attn"] == config["model"]["attn"] == run.task.section["model"]["attn"]
+    assert config["attn"]["_target_"].endswith("FavorAttention")
+    run.fit()
+
+
+def test_other_attention_than_the_former_and_the_default_has_to_be_typed(start: Start) -> None:
+    start("attn=favor", "attn/features=hyperbolic", "run_dir=runs/a").fit()
+    with pytest.raises(ValueError, match="antithetic was True, is False"):
+        start("ckpt=runs/a")
+    with pytest.raises(ValueError, match=r"_target_ was '.*FavorAttention', is '.*DeltaAttention'"):
+        start("attn=delta", "ckpt=runs/a")
+    with pytest.raises(ValueError, match="num_features was 128, is 32"):
+        start("attn/features=hyperbolic", "attn.num_features=32", "ckpt=runs/a")
+    run = start("ckpt=auto")
+    assert run.resumed is None
+    run.run_folder.release()

@@ -20,7 +20,7 @@ def found(run: str) -> dict[int, dict[str, float]]:
 
 
 def test_it_logs_what_the_model_at_that_step_shows(start: Start) -> None:
-    run = start(EVERY, "trainer.log_every=3", "run_dir=runs/a")
+    run = start(EVERY, "attn=favor", "trainer.log_every=3", "run_dir=runs/a")
     run.fit()
     rows = found("a")
     assert sorted(rows) == [2, 4]
@@ -36,7 +36,7 @@ def test_it_logs_what_the_model_at_that_step_shows(start: Start) -> None:
 @pytest.mark.parametrize("options", [["model.dropout=0.2"], ["attn/features=optimal"]], ids=["dropout", "optimal"])
 def test_it_changes_nothing_of_the_run(start: Start, options: list[str]) -> None:
     for run, more in {"with": [EVERY], "without": []}.items():
-        start(*options, *more, "trainer.max_steps=5", f"run_dir=runs/{run}").fit()
+        start("attn=favor", *options, *more, "trainer.max_steps=5", f"run_dir=runs/{run}").fit()
     one, other = (checkpoint.read(Path(f"runs/{run}/checkpoints/last.ckpt")).weights for run in ("with", "without"))
     assert all(torch.equal(torch.as_tensor(value), torch.as_tensor(other[name])) for name, value in one.items())
     assert found("with")

@@ -55,7 +55,7 @@ def test_it_is_the_average_of_the_weights_after_each_step(start: Start, precisio
 
 
 def test_projections_are_left_alone(start: Start) -> None:
-    run = start(EMA, "attn.redraw_interval=2", "trainer.max_steps=5", "run_dir=runs/a")
+    run = start(EMA, "attn=favor", "attn.redraw_interval=2", "trainer.max_steps=5", "run_dir=runs/a")
     run.fit()
     own = dict(run.task.model.named_buffers())
     averaged = dict(run.task.measured.named_buffers())
@@ -86,7 +86,8 @@ def test_validation_and_opening_use_the_average(start: Start, options: list[str]
 
 @pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-true", marks=pytest.mark.slow)])
 def test_a_resumed_average_is_the_unbroken_one(start: Start, precision: str) -> None:
-    common = [EMA, "trainer.max_steps=8", "trainer.accumulate_grad_batches=2", "attn.redraw_interval=3"]
+    common = [EMA, "trainer.max_steps=8", "trainer.accumulate_grad_batches=2"]
+    common += ["attn=favor", "attn.redraw_interval=3"]
     common.append(f"trainer.precision={precision}")
     start(*common, "trainer.val_every=4", "run_dir=runs/whole").fit()
     part = start(*common, "trainer.val_every=4", "run_dir=runs/part")

@@ -22,7 +22,8 @@ class Projections(Callback):
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_projections_change_between_steps_and_by_the_step_alone(start: Callable[..., Run], parts: int) -> None:
-    common = ["attn.redraw_interval=2", "trainer.max_steps=6", f"trainer.accumulate_grad_batches={parts}"]
+    common = ["attn=favor", "attn.redraw_interval=2", "trainer.max_steps=6"]
+    common.append(f"trainer.accumulate_grad_batches={parts}")
     run, kept = start(*common, "run_dir=runs/a"), Projections()
     run.trainer.callbacks.append(kept)
     run.fit()

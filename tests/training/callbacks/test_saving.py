@@ -39,7 +39,7 @@ def test_the_best_the_last_and_the_one_before_it_are_kept(start: Start) -> None:
 
 
 def test_a_run_goes_on_alike_from_every_checkpoint_it_made(start: Start) -> None:
-    options = [*COMMON, "attn/features=optimal", "attn.redraw_interval=3", "model.dropout=0.1"]
+    options = [*COMMON, "attn=favor", "attn/features=optimal", "attn.redraw_interval=3", "model.dropout=0.1"]
     start(*options, "trainer.save_every=2", "trainer.keep_checkpoints=20", "run_dir=runs/whole").fit()
     assert steps("runs/whole") == [2, 3, 4, 6, 8, 9]
     whole = checkpoint.read(Path("runs/whole/checkpoints/last.ckpt"))
