@@ -37,7 +37,7 @@ from performer_lm.ops.precision import LOG2_E
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "runs" / "exact_form"
-ARMS = {"default": [], "performer_classic": ["experiment=performer_classic"]}
+ARMS = {"favor": ["attn=favor"], "performer_classic": ["experiment=performer_classic"]}
 WINDOWS = 4
 ALONE = Geometry(TILE, TILE, one_scale=False)
 """Every chunk for itself."""

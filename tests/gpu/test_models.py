@@ -21,7 +21,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 SIZES = ["model.dim=128", "model.dim_head=32", "data.context=600"]
 BACKENDS = [f"attn={path.stem}" for path in sorted((CONFIGS / "attn").glob("*.yaml"))]
 OTHERS = [
-    *(f"attn/features={name}" for name in ("hyperbolic", "learned", "optimal", "taylor2")),
+    *(f"attn=favor attn/features={name}" for name in ("hyperbolic", "learned", "optimal", "taylor2")),
     *("attn=favor model.key_heads=2", "attn=flash model.key_heads=2", "attn=favor model.reversible=true"),
     *("model=transformer attn=flash", "model=performer_classic"),
 ]
