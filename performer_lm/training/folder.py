@@ -115,17 +115,17 @@ class RunFolder:
                 probe.unlink(missing_ok=True)
 
 
-def is_config_of(folder: Path, cfg: DictConfig, *, former: Mapping[str, Any] | None = None) -> bool:
+def is_config_of(folder: Path, cfg: DictConfig, *, former: Mapping[str, list[Any]] | None = None) -> bool:
     """Return True if the `config.yaml` of a folder agrees with `cfg` on all that results depend on.
 
-    Options by the names of `former` may have the values there instead.
+    Options by the names of `former` may have one of the values there instead.
     """
     try:
         written = read_start(folder / "config.yaml", 2**20).decode(errors="replace")
     except OSError:
         return False
     one, other = (dict(_SECTION.findall(text)) for text in (written, _to_yaml(cfg)))
-    kept = {f"{name}: {value}" for name, value in (former or {}).items()}
+    kept = {f"{name}: {value}" for name, values in (former or {}).items() for value in values}
     return all(name in one and _agree(one[name], other[name], kept) for name in RESULTS)
 
 

@@ -18,7 +18,7 @@ from performer_lm.data.windows import FiniteWindows
 
 EMA = "callbacks.ema.decay"
 
-FORMER_DEFAULTS = {"heads": 8, "local_heads": 0, "num_features": 64}
+FORMER_DEFAULTS: dict[str, list[Any]] = {"heads": [8], "local_heads": [0], "num_features": [64, 128]}
 """Options of a model, and their defaults in earlier versions, by which a run that began with them goes on."""
 
 FORMER_ATTN: dict[str, Any] = {
@@ -92,7 +92,7 @@ def keep_former_defaults(section: dict[str, Any], saved: Mapping[str, Any], *, t
             if name == "attn" and "attn" not in typed and old.get(TARGET) == FAVOR != value.get(TARGET):
                 value = section[name] = _former_attn(value, typed)
             keep_former_defaults(value, old, typed=typed)
-        elif name in former and old == former[name]:
+        elif name in former and old in former[name]:
             section[name] = old
 
 
@@ -106,7 +106,7 @@ def _former_attn(wanted: Mapping[str, Any], typed: Collection[str]) -> dict[str,
     return section
 
 
-def former_defaults(typed: Collection[str]) -> dict[str, Any]:
+def former_defaults(typed: Collection[str]) -> dict[str, list[Any]]:
     """Return the former defaults of the options that were not typed."""
     names = {path.rpartition(".")[-1] for path in typed}
     return {name: value for name, value in FORMER_DEFAULTS.items() if name not in names}
