@@ -36,11 +36,11 @@ from teacher import (
 from performer_lm.evaluation.hybrid import with_layers, without_linear
 from performer_lm.model import PerformerLM
 
-FAVOR, LOCAL = "attn.backends.favor", "attn.backends.local"
+FAVOR, DELTA, LOCAL = (f"attn.backends.{name}" for name in ("favor", "delta", "local"))
 STUDENTS = {  # the backend that takes the place of softmax, and its options
     "local, 128 and the first": ("local", f"{LOCAL}.window=128 {LOCAL}.sinks=1"),
     "favor": ("favor", ""),
-    "delta": ("delta", ""),
+    "delta": ("delta", f"{DELTA}.num_features=128"),
     "local, 128": ("local", f"{LOCAL}.window=128"),
     "favor, learned": ("favor", f"attn/features@{FAVOR}.features=learned {FAVOR}.features.centred=true"),
 }

@@ -19,7 +19,7 @@ from performer_lm.attention.joining import count_bytes
 @torch.inference_mode()
 def measure_decoding(lengths: list[int], *, steps: int = 8, rounds: int = 5) -> list[dict[str, Any]]:
     """Return milliseconds a token and bytes of state after texts of some lengths, backends timed in turns."""
-    names = {"teacher": "", "favor": "attn=favor", "delta": "attn=delta"}
+    names = {"teacher": "", "favor": "attn=favor", "delta": "attn=delta attn.num_features=128"}
     names |= {"local, 128 and the first": "attn=local attn.window=128 attn.sinks=1"}
     models = {name: open_student(TEACHER, words) for name, words in names.items()}
     token, rows = torch.zeros(1, 1, dtype=torch.int64), []

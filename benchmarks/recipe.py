@@ -46,6 +46,11 @@ WITHOUT = {
     for arm in ("default, delta", "default, favor", "default, flash")
     for part, none in PARTS.items()
 }
+WIDER = {
+    "default, delta, m 128": f"{NOW['default, delta']} attn.num_features=128",
+    "default, delta 3 : flash 1, m 128": f"{NOW['default, delta 3 : flash 1']} attn.backends.delta.num_features=128",
+    "default, delta, identity": f"{NOW['default, delta']} {IDENTITY}",
+}
 HYBRID_M64 = "attn.backends.{0}.num_features=64"
 DELTA_HYBRID = f"attn=hybrid attn.pattern=[delta,delta,delta,flash] {HYBRID_M64.format('delta')} {NARROW}"
 BEFORE = {
@@ -79,7 +84,7 @@ BEFORE = {
         for part, none in PARTS.items()
     },
 }
-ARMS = NOW | WITHOUT | BEFORE
+ARMS = NOW | WIDER | WITHOUT | BEFORE
 RATES = (1.0, 0.5, 2.0)
 LR, MATRIX_LR = 6e-3, 0.02
 STUDIES = ("rates", "long", "seeds", "parts", "prose", "context")
@@ -235,7 +240,8 @@ def draw(rows: list[dict[str, Any]]) -> None:
     order = sorted((arm for arm in ARMS if found[arm]), key=lambda arm: -statistics.mean(found[arm]))
     figure, axes = plt.subplots(figsize=(7, 0.8 + 0.3 * len(order)))
     for height, arm in enumerate(order):
-        colour = "tab:orange" if "flash" in ARMS[arm] or "hybrid" in arm else "tab:blue"
+        has_cache = any(word in arm for word in ("flash", "hybrid", "rotary"))
+        colour = "tab:orange" if has_cache else "tab:blue"
         axes.plot(found[arm], [height] * len(found[arm]), "o", color=colour, alpha=0.6)
         axes.plot([statistics.mean(found[arm])], [height], "|", color=colour, markersize=14)
     axes.set_yticks(range(len(order)), order)
