@@ -18,7 +18,7 @@ from performer_lm.training.loggers.record import read_metrics
 ROOT = Path(__file__).parents[1]
 TRAIN = str(ROOT / "train.py")
 TINY = ["debug=fast", "data=files", "data.path=text.txt", "tokenizer=bytes", "optimizer=adamw"]
-TINY += ["attn/features=optimal", "attn.redraw_interval=2"]
+TINY += ["attn=favor", "attn/features=optimal", "attn.redraw_interval=2"]
 TWO = ["trainer.devices=2", "trainer.accelerator=cpu", "trainer.timeout=0.5"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 

@@ -1,7 +1,8 @@
 """Record golden checkpoints: `python tests/golden/record.py [NAME ...]` writes those that are missing, or those named.
 
 A golden checkpoint is step 4 of a run of 8 steps. Beside it, in `backends.json`, stand its logits and the losses of
-steps 5 to 8, which any later version has to give again. A file is recorded once, by the version that first could.
+steps 5 to 8, which any later version has to give again. A file is recorded once, by the version that first could; those
+whose words name no `attn` by one whose default was attn=favor.
 """
 
 import json

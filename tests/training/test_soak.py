@@ -29,7 +29,7 @@ class Held(Callback):
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's account of a process")
 def test_memory_and_open_files_stay_flat_over_2000_steps(start: Callable[..., Run]) -> None:
     steps = ["trainer.max_steps=2000", "trainer.val_every=50", "trainer.log_every=10", "data.validation_bytes=2048"]
-    more = ["attn.redraw_interval=7", "callbacks.ema.decay=0.99", "callbacks.diagnostics.every=100"]
+    more = ["attn=favor", "attn.redraw_interval=7", "callbacks.ema.decay=0.99", "callbacks.diagnostics.every=100"]
     run, held = start(*steps, *more, "run_dir=runs/a"), Held()
     run.trainer.callbacks.append(held)
     run.fit()
