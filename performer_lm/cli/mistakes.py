@@ -152,7 +152,9 @@ def _wrong_key(override: Override, base: DictConfig, loader: Loader, chosen: Seq
         return f"{line}: {key} is in the config already; write {line.lstrip('+')}"
     if name and not override.is_add() and not override.is_force_add():
         groups = [] if parent else loader.options("", kind=ObjectType.GROUP)
-        problem = _of_other_choices(key, loader, chosen) or _unknown(base, groups, parent=parent, name=name, key=key)
+        problem = _unknown(base, groups, parent=parent, name=name, key=key)
+        if problem.startswith("unknown key"):
+            problem = _of_other_choices(loader, chosen, parent=parent, key=key) or problem
         return f"{'~' * override.is_delete()}{key}: {problem}"
     if not override.is_add() and isinstance(_at(base, key), DictConfig) and isinstance(override.value(), list):
         return f"{line}: wanted a section (key=value pairs below {key}), got a list"
@@ -174,18 +176,14 @@ def _split(cfg: DictConfig, key: str) -> tuple[str, str]:
     return path, ""
 
 
-def _of_other_choices(key: str, loader: Loader, chosen: Sequence[str]) -> str | None:
-    """Return which files of the innermost group around a key bring it; None where none does."""
-    parts = key.split(".")[:-1]
-    for count in range(len(parts), 0, -1):
-        group, having = "/".join(parts[:count]), list[str]()
-        for choice in [f"{group}={name}" for name in loader.options(group)]:
-            with suppress(*COMPOSITION_ERRORS):
-                if not _split(loader.load([*chosen, choice]), key)[1]:
-                    having.append(choice)
-        if having:
-            return f"unknown key; {'these have it' if having[1:] else 'this has it'}: {', '.join(having)}"
-    return None
+def _of_other_choices(loader: Loader, chosen: Sequence[str], *, parent: str, key: str) -> str | None:
+    """Return which other files of the group that fills a section bring a key; None where none does."""
+    group, having = parent.replace(".", "/"), list[str]()
+    for choice in [f"{group}={name}" for name in loader.options(group)] if group else []:
+        with suppress(*COMPOSITION_ERRORS):
+            if not _split(loader.load([*chosen, choice]), key)[1]:
+                having.append(choice)
+    return f"unknown key; {'these have it' if having[1:] else 'this has it'}: {', '.join(having)}" if having else None
 
 
 def _unknown(base: DictConfig, groups: Sequence[str], *, parent: str, name: str, key: str) -> str:

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, open_dict
 from torch.optim import Optimizer
 
 from performer_lm import checkpoint
+from performer_lm.building import TARGET
 from performer_lm.checkpoint import Checkpoint
 from performer_lm.checkpoint.backend import typed_paths
 from performer_lm.language_model import LanguageModel
@@ -102,7 +103,10 @@ class Origin:
             return
         saved = self.resumed.section["model"]
         sections = {name: plain(self.cfg[name]) for name in ("model", "attn")}
+        now = sections["attn"].get(TARGET)
         keep_former_defaults(sections, {"model": saved, "attn": _attn_of(saved)}, typed=self._typed)
+        if sections["attn"].get(TARGET) != now:
+            self.notes.append("goes on with attn=favor, the default of earlier versions; type attn= for another run")
         with open_dict(self.cfg):
             for name, section in sections.items():
                 if section != plain(self.cfg[name]):

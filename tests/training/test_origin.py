@@ -81,6 +81,7 @@ def test_a_run_that_began_with_the_former_attention_goes_on_with_it(start: Start
     assert config["attn"] == config["model"]["attn"] == run.task.section["model"]["attn"]
     assert config["attn"]["_target_"].endswith("FavorAttention")
     run.fit()
+    assert "attn=favor, the default of earlier versions" in Path("runs/a/train.log").read_text()
 
 
 def test_other_attention_than_the_former_and_the_default_has_to_be_typed(start: Start) -> None:
